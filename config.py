@@ -1,0 +1,282 @@
+"""Every knob of a model and of its training, and the named presets. Nothing here needs torch.
+
+The command line of train.py is generated from these dataclasses, and the comment behind a field is its help text.
+"""
+
+import ast
+import json
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from typeguard import TypeCheckError, check_type
+
+Layers = str | list[str] | tuple[str | list[str], ...]
+
+PRE_NORM = "Norm->Attn->+->Norm->MLP->+"
+SANDWICH_NORM = "Norm->Attn->Norm->+->Norm->MLP->Norm->+"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. The size of the vocabulary is the tokenizer's, so it is not in here."""
+
+    dim: int = 128  # width of the residual stream
+    num_layers: int = 2  # depth: how many layers are stacked
+    layers: Layers = PRE_NORM  # the layer string; a list of strings runs side by side, a tuple of layers tiles the depth
+    num_heads: int = 4  # query heads
+    num_kv_heads: int = 2  # key and value heads; fewer than num_heads is grouped-query attention, 1 is multi-query
+    head_dim: int | None = None  # width of a head; None is dim / num_heads
+    max_seq_len: int = 256  # the context: how many tokens the model reads at once
+    positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"  # how the model knows where a token stands
+    rope_theta: float = 10_000.0  # base of RoPE's wavelengths; more for longer contexts
+    norm: Literal["RMSNorm", "LayerNorm", "CosineNorm"] = "RMSNorm"  # what `Norm` in the layer string stands for
+    norm_affine: bool = True  # norms learn a gain for each channel
+    norm_bias: bool = False  # norms learn a shift for each channel, too
+    norm_eps: float = 1e-5  # keeps norms from dividing by zero
+    mlp_dim: int | None = None  # hidden width of an ungated MLP; None is 4 x dim. Gating takes 2/3 of it: the same parameters
+    activation: Literal["SiLU", "GELU", "ReLU", "ReLU2"] = "SiLU"  # non-linearity of the MLP; GELU is the tanh form
+    gated: bool = True  # multiply the hidden layer with a second one (SwiGLU, GeGLU)
+    linear_bias: bool = False  # attention and MLP matrices add a bias
+    qk_norm: bool = False  # normalise queries and keys: steadier at high learning rates
+    attention_soft_cap: float | None = None  # squash attention scores into +-cap with tanh, as in Grok and Gemma 2
+    logit_soft_cap: float | None = None  # squash the output logits into +-cap with tanh
+    tied_embeddings: bool = True  # the output head is the token embedding, transposed
+    embedding_scale: float | Literal["sqrt(dim)"] = 1.0  # embeddings are multiplied by this on their way in
+    dropout: float = 0.0  # share of embeddings, attention weights and residual updates dropped in training
+    plugins: tuple[str, ...] = ()  # modules whose BLOCKS join the menu of the layer string, e.g. experiments.mine.blocks
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "max_seq_len"):
+            require(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
+        for name in ("head_dim", "mlp_dim", "attention_soft_cap", "logit_soft_cap"):
+            value = getattr(self, name)
+            require(value is None or value > 0, self, name, "give a positive number, or None")
+        for name in ("rope_theta", "norm_eps"):
+            require(getattr(self, name) > 0, self, name, "give a positive number")
+        require(0 <= self.dropout < 1, self, "dropout", "give a share from 0 to below 1")
+        require(
+            self.num_heads % self.num_kv_heads == 0, self, "num_kv_heads",
+            f"it must divide num_heads={self.num_heads}: take one of {divisors(self.num_heads)}",
+        )  # fmt: skip
+        require(
+            self.head_dim is not None or self.dim % self.num_heads == 0, self, "num_heads",
+            f"it must divide dim={self.dim}: take one of {divisors(self.dim)}, or set head_dim",
+        )  # fmt: skip
+        head_dim = self.block_values["head_dim"]
+        require(
+            self.positions != "rope" or head_dim % 2 == 0, self, "positions",
+            f"RoPE turns pairs of channels, but a head has {head_dim}: make head_dim even",
+        )  # fmt: skip
+        require(
+            self.positions != "sinusoidal" or self.dim % 2 == 0, self, "positions",
+            f"every sine has its cosine, but dim={self.dim} is odd: make it even",
+        )  # fmt: skip
+        require(self.norm_affine or not self.norm_bias, self, "norm_bias", "a shift needs norm_affine=True")
+        tile = self.layers if isinstance(self.layers, tuple) else (self.layers,)
+        require(len(tile) > 0 and [] not in tile, self, "layers", f"name at least one layer, such as {PRE_NORM!r}")
+        require(
+            self.num_layers % len(tile) == 0, self, "num_layers",
+            f"{len(tile)} layers tile the depth: take a multiple of {len(tile)}",
+        )  # fmt: skip
+        for layer in self.depth_layers:
+            for branch in [layer] if isinstance(layer, str) else layer:
+                layer_steps(branch)
+
+    @property
+    def depth_layers(self) -> list[str | list[str]]:
+        """The layer at every depth, num_layers of them: the tile repeated."""
+        tile = self.layers if isinstance(self.layers, tuple) else (self.layers,)
+        return list(tile) * (self.num_layers // len(tile))
+
+    @property
+    def block_values(self) -> dict[str, Any]:
+        """What a block may ask for by name: every field, with head_dim and mlp_dim worked out where they are None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["head_dim"] = self.head_dim or self.dim // self.num_heads
+        values["mlp_dim"] = self.mlp_dim or 4 * self.dim
+        return values
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained."""
+
+    data: str = "auto"  # tinystories, storyworld, hub:owner/name, a file or a folder; auto is tinystories, or storyworld offline
+    tokenizer: str = "bpe_tokenizer_1024"  # a name in tokenizers/, a path, or hf:name for one from Hugging Face
+    packing: Literal["packed", "padded"] = "packed"  # several stories a row, or one a row and padding behind it
+    mask_stories: bool = False  # keep a story from attending to its neighbours in the row
+    batch_size: int = 16  # sequences a step
+    micro_batch_size: int | None = None  # sequences that go through the model at once; None is batch_size. Less takes less memory
+    max_steps: int | None = None  # stop after so many steps ...
+    max_minutes: float | None = 4.0  # ... or so many minutes, whichever ends first
+    eval_every: int = 100  # steps between two looks at the validation stories
+    eval_stories: int = 256  # how many whole validation stories are scored, always the same ones
+    checkpoint_every: int = 100  # steps between two checkpoints
+    optimizer: Literal["AdamW", "Muon"] = "AdamW"  # Muon is for the hidden matrices; AdamW does the rest
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's memory of gradients and of their squares
+    eps: float = 1e-8  # AdamW's guard against dividing by zero
+    weight_decay: float = 0.1  # pull towards zero; not on norms, biases and embeddings
+    grad_clip: float | None = 1.0  # longest gradient; None does not clip
+    lr_init: float = 0.0  # learning rate before the warm-up
+    lr_max: float = 4e-3  # learning rate after it
+    lr_min: float = 0.0  # learning rate at the end
+    warmup_steps: int = 50  # steps from lr_init to lr_max
+    final_flat_steps: int = 0  # steps at lr_min at the very end
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # from lr_max to lr_min; wsd decays in the last fifth
+    num_restarts: int = 0  # how often the schedule jumps back to lr_max
+    restart_mult: float = 1.0  # each cycle is so much longer than the one before
+    seed: int = 0  # decides the first weights, the order of the data and dropout
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is the best there is
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto is bfloat16 where the machine is fast at it
+    compile: bool = False  # torch.compile: pays in long runs; needs a C++ compiler on the CPU
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("batch_size", "eval_every", "checkpoint_every"):
+            require(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
+        for name in ("warmup_steps", "final_flat_steps", "num_restarts", "weight_decay", "lr_init", "lr_min", "seed"):
+            require(getattr(self, name) >= 0, self, name, "give a number of at least 0")
+        for name in ("max_steps", "max_minutes", "grad_clip"):
+            value = getattr(self, name)
+            require(value is None or value > 0, self, name, "give a positive number, or None")
+        for name in ("lr_max", "eps", "restart_mult"):
+            require(getattr(self, name) > 0, self, name, "give a positive number")
+        require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "give two numbers from 0 to below 1")
+        require(self.eval_stories >= 200, self, "eval_stories", "fewer than 200 cannot tell models apart")
+        require(self.max_steps or self.max_minutes, self, "max_steps", "give max_steps or max_minutes, or it never ends")
+        micro = self.micro_batch_size
+        require(
+            micro is None or (micro >= 1 and self.batch_size % micro == 0), self, "micro_batch_size",
+            f"it must divide batch_size={self.batch_size}: take one of {divisors(self.batch_size)}",
+        )  # fmt: skip
+        for name in ("lr_init", "lr_min"):
+            require(getattr(self, name) <= self.lr_max, self, name, f"it may not exceed lr_max={self.lr_max}")
+        before_decay = self.warmup_steps + self.final_flat_steps
+        require(
+            self.max_steps is None or before_decay <= self.max_steps, self, "max_steps",
+            f"warmup_steps and final_flat_steps alone take {before_decay}: lower them or raise max_steps",
+        )  # fmt: skip
+
+
+def layer_steps(layer: str) -> list[tuple[str, dict[str, Any]]]:
+    """'Norm->Attn(window=64)->+'  becomes  [('Norm', {}), ('Attn', {'window': 64}), ('+', {})]
+
+    Raises ValueError that names the step which is not `Name`, `Name(option=literal)`, `+` or `|`.
+    """
+    steps = []
+    for text in (step.strip() for step in layer.split("->")):
+        if text in ("+", "|"):
+            steps.append((text, {}))
+            continue
+        try:
+            node = ast.parse(text, mode="eval").body
+            call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+            if not isinstance(call.func, ast.Name) or call.args:
+                raise SyntaxError
+            steps.append((call.func.id, {option.arg: ast.literal_eval(option.value) for option in call.keywords}))
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(
+                f"layers={layer!r}: the step {text!r} cannot be read. Write Name, Name(option=value), + or |, joined by ->"
+            ) from error
+    if steps[0][0] == "+":
+        raise ValueError(f"layers={layer!r} begins with +, which has nothing to add yet. Put a block in front of it")
+    if not any(name not in ("+", "|") for name, _ in steps):
+        raise ValueError(f"layers={layer!r} holds no block. Write for example {PRE_NORM!r}")
+    return steps
+
+
+def to_json(config: ModelConfig | TrainConfig) -> str:
+    """The config as JSON, one field a line. A tuple of layers is written {"tile": [...]}, so that lists stay lists."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    if isinstance(values.get("layers"), tuple):
+        values["layers"] = {"tile": list(values["layers"])}
+    lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def from_json(config_class, text: str):
+    """The config that `to_json` wrote. Raises ValueError for broken JSON and for an unknown or missing key, and names it."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError("this JSON holds no config: it must be an object with a key for every field")
+    names = [field.name for field in fields(config_class)]
+    for name in values:
+        if name not in names:
+            raise ValueError(f"{config_class.__name__} has no field {name!r}.{did_you_mean(name, names)}")
+    for name in names:
+        if name not in values:
+            raise ValueError(f"the field {name!r} of {config_class.__name__} is missing")
+    if isinstance(values.get("layers"), dict) and "tile" in values["layers"]:
+        values["layers"] = tuple(values["layers"]["tile"])
+    for name in {"betas", "plugins"} & values.keys():
+        values[name] = tuple(values[name])
+    return config_class(**values)
+
+
+def did_you_mean(name: str, names) -> str:
+    """' Did you mean X?' where a name is near, or nothing."""
+    close = get_close_matches(name, list(names), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def require(condition: Any, config: ModelConfig | TrainConfig, name: str, cure: str):
+    if not condition:
+        raise ValueError(f"{name}={getattr(config, name)!r}: {cure}")
+
+
+def check_types(config: ModelConfig | TrainConfig):
+    """Dataclasses take anything; a config from a notebook or a file must hold what its annotations say."""
+    for name, annotation in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        try:
+            check_type(value, annotation)
+        except TypeCheckError as error:
+            choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+            expected = f"one of {', '.join(choices)}" if choices else getattr(annotation, "__name__", str(annotation))
+            raise ValueError(f"{name}={value!r}: it must be {expected}.{did_you_mean(str(value), choices)}") from error
+
+
+def divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+class Preset(NamedTuple):
+    model: ModelConfig
+    train: TrainConfig = TrainConfig()
+
+
+PRESETS: dict[str, Preset] = {
+    "0.5m_short_and_thick": Preset(ModelConfig(dim=128, num_layers=2, mlp_dim=528)),
+    "0.5m_5foot11_and_skinnyfat": Preset(ModelConfig(dim=96, num_layers=4)),
+    "0.5m_tall_and_skinny": Preset(ModelConfig(dim=64, num_layers=10, num_heads=2, num_kv_heads=1, mlp_dim=240)),
+    "1m": Preset(ModelConfig(num_layers=5, mlp_dim=480)),
+    "2m": Preset(ModelConfig(dim=192, num_layers=4, num_heads=6, mlp_dim=864)),
+    "5m": Preset(ModelConfig(dim=256, num_layers=6, num_heads=8, mlp_dim=1152)),
+    "gpt2_like": Preset(
+        ModelConfig(
+            num_layers=4, num_kv_heads=4, positions="learned", norm="LayerNorm", norm_bias=True, linear_bias=True,
+            activation="GELU", gated=False,
+        )
+    ),
+    "llama3_like": Preset(ModelConfig(num_layers=4, rope_theta=500_000.0, tied_embeddings=False, mlp_dim=672)),
+    "grok_like": Preset(
+        ModelConfig(
+            num_layers=4, layers=SANDWICH_NORM, activation="GELU", attention_soft_cap=30.0, embedding_scale="sqrt(dim)",
+        )
+    ),
+    "gemma_like": Preset(
+        ModelConfig(num_layers=4, num_kv_heads=1, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6)
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name. Raises ValueError with the nearest match for an unknown one."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset is called {name!r}.{did_you_mean(name, PRESETS)} There are: {', '.join(PRESETS)}")
+    return PRESETS[name]
