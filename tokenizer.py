@@ -1,0 +1,362 @@
+"""Text to token ids and back: the character-pair tokenizer, and any Hugging Face tokenizer behind the same interface.
+
+    python tokenizer.py --data ../stories.txt --vocab_size 1024 --name my_tokenizer
+
+The character-pair tokenizer is byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) over 95 characters instead of bytes:
+newline, 93 printable ASCII characters and U+FFFD, the visible replacement for everything that `normalise` can't write in ASCII.
+A merge never crosses a word: the letters of a word and the space before them belong together, every other character stands alone.
+Hugging Face's `tokenizers` learns the merges and applies them; a tokenizer file is its JSON and opens there as well.
+"""
+
+import difflib
+import hashlib
+import html
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+TOKENIZERS_DIR = Path(__file__).resolve().parent / "tokenizers"
+REPLACEMENT = "\ufffd"
+ALPHABET = "".join(sorted(["\n", *(chr(code) for code in range(0x20, 0x7F) if chr(code) not in "`~"), REPLACEMENT]))
+WORD = r" ?[A-Za-z]+|[^A-Za-z]"
+
+# The special tokens by the names they go by; the first of each list is what a tokenizer that has none is given.
+BOS_NAMES = ["<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]", "<|endoftext|>"]
+EOS_NAMES = ["<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]"]
+PAD_NAMES = ["<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>"]
+
+
+# What NFKD does not bring to ASCII. U+00AD is the soft hyphen, U+0085, U+2028 and U+2029 end lines.
+TO_ASCII = {"~": "-", "\u2212": "-", "\u00ad": "-", "\u2044": "/", "\u2026": "...", "ß": "ss", "ẞ": "SS", "ı": "i"}
+TO_ASCII |= {"æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "Đ": "D"}
+TO_ASCII |= dict.fromkeys("\t\v\f", " ") | dict.fromkeys("\r\u0085\u2028\u2029", "\n")
+TO_ASCII |= dict.fromkeys("`\u00b4\u2018\u2019\u201a\u201b\u2032\u2039\u203a", "'")
+TO_ASCII |= dict.fromkeys("\u00ab\u00bb\u201c\u201d\u201e\u201f\u2033", '"')
+
+
+class CharacterTable(dict):
+    """For `str.translate`: what a character becomes, worked out when it is first met."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = result = self.ascii_for(chr(code))
+        return result
+
+    def ascii_for(self, character: str) -> str:
+        if character in ALPHABET:
+            return character
+        if character in TO_ASCII:
+            return TO_ASCII[character]
+        if "\u0300" <= character <= "\u036f":  # an accent that follows its letter
+            return ""
+        category = unicodedata.category(character)
+        if category in ("Zs", "Pd"):
+            return " " if category == "Zs" else "-"
+        parts = unicodedata.normalize("NFKD", character)
+        if parts == character or " " in parts:
+            return REPLACEMENT
+        result = "".join(map(self.ascii_for, parts))
+        return REPLACEMENT if REPLACEMENT in result or not result else result
+
+
+_CHARACTERS = CharacterTable()
+
+
+def normalise(text: str) -> str:
+    """The text in the 95 characters of ALPHABET.
+
+    Curly quotes and the backtick become straight quotes, dashes and the tilde '-', odd spaces and tabs ' ', '\\r\\n' and other
+    line ends '\\n', '…' '...', and letters with accents, ligatures and full-width forms their plain letters (NFKD). Whatever
+    is left becomes U+FFFD, one for each character. Only the accents U+0300 to U+036F vanish.
+    """
+    return text.replace("\r\n", "\n").translate(_CHARACTERS)
+
+
+def count_replacements(texts: str | Iterable[str]) -> int:
+    """How many U+FFFD the normalised text, or texts, hold: the characters a character-pair tokenizer can't tell apart."""
+    return sum(normalise(text).count(REPLACEMENT) for text in ([texts] if isinstance(texts, str) else texts))
+
+
+class Tokenizer:
+    """A tokenizer of Hugging Face's `tokenizers`, given as its JSON, with the bos, eos and pad that baseGPT needs.
+
+    vocab_size counts every id, bos, eos and pad included. Those three are found among the added tokens by their usual names,
+    or appended. Only `bos=True` and `eos=True` put them into the ids: "<bos>" in a text is ordinary text.
+    """
+
+    def __init__(self, name: str, content: str):
+        from tokenizers import Tokenizer as Engine
+
+        self.name, self.content = name, content
+        self.engine = Engine.from_str(content)
+        self.engine.no_truncation()
+        self.engine.no_padding()
+        self.engine.post_processor = None
+        self.bos_id = self._special_id(BOS_NAMES)
+        self.eos_id = self._special_id(EOS_NAMES)
+        self.pad_id = self._special_id(PAD_NAMES)
+        self.engine.encode_special_tokens = True
+        self.vocab_size = max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
+        self.fingerprint = _fingerprint(json.loads(content))
+
+    def _special_id(self, names: list[str]) -> int:
+        added = {token.content: index for index, token in self.engine.get_added_tokens_decoder().items()}
+        for name in names:
+            if name in added:
+                return added[name]
+        self.engine.add_special_tokens([names[0]])
+        return self.engine.token_to_id(names[0])
+
+    def __reduce__(self):
+        return type(self), (self.name, self.content)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, vocab_size={self.vocab_size})"
+
+    def _prepare(self, text: str) -> str:
+        return re.sub("[\ud800-\udfff]", REPLACEMENT, text)  # half a surrogate pair can't be written as UTF-8
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """The ids of a text; an empty text has none."""
+        return self.encode_batch([text], bos, eos)[0]
+
+    def encode_batch(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
+        """The ids of each text. Much faster than one call a text."""
+        before, after = [self.bos_id] * bos, [self.eos_id] * eos
+        encodings = self.engine.encode_batch_fast([self._prepare(text) for text in texts], add_special_tokens=False)
+        return [before + encoding.ids + after for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, without bos, eos and pad. Raises ValueError for an id that is not in the vocabulary."""
+        ids = [int(index) for index in ids]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = next(index for index in ids if not 0 <= index < self.vocab_size)
+            raise ValueError(f"{self.name} has no token {wrong}: its ids go from 0 to {self.vocab_size - 1}")
+        special = (self.bos_id, self.eos_id, self.pad_id)
+        return self.engine.decode([index for index in ids if index not in special], skip_special_tokens=True)
+
+    def normalise(self, text: str) -> str:
+        """What is left of a text after encoding and decoding, by definition: decode(encode(text))."""
+        return self.decode(self.encode(text))
+
+    def tokens(self, text: str) -> list[str]:
+        """The piece of the text that each id stands for, for display. Of a character cut in several, the first id has it all."""
+        text, pieces, end = self._prepare(text), [], 0
+        for start, stop in self.engine.encode(text, add_special_tokens=False).offsets:
+            pieces.append(text[max(start, end) : stop])
+            end = max(end, stop)
+        return pieces
+
+    def bytes_per_token(self, texts: Sequence[str]) -> float:
+        """UTF-8 bytes of the texts, as they are given, for each of their tokens. Raises ValueError where there is no token."""
+        num_tokens = sum(map(len, self.encode_batch(texts)))
+        if num_tokens == 0:
+            raise ValueError(f"bytes per token of {len(texts)} texts without a token: give at least one that is not empty")
+        return sum(len(text.encode("utf-8", "replace")) for text in texts) / num_tokens
+
+    def to_html(self, text: str) -> str:
+        """The text with every token on its own colour, as HTML for a notebook."""
+        colours = ("#cde7ff", "#ffe3b8", "#d5f0c9", "#f5d0e2", "#e3d9fb")
+        spans = [
+            f'<span style="background:{colours[i % len(colours)]}; color:black">{html.escape(piece)}</span>'
+            for i, piece in enumerate(self.tokens(text))
+        ]
+        return f'<div style="white-space:pre-wrap; font-family:monospace; line-height:1.6">{"".join(spans)}</div>'
+
+
+class CharacterPairTokenizer(Tokenizer):
+    """Ids 0 to 94 are ALPHABET, the merges follow in the order in which they were learned, then bos, eos and pad."""
+
+    def _prepare(self, text: str) -> str:
+        return normalise(text)
+
+    def normalise(self, text: str) -> str:
+        """See the function `normalise`: decode(encode(text)) == normalise(text) for every text."""
+        return normalise(text)
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """The pairs that were joined, in the order in which they were learned."""
+        return [tuple(pair) for pair in json.loads(self.content)["model"]["merges"]]
+
+    def cut(self, vocab_size: int, name: str) -> "CharacterPairTokenizer":
+        """The tokenizer that stopped learning at `vocab_size` tokens (bos, eos and pad not counted)."""
+        _check_vocab_size(vocab_size)
+        if vocab_size > self.bos_id:
+            raise ValueError(f"vocab_size={vocab_size}: {self.name} knows {self.bos_id} tokens; cut it to at most that")
+        vocabulary, merges = list(ALPHABET), []
+        for left, right in self.merges:
+            if len(vocabulary) == vocab_size:
+                break
+            merges.append((left, right))
+            if left + right not in vocabulary:
+                vocabulary.append(left + right)
+        return _assemble(name, vocabulary, merges)
+
+    def save(self, overwrite: bool = False, folder: Path = TOKENIZERS_DIR) -> Path:
+        """Writes `folder`/`name`.model and returns its path. Raises FileExistsError rather than overwrite one unasked."""
+        path = check_new_name(self.name, overwrite, folder)
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_text(self.content + "\n", encoding="utf-8", newline="\n")
+        os.replace(unfinished, path)
+        return path
+
+
+def _fingerprint(parsed: dict) -> str:
+    content = {key: parsed.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()[:16]
+
+
+def _assemble(name: str, vocabulary: list[str], merges: list[tuple[str, str]]) -> CharacterPairTokenizer:
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Engine
+
+    engine = Engine(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges, unk_token=REPLACEMENT))
+    engine.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "isolated")
+    engine.decoder = decoders.Fuse()
+    engine.add_special_tokens([BOS_NAMES[0], EOS_NAMES[0], PAD_NAMES[0]])
+    return CharacterPairTokenizer(name, engine.to_str(pretty=True))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str, progress: bool = False) -> CharacterPairTokenizer:
+    """Learns a character-pair tokenizer: again and again, the pair of neighbours that is most frequent becomes a token.
+
+    vocab_size counts ALPHABET and merges; bos, eos and pad come on top. Of pairs that are equally frequent, the one with the
+    smallest ids is joined. A pair that occurs once is not learned. The same texts give the same tokenizer, in any order.
+    Raises ValueError if vocab_size is below 95, if there is no text, or if there are too few pairs in it.
+    """
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Engine
+
+    _check_vocab_size(vocab_size)
+    num_characters = 0
+
+    def normalised():
+        nonlocal num_characters
+        for text in texts:
+            num_characters += len(text)
+            yield normalise(text)
+
+    engine = Engine(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "isolated")
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, initial_alphabet=list(ALPHABET), show_progress=progress)
+    engine.train_from_iterator(normalised(), trainer)
+    if num_characters == 0:
+        raise ValueError("there is no text to learn a tokenizer from: give data with at least one story")
+    model = json.loads(engine.to_str())["model"]
+    if len(model["vocab"]) < vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size} can't be reached: after {len(model['vocab'])} tokens no pair occurs twice in the "
+            f"{num_characters:,} characters of text. Give more text, or vocab_size={len(model['vocab'])}"
+        )
+    merges = [(left, right) for left, right in model["merges"]]
+    return _assemble(name, sorted(model["vocab"], key=model["vocab"].get), merges)
+
+
+def _check_vocab_size(vocab_size: int) -> None:
+    if vocab_size < len(ALPHABET):
+        raise ValueError(f"vocab_size={vocab_size} is too small: the {len(ALPHABET)} characters alone need {len(ALPHABET)}")
+
+
+def check_new_name(name: str, overwrite: bool = False, folder: Path = TOKENIZERS_DIR) -> Path:
+    """The file that a new tokenizer will be saved in. Raises ValueError or FileExistsError if the name can't be used."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
+        raise ValueError(f"{name!r} can't be a tokenizer's name: use letters, digits, '_', '-' and '.', such as my_tokenizer")
+    path = Path(folder) / f"{name}.model"
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"there is a tokenizer called {name!r} already: choose another --name, or give --overwrite")
+    return path
+
+
+def available_tokenizers() -> list[str]:
+    """The names of the tokenizers in the folder tokenizers/, smallest number first."""
+    numbers = re.compile(r"\d+")
+    names = (path.stem for path in TOKENIZERS_DIR.glob("*.model"))
+    return sorted(names, key=lambda name: (numbers.sub("", name), [int(number) for number in numbers.findall(name)]))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Opens "bpe_tokenizer_1024" (a file in tokenizers/), a .model or tokenizer.json file, a folder with one, or "hf:gpt2".
+
+    After "hf:" comes a name on the Hugging Face hub, or a local folder or file. Raises FileNotFoundError, or ValueError for a
+    file that is damaged or is no tokenizer.
+    """
+    path = _find_tokenizer(str(name))
+    try:
+        content = path.read_text(encoding="utf-8")
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or no tokenizer ({error}): copy it again, or make it anew") from error
+    try:
+        vocabulary = parsed["model"]["vocab"]
+        ours = isinstance(vocabulary, dict) and sorted(vocabulary, key=vocabulary.get)[: len(ALPHABET)] == list(ALPHABET)
+        return (CharacterPairTokenizer if ours else Tokenizer)(str(name), content)
+    except Exception as error:  # `tokenizers` raises bare Exception for a JSON that it can't use
+        raise ValueError(f"{path} is JSON, but not of a tokenizer ({error!r}): give a file that `tokenizers` wrote") from error
+
+
+def _find_tokenizer(name: str) -> Path:
+    saved, path = TOKENIZERS_DIR / f"{name}.model", Path(name.removeprefix("hf:"))
+    if not name.startswith("hf:") and saved.is_file():
+        return saved
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"the folder {path} holds no tokenizer.json: give the folder of a Hugging Face tokenizer")
+    if path.exists():
+        return path / "tokenizer.json" if path.is_dir() else path
+    if name.startswith("hf:"):
+        return _download(name.removeprefix("hf:"))
+    if path.suffix in (".model", ".json") or len(path.parts) > 1:
+        raise FileNotFoundError(f"there is no tokenizer file {path}: check the path")
+    names = available_tokenizers()
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    raise FileNotFoundError(f"no tokenizer is called {name!r}. {hint}There are: {', '.join(names)}; or one of the hub: hf:gpt2")
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, "tokenizer.json"))
+    except Exception as error:  # no network, no such repository, no tokenizer.json in it: many types, one cure
+        raise FileNotFoundError(
+            f"can't get tokenizer.json of {repository!r} from the Hugging Face hub ({type(error).__name__}): check the name and "
+            f"the network, or give a local folder as hf:FOLDER"
+        ) from error
+
+
+def main(
+    data: str = "auto",
+    vocab_size: int = 1024,
+    name: str = "my_tokenizer",
+    num_stories: int = 100_000,
+    overwrite: bool = False,
+) -> None:
+    """Learn a character-pair tokenizer and save it in tokenizers/.
+
+    Args:
+        data: Where the stories come from, as in training: tinystories, storyworld, hub:owner/name, a file or a folder.
+        vocab_size: Number of characters (95) and merges; bos, eos and pad come on top.
+        name: Name to save it under; train with it by --train.tokenizer NAME.
+        num_stories: Learn from at most so many stories; more hardly change the merges.
+        overwrite: Replace a tokenizer that has this name.
+    """
+    from data import read_stories
+
+    check_new_name(name, overwrite)
+    stories = list(islice(read_stories(data, split="train"), num_stories))
+    tokenizer = train_tokenizer(stories, vocab_size, name, progress=True)
+    print("merges learned:", " ".join(repr(left + right) for left, right in tokenizer.merges))
+    print(f"bytes per token: {tokenizer.bytes_per_token(stories[:2000]):.3f} (its first {min(2000, len(stories))} stories)")
+    print(f"characters replaced by {REPLACEMENT}: {count_replacements(stories)}")
+    print(f"saved as {tokenizer.save(overwrite)}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(main)
