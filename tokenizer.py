@@ -196,9 +196,9 @@ class CharacterPairTokenizer(Tokenizer):
                 vocabulary.append(left + right)
         return _assemble(name, vocabulary, merges)
 
-    def save(self, overwrite: bool = False, folder: Path = TOKENIZERS_DIR) -> Path:
-        """Writes `folder`/`name`.model and returns its path. Raises FileExistsError rather than overwrite one unasked."""
-        path = check_new_name(self.name, overwrite, folder)
+    def save(self, overwrite: bool = False) -> Path:
+        """Writes tokenizers/`name`.model and returns its path. Raises FileExistsError rather than overwrite one unasked."""
+        path = check_new_name(self.name, overwrite)
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_name(path.name + ".unfinished")
         unfinished.write_text(self.content + "\n", encoding="utf-8", newline="\n")
@@ -262,11 +262,11 @@ def _check_vocab_size(vocab_size: int) -> None:
         raise ValueError(f"vocab_size={vocab_size} is too small: the {len(ALPHABET)} characters alone need {len(ALPHABET)}")
 
 
-def check_new_name(name: str, overwrite: bool = False, folder: Path = TOKENIZERS_DIR) -> Path:
+def check_new_name(name: str, overwrite: bool = False) -> Path:
     """The file that a new tokenizer will be saved in. Raises ValueError or FileExistsError if the name can't be used."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
         raise ValueError(f"{name!r} can't be a tokenizer's name: use letters, digits, '_', '-' and '.', such as my_tokenizer")
-    path = Path(folder) / f"{name}.model"
+    path = TOKENIZERS_DIR / f"{name}.model"
     if path.exists() and not overwrite:
         raise FileExistsError(f"there is a tokenizer called {name!r} already: choose another --name, or give --overwrite")
     return path
@@ -318,9 +318,12 @@ def _find_tokenizer(name: str) -> Path:
 
 
 def _download(repository: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     try:
+        cached = try_to_load_from_cache(repository, "tokenizer.json")
+        if isinstance(cached, str):
+            return Path(cached)
         return Path(hf_hub_download(repository, "tokenizer.json"))
     except Exception as error:  # no network, no such repository, no tokenizer.json in it: many types, one cure
         raise FileNotFoundError(
