@@ -1,0 +1,262 @@
+"""The tree of calls and lines that tools.show_shapes records, drawn as text and as a page."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from html import escape
+
+from torch import nn
+
+from shape_comments import shapes_in
+
+FAILED_INSIDE = "failed"  # the problem of a call whose failure is told further in
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A value at the moment it was seen: a tensor, or a plain number, which has no shape."""
+
+    name: str
+    shape: tuple[int, ...] | None
+    dtype: str = ""
+    number: str = ""
+    values: str = ""
+    content: str = ""
+
+
+@dataclass
+class Line:
+    """A statement of a forward method (or of a helper it called) and what it made."""
+
+    source: str
+    seen: tuple[Seen, ...]
+    where: str = ""
+    comment: str = ""
+    problem: str = ""
+    times: int = 1
+
+
+@dataclass
+class Call:
+    """A call of a module, or of a helper function (kind is then empty), and what happened inside, in order."""
+
+    name: str
+    kind: str
+    given: tuple[Seen, ...]
+    module: nn.Module | None = None
+    returned: tuple[Seen, ...] = ()
+    parameters: int = 0
+    shared: int = 0  # parameters that an earlier call has counted already: tied weights
+    problem: str = ""
+    children: list["Call | Line"] = field(default_factory=list)
+    times: int = 1
+    handling: BaseException | None = None  # being handled when the call began, so not a failure of the call
+
+
+def fold(nodes: list[Call | Line]) -> list[Call | Line]:
+    """Draws repetitions of what looks the same together: eight equal layers, the lines of a loop."""
+    nodes = [replace(node, children=fold(node.children)) if isinstance(node, Call) else node for node in nodes]
+    period = 1
+    while period <= len(nodes) // 2:
+        looks, folded, start = [look(node) for node in nodes], [], 0
+        while start < len(nodes):
+            end = start + period
+            while looks[end: end + period] == looks[start: start + period]:
+                end += period
+            if end - start > period:
+                folded += [merge(nodes[first:end:period]) for first in range(start, start + period)]
+                start = end
+            else:
+                folded.append(nodes[start])
+                start += 1
+        nodes, period = folded, period + 1
+    return nodes
+
+
+def look(node: Call | Line) -> tuple:
+    """What has to be equal for two nodes to be drawn as one: everything but the numbers in a name."""
+    if isinstance(node, Line):
+        return node.source, node.where, node.seen, node.problem, node.times
+    children = tuple(look(child) for child in node.children)
+    size = (node.parameters + node.shared) // node.times
+    return re.sub(r"[\d–, ]+", "#", node.name), node.kind, node.given, node.returned, size, node.problem, node.times, children
+
+
+def merge(nodes: list[Call | Line]) -> Call | Line:
+    times = sum(node.times for node in nodes)
+    if isinstance(nodes[0], Line):
+        return replace(nodes[0], times=times)
+    parameters, shared = sum(node.parameters for node in nodes), sum(node.shared for node in nodes)
+    return replace(nodes[0], name=joined_name([node.name for node in nodes]), times=times, parameters=parameters, shared=shared)
+
+
+def joined_name(names: list[str]) -> str:
+    """['layers.0', 'layers.1', 'layers.2']  becomes  'layers.0–2'"""
+    parts = [re.split(r"([\d–, ]+)", name) for name in dict.fromkeys(names)]
+    for i in range(1, len(parts[0]), 2):
+        numbers = [int(n) for part in parts for low, _, high in [p.partition("–") for p in part[i].split(", ")]
+                   for n in range(int(low), int(high or low) + 1)]
+        runs = []
+        for number in dict.fromkeys(numbers):
+            if runs and number == runs[-1][1] + 1:
+                runs[-1][1] = number
+            else:
+                runs.append([number, number])
+        parts[0][i] = ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)
+    return "".join(parts[0])
+
+
+def title(node: Call) -> str:
+    return "  ".join(part for part in (node.name, node.kind) if part) + (f" × {node.times}" if node.times > 1 else "")
+
+
+def parameter_label(node: Call) -> str:
+    if node.times > 1 and node.parameters and not node.shared:
+        return f"{node.times} × {node.parameters // node.times:,}"
+    if node.parameters or not node.shared:
+        return f"{node.parameters:,}" if node.parameters else ""
+    return f"{node.shared // node.times:,} shared"
+
+
+def shape_label(seen: Seen, named: bool = True) -> str:
+    text = seen.number if seen.shape is None else f"{seen.shape}" + (f" {seen.dtype}" if seen.dtype != "float32" else "")
+    return f"{seen.name} {text}" if named else text
+
+
+def shapes_label(node: Call | Line) -> str:
+    if isinstance(node, Line):
+        return "✗ " * bool(node.problem) + ", ".join(map(shape_label, node.seen))
+    given, returned = (", ".join(shape_label(seen, named=False) for seen in side) for side in (node.given, node.returned))
+    return f"{given} → {'✗' if node.problem else returned}"
+
+
+def value_notes(node: Call | Line) -> list[str]:
+    """The values of the tensors of a line; those of a call only where no line inside tells them."""
+    if isinstance(node, Line):
+        told = [seen for seen in node.seen if seen.values]
+        return [f"{seen.name}: {seen.values}" if len(told) > 1 else seen.values for seen in told]
+    if any(isinstance(child, Line) for child in node.children):
+        return []
+    return [f"→ {seen.values}" for seen in node.returned if seen.values]
+
+
+def long_notes(node: Call | Line) -> Iterator[str]:
+    """Whole tensors, by the same rule, and what went wrong."""
+    if isinstance(node, Line) or not any(isinstance(child, Line) for child in node.children):
+        for seen in node.seen if isinstance(node, Line) else node.returned:
+            label = f"{seen.name}: " if isinstance(node, Line) else "→ "
+            if seen.content:
+                yield label + seen.content.replace("\n", "\n" + " " * len(label))
+    if node.problem and node.problem != FAILED_INSIDE:
+        yield f"✗ {node.problem}"
+
+
+def as_text(calls: list[Call]) -> str:
+    """The calls as a tree with aligned columns, as wide as the terminal."""
+    rows = [Row("", "shapes", right="parameters"), *text_rows(fold(calls), indent=None)]
+    width = min(shutil.get_terminal_size((112, 24)).columns, 160)
+    columns = [row for row in rows if not row.whole]
+    right_width = max(len(row.right) for row in columns)
+    middle_width = min(max(len(row.middle + row.meaning) - (0 if row.right else right_width + 2) for row in columns), width // 2)
+    left_width = min(max(len(row.left) for row in columns), max(30, width - middle_width - right_width - 4))
+    lines = []
+    for row in rows:
+        if row.whole:
+            lines.append(row.left)
+            continue
+        left, room = shorten(row.left, left_width).ljust(left_width), width - left_width - 2
+        if row.right:
+            room -= 2 + right_width
+            lines.append(f"{left}  {shorten(row.middle, room).ljust(room)}  {row.right.rjust(right_width)}")
+        else:
+            meaning = row.meaning if len(row.middle + row.meaning) <= room else ""
+            lines.append(f"{left}  {shorten(row.middle, room)}{meaning}".rstrip())
+    return "\n".join(lines)
+
+
+@dataclass
+class Row:
+    left: str
+    middle: str = ""
+    meaning: str = ""  # of the shape, in letters: shown where there is room
+    right: str = ""
+    whole: bool = False  # left goes over all columns
+
+
+def text_rows(nodes: list[Call | Line], indent: str | None) -> Iterator[Row]:
+    last_call = max((i for i, node in enumerate(nodes) if isinstance(node, Call)), default=-1)
+    for i, node in enumerate(nodes):
+        below = "" if indent is None else indent + ("│  " if i < last_call else "   ")
+        if isinstance(node, Call):
+            branch = "" if indent is None else indent + ("├─ " if i < last_call else "└─ ")
+            yield Row(branch + title(node), shapes_label(node), right=parameter_label(node))
+        else:
+            times = f"  × {node.times}" if node.times > 1 else ""
+            meaning = "" if node.problem else ", ".join(shapes_in(node.comment))
+            yield Row(below + node.source + times, shapes_label(node), meaning and f" = {meaning}")
+        yield from (Row(below, note) for note in value_notes(node))
+        yield from (Row(f"{below}   {line}".rstrip(), whole=True) for note in long_notes(node) for line in note.splitlines())
+        if isinstance(node, Call):
+            yield from text_rows(fold(node.children), below)
+
+
+def shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+STYLE = """
+:root { color-scheme: light dark; --quiet: #667; --rule: #ddd; --wrong: #b00020; --name: #0b5394 }
+@media (prefers-color-scheme: dark) { :root { --quiet: #99a; --rule: #333; --wrong: #ff8a80; --name: #8ab4f8 } }
+body { font: 14px/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }
+body { margin: 2em auto; max-width: 1200px; padding: 0 1em }
+h1 { font: 600 20px system-ui, sans-serif } p { font-family: system-ui, sans-serif; color: var(--quiet) }
+details > :not(summary) { margin-left: 1.2em } summary { cursor: pointer }
+summary, .line { border-bottom: 1px solid var(--rule); padding: 1px 0 }
+.row { display: inline-flex; width: calc(100% - 1.3em); gap: 1em; vertical-align: top } .line .row { width: 100% }
+.what { flex: 1; min-width: 0; overflow-wrap: anywhere } .shapes { width: 27em; flex: none; overflow-wrap: anywhere }
+.count { width: 9em; flex: none; text-align: right } .name { color: var(--name); font-weight: 600 }
+.line .what, .comment, .times { color: var(--quiet) } .note { white-space: pre-wrap; color: var(--quiet) }
+.wrong { color: var(--wrong) }
+"""
+
+
+def as_html(calls: list[Call]) -> str:
+    """The calls as one self-contained page that folds and unfolds without scripts."""
+    name = escape(calls[0].kind or calls[0].name)
+    body = "\n".join(html_of(node, depth=0) for node in fold(calls))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{name}: shapes</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>{name}</h1>
+<p>Every call of a module, what goes in → what comes out, and its parameters. Click to open one.</p>
+{body}
+</body>
+</html>
+"""
+
+
+def html_of(node: Call | Line, depth: int) -> str:
+    times = f' <span class="times">× {node.times}</span>' if node.times > 1 else ""
+    if isinstance(node, Line):
+        comment = f' <span class="comment">{escape(node.comment)}</span>' if node.comment else ""
+        what, count = f'<span title="{escape(node.where)}">{escape(node.source)}</span>{comment}{times}', ""
+    else:
+        what, count = f'<span class="name">{escape(node.name)}</span> {escape(node.kind)}{times}', parameter_label(node)
+    row = (f'<span class="row"><span class="what">{what}</span><span class="shapes">{escape(shapes_label(node))}</span>'
+           f'<span class="count">{count}</span></span>')
+    told = [*value_notes(node), *long_notes(node)]
+    below = "".join(f'<div class="note{" wrong" * note.startswith("✗")}">{escape(note)}</div>' for note in told)
+    if isinstance(node, Line):
+        return f'<div class="line">{row}{below}</div>'
+    below += "\n".join(html_of(child, depth + 1) for child in fold(node.children))
+    if not below:
+        return f'<div class="line call">{row}</div>'
+    opened = " open" if depth < 2 or node.problem else ""
+    return f"<details{opened}><summary>{row}</summary>{below}</details>"
