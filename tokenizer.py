@@ -14,6 +14,7 @@ import html
 import json
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -259,7 +260,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str, progress: 
 
 def _check_vocab_size(vocab_size: int) -> None:
     if vocab_size < len(ALPHABET):
-        raise ValueError(f"vocab_size={vocab_size} is too small: the {len(ALPHABET)} characters alone need {len(ALPHABET)}")
+        raise ValueError(f"vocab_size={vocab_size} is too small: give at least {len(ALPHABET)}, one for each character")
 
 
 def check_new_name(name: str, overwrite: bool = False) -> Path:
@@ -351,6 +352,7 @@ def main(
     from data import read_stories
 
     check_new_name(name, overwrite)
+    _check_vocab_size(vocab_size)
     stories = list(islice(read_stories(data, split="train"), num_stories))
     tokenizer = train_tokenizer(stories, vocab_size, name, progress=True)
     print("merges learned:", " ".join(repr(left + right) for left, right in tokenizer.merges))
@@ -362,4 +364,7 @@ def main(
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError) as error:
+        sys.exit(f"tokenizer.py: {error}")

@@ -319,7 +319,7 @@ def test_unsafe_names_are_refused(name):
 
 
 def test_training_says_what_is_wrong():
-    with pytest.raises(ValueError, match="vocab_size=94 is too small: the 95 characters"):
+    with pytest.raises(ValueError, match="vocab_size=94 is too small: give at least 95"):
         train_tokenizer([STORY], 94, "x")
     with pytest.raises(
         ValueError, match=r"vocab_size=1000 can't be reached: after 97 tokens no pair occurs twice .* vocab_size=97"
