@@ -1,0 +1,300 @@
+"""The words of the story world: who lives there, what they like, where things are, and which belongs to which.
+
+`build_tables` makes the tables that `storyworld_grammar.World` draws from. Lists are written compactly, one entity a line or a
+comma; a star after a thing makes it plural (berries*), a tilde a mass (honey~).
+"""
+
+from storyworld_grammar import Entity, Table, with_article
+
+# kind | past of how it moves | how it moves | its cry | its home | what it likes to eat
+KINDS = """
+girl | ran | run | Yay | house | apple, pancake, strawberries*, cookies*, noodles*, soup~, cheese~, grapes*, peach, cupcake, waffle, plum, toast~
+boy | ran | run | Hooray | house | apple, pancake, strawberries*, cookies*, noodles*, soup~, cheese~, grapes*, peach, cupcake, waffle, plum, toast~
+dog | ran | run | Woof | kennel | sausage, meatballs*, biscuit, ham~, stew~
+puppy | scampered | scamper | Yip | basket | biscuit, sausage, milk~, chicken~
+cat | crept | creep | Meow | cottage | fish, milk~, cream~, tuna~
+kitten | skipped | skip | Mew | barn | milk~, cream~, fish, butter~
+rabbit | hopped | hop | Oh my | burrow | carrot, lettuce~, clover~, radish, turnip, cabbage
+bear | stomped | stomp | Grr | cave | honey~, berries*, salmon~, nuts*
+fox | trotted | trot | Yap | den | grapes*, eggs*, berries*, pie
+mouse | scurried | scurry | Squeak | hole | cheese~, crumbs*, corn~, seeds*, cracker
+frog | leaped | leap | Ribbit | pond | worms*, beetle soup~, pond pudding~
+duck | waddled | waddle | Quack | nest | bread~, peas*, oats*, corn~
+pig | trotted | trot | Oink | barn | pumpkin, acorns*, potatoes*, corn~, pears*
+lamb | skipped | skip | Baa | barn | clover~, grass~, daisies*, hay~
+pony | galloped | gallop | Neigh | stable | hay~, carrot, sugar~, apple
+squirrel | scampered | scamper | Chirr | tree house | acorns*, nuts*, seeds*, pine cone
+hedgehog | shuffled | shuffle | Snuffle | leaf house | worms*, berries*, mushroom, melon
+turtle | plodded | plod | Hmm | shell house | lettuce~, melon, dandelions*, strawberries*
+owl | flew | fly | Hoo | oak tree | blueberries*, seed cake~, pie
+robin | flew | fly | Tweet | nest | cherries*, worms*, crumbs*, seeds*
+dragon | flew | fly | Rawr | cave | hot peppers*, chili~, burnt toast~, marshmallows*
+monkey | swung | swing | Ooh ooh | tree house | banana, mango, coconut, figs*
+elephant | marched | march | Toot | grassy home | peanuts*, melon, banana, hay~
+lion | strode | stride | Roar | den | stew~, ham~, sausage
+penguin | waddled | waddle | Honk | igloo | fish, shrimp~, ice cream~
+goat | trotted | trot | Bleat | shed | cabbage, thistles*, turnip, hay~
+beaver | paddled | paddle | Slap | lodge | bark~, twigs*, water lilies*
+mole | shuffled | shuffle | Sniff | tunnel | worms*, roots*, potatoes*, radish
+"""
+FLYING = "owl robin dragon"
+WILD = "rabbit bear fox mouse frog squirrel hedgehog turtle owl robin mole beaver"  # animals of the wood and the pond
+BIG = "bear pony elephant lion dragon"
+
+NAMES = {
+    "girl": "Lily Mia Anna Lucy Sara Emma Zoe Ella Nora Ruby Molly Amy Daisy Rosie Clara Ivy Jane Kate Maya Nina Polly Sophie Tess "
+    "Wendy Hannah Eva Grace Holly Julia Laura Megan Alma Betty Cora Dora Greta Hazel Iris June Leah",
+    "boy": "Tim Tom Ben Max Sam Jack Leo Noah Adam Billy Finn Oscar Peter Henry Luke Toby Ned Owen Paul Ryan Theo Victor Will Zack "
+    "Eli Fred George Hugo Ian Jacob Kevin Liam Martin Oliver Pablo Ray Simon Tony Walter Alex",
+    "she": "Bella Coco Dolly Fifi Ginger Honey Kiki Lulu Mimi Nala Olive Pearl Rosa Suki Tilly Poppy Willow Penny Maple Dot Clover "
+    "Fern Lola Peach Biscuit Nutmeg Trixie Velvet Cleo Bonnie",
+    "he": "Bingo Buddy Chip Duke Fuzzy Gus Hoppy Jasper Koko Lucky Milo Nibbles Otto Pip Rusty Scout Teddy Waldo Ziggy Barney Bramble "
+    "Mango Pepper Sparky Tango Tucker Whisker Yogi Archie Bruno",
+}
+
+FAMILY = "mom Mom she her her, dad Dad he him his, grandma Grandma she her her, grandpa Grandpa he him his"
+
+# thing | what one can do with it, with "it" or "them" for the thing; later sentences come back to it
+TOYS = """
+ball | bounce it on the path; play catch with it; kick it over the hedge; roll it down the hill
+doll | give it a tea party; sing it to sleep; brush its long hair; build it a tiny bed
+kite | fly it high in the sky; make it dance in the wind; run with it along the shore
+drum | play a loud march on it; beat it in the parade; tap a song on it
+toy boat | sail it on the water; race it down the stream; fill it with brave little sailors
+toy train | push it around the room; pull it through a tunnel; load it with tiny logs
+teddy bear | hug it at night; tell it secrets; carry it everywhere
+picture book | read it before bed; look at it under a tree; learn the names of all the stars in it
+hat | wear it in the sun; do magic tricks with it; look like a real farmer in it
+scarf | keep warm in it; wave it like a flag; play pirates with it
+whistle | blow it at the race; call all the others with it; copy the songs of the birds with it
+puzzle | solve it on a rainy day; put it together with a friend; see the castle in it
+robot | teach it to dance; make it beep; let it carry the cups
+marble | roll it down a ramp; watch the colors in it; win a game with it
+bell | ring it for dinner; hang it on the door; hear it jingle
+lantern | light the dark path with it; read by it at night; send signals with it
+basket | carry berries in it; fill it with flowers; take it to the picnic
+umbrella | stay dry under it; dance with it in the rain; float it like a boat
+blanket | snuggle under it; build a fort with it; spread it on the grass
+paintbrush | paint a rainbow with it; make the old fence pretty with it; draw a whale with it
+crown | play king and queen with it; wear it at the party; rule over the toys with it
+puppet | put on a show with it; make it talk in a silly voice; make the baby laugh with it
+bucket | build a sand castle with it; carry water in it; collect pebbles in it
+flute | play a sweet tune on it; wake up the birds with it; join the band with it
+trumpet | play in the band with it; blow a loud note on it; greet the morning with it
+magnet | pick up pins with it; fish for nails with it; hang up a drawing with it
+compass | find the north with it; go exploring with it; lead the way with it
+ribbon | tie a bow with it; wrap a present with it; twirl it in the air
+cape | be a hero in it; play wizard in it; swoosh around in it
+scooter | race down the lane on it; ride it to school; zoom past the bakery on it
+sled | slide down the snowy hill on it; pull it through the snow; ride it with a friend
+wagon | pull it up the hill; haul pumpkins in it; give rides in it
+skates* | glide over the ice in them; spin around in them; race in them
+blocks* | build a tall tower with them; make a bridge with them; spell a word with them
+crayons* | draw a purple cow with them; color the whole page with them; make a birthday card with them
+boots* | jump in puddles in them; splash in the mud in them; walk through the stream in them
+"""
+ANIMAL_TOYS = """
+feather | tickle a friend with it; write letters with it; put it in a cap
+shiny button | watch it sparkle; use it as a plate; spin it like a top
+cushion | sleep on it all winter; curl up on it; sit on it like a king
+round pebble | skip it over the water; roll it along the path; keep it as a lucky charm
+big leaf | hide under it in the rain; use it as a sail; fan a hot friend with it
+seashell | listen to the sea in it; drink tea from it; wear it on a string
+rope | swing on it; play tug with it; tie up the raft with it
+bone | chew on it all day; bury it for later; show it to the whole street
+stick | fetch it again and again; dig a deep hole with it; drum on a log with it
+balls of yarn* | chase them across the floor; knit a sock with them; tangle them up
+"""
+TOYS_OF = {
+    "child": "ball doll kite drum toy_boat toy_train teddy_bear picture_book hat scarf whistle puzzle robot marble lantern umbrella "
+    "blanket paintbrush crown puppet bucket flute trumpet magnet compass cape scooter sled wagon skates blocks crayons boots",
+    "pet": "ball bell blanket bone stick rope cushion ribbon basket hat",
+    "wild": "feather shiny_button cushion round_pebble big_leaf seashell bell blanket lantern basket drum scarf flute umbrella",
+    "big": "drum crown umbrella ball trumpet blanket bucket hat wagon cape",
+}
+
+# preposition place | hiding places | things to look at
+PLACES = """
+in park | under the bench, behind the slide, beside the swings, in the sandbox | the fountain, the pigeons, the tall statue
+in garden | under the rose bush, behind the watering can, between the tomatoes, beside the gate | the sunflowers, the bees, the pea vines
+in forest | inside a hollow log, under the ferns, behind a pine tree, beside the mossy stump | the old oaks, the woodpecker, the toadstools
+on beach | behind a sand dune, under the pier, between the rocks, beside a tide pool | the waves, the gulls, the tiny crabs
+on farm | behind the tractor, in the haystack, beside the trough, under the cart | the cows, the rooster, the windmill
+at market | under the fruit stand, behind the barrels, beside the fish seller, between the crates | the bright stalls, the baker, the juggler
+in meadow | in the long grass, under the daisies, beside the stream, behind the beehive | the butterflies, the poppies, the grazing sheep
+by lake | among the reeds, under the dock, behind the canoe, beside the willow | the swans, the dragonflies, the sailboats
+in valley | beside the waterfall, under the stone bridge, behind the thorn bush, inside a cave | the river, the wild horses, the echo
+on hill | behind the big rock, under the apple tree, beside the stone wall, in the heather | the clouds, the village below, the hawks
+in orchard | under the ladder, between the baskets, behind the cider press, beside the plum tree | the blossoms, the ripe pears, the starlings
+in village | behind the bakery, beside the well, under the clock tower, in the alley | the chimney smoke, the post office, the blacksmith
+at playground | under the seesaw, behind the climbing frame, beside the drinking tap, in the tunnel | the merry-go-round, the big kids, the chalk drawings
+in barn | in the hay, behind the milk cans, under the ladder, beside the saddle | the swallows, the sleepy cow, the dusty beams
+in desert | behind a cactus, under a flat stone, beside the camel, in the hot sand | the lizards, the red cliffs, the long shadows
+in jungle | under a giant leaf, behind the vines, beside the bamboo, between two roots | the parrots, the orchids, the noisy toucans
+at zoo | beside the bear cage, under the ticket booth, behind the snack bar, near the seals | the giraffes, the zebras, the hippo
+at school | under the desk, behind the coat rack, in the library, beside the globe | the blackboard, the paper stars, the goldfish
+in castle | behind the throne, under the stairs, beside the knight, in the tower | the flags, the moat, the long mirrors
+at harbor | under the nets, behind the lighthouse, beside the anchor, between the ropes | the ships, the fishermen, the pelicans
+"""
+
+TRAITS = "kind, gentle, clever, cheerful, curious, polite, playful, quiet, funny, patient, friendly, helpful, brave, smart, thoughtful"
+COLORS = "red, blue, green, yellow, orange, purple, pink, brown, silver, golden, white, black, gray, turquoise, scarlet, violet"
+CREATURES = """ladybug, caterpillar, snail, grasshopper, cricket, beetle, moth, bumblebee, sparrow, crow, magpie, swan, goose, heron,
+kingfisher, lizard, newt, toad, crab, otter, badger, deer, weasel, chipmunk, raccoon, peacock, rooster, hen, turkey, donkey, sheep, calf,
+camel, parrot, flamingo, seal, dolphin, whale, jellyfish, starfish, spider, bat, wolf, moose, skunk, ant, dragonfly, firefly, wasp,
+seagull, pelican, stork, ostrich, zebra, giraffe, hippo, kangaroo, koala, panda, tiger"""
+GAMES = """tag, hide and seek, hopscotch, catch, leapfrog, pirates, marbles, cards, checkers, school, house, doctor, chess, dominoes,
+follow the leader, tug of war, soccer, tennis, store, knights, detectives, explorers, musical chairs, Simon says, ring toss, bowling, charades"""
+CHORES = """swept the floor, washed the dishes, watered the plants, folded the towels, fed the chickens, dusted the shelves, made the bed,
+peeled the carrots, set the table, raked the leaves, sorted the socks, wiped the windows, stirred the soup, picked up the toys, carried the
+firewood, mopped the kitchen, pulled the weeds, polished the spoons, baked the bread, mended the fence"""
+ACTIVITIES = """climb trees, sing songs, draw pictures, chase butterflies, count the stars, dance in the rain, tell jokes, pick flowers,
+collect stones, look at the clouds, splash in puddles, build forts, listen to stories, roll down hills, make mud pies, blow bubbles, paint
+shells, plant seeds, whistle tunes, ride on the swing, play with shadows, bake muffins, feed the ducks, watch the rain, skip over cracks,
+fold paper planes, hunt for treasure, make daisy chains, swim in the pond, read about pirates, watch the trains, juggle lemons"""
+GIFTS = """warm hug, shiny medal, big kiss, gold star, bright balloon, paper crown, bunch of tulips, jar of jam, slice of cake, cup of cocoa,
+bag of candy, wool sweater, tiny music box, wooden spoon, box of chocolates, pretty card, bowl of pudding, glass of lemonade, honey bun,
+striped sock, lucky coin, silk ribbon, bowl of popcorn, lemon tart"""
+
+VARIABLES = {
+    "hero": ("name", "kind"),
+    "kind2": ("company", "kind"),
+    "friend": ("name", "kind2"),
+    "kind3": ("company", "kind"),
+    "helper": ("name", "kind3"),
+    "toy": ("toy", "kind"),
+    "toy2": ("toy", "kind"),
+    "use": ("use", "toy"),
+    "food": ("food", "kind"),
+    "food2": ("food", "kind"),
+    "spot": ("spot", "place"),
+    "spot2": ("spot", "place"),
+    "sight": ("sight", "place"),
+    "sight2": ("sight", "place"),
+    "place2": ("place", None),
+}
+FACTS = {
+    **dict.fromkeys(["kind", "name", "family", "creature", "trait"], "who"),
+    **dict.fromkeys(["toy", "food", "color", "game", "gift", "chore"], "what"),
+    **dict.fromkeys(["place", "spot", "sight"], "where"),
+    **dict.fromkeys(["use", "moral", "activity", "plot"], "why"),
+}
+SHARED = {"kind"}
+
+WORDS = {
+    "weather": "sunny|rainy|windy|cloudy|warm|cold|chilly|bright|foggy|snowy|hot|breezy|misty|stormy|mild|gray|frosty|fine|lovely|quiet",
+    "part": "3*morning|3*day|3*afternoon|evening|Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday",
+    "little": "6*little|3*small|2*young|tiny|sweet|merry|cute|lively|plump|fluffy|tidy|jolly|sleepy|dreamy",
+    "happy": "5*happy|3*glad|proud|cheerful|joyful|excited|delighted|pleased|thrilled|merry",
+    "sad": "5*sad|3*upset|unhappy|gloomy|miserable|heartbroken|lonely|worried|downhearted",
+    "scared": "4*scared|2*afraid|frightened|nervous|worried|shaky|uneasy|terrified",
+    "nice": "3*nice|2*pretty|lovely|beautiful|wonderful|splendid|fine|charming|special|fancy|perfect|amazing|marvelous|dandy",
+    "big": "4*big|2*huge|large|giant|enormous|great|mighty",
+    "very": "4*very|3*so|really|quite|terribly",
+    "said": "5*said|2*cried|called|answered|laughed|exclaimed|replied|whispered",
+    "asked": "4*asked|wondered|begged|inquired",
+    "smiled": "4*smiled|2*laughed|nodded|giggled|grinned|winked|beamed|chuckled",
+    "softly": "softly|gently|quietly|kindly|warmly|calmly|sweetly|slowly|tenderly",
+    "quickly": "quickly|at once|right away|fast|in a hurry|eagerly|without a word|bravely",
+    "wow": "3*Wow|2*Oh|Look|Hooray|Goodness|My oh my|Yippee|Oh boy|Gosh|Golly",
+    "when": "5*One day|3*One @weather @part|Early one @part|Late one @part|On a @weather @part|That @part|Last spring|In the summer|"
+    "One autumn @part|One winter @part|On the first day of spring|After breakfast|After a long nap|Just before lunch",
+    "then": "5*Then|3*Soon|After a while|A little later|Just then|Before long|A moment later|Right then|Later|The next minute",
+    "suddenly": "5*Suddenly|2*All of a sudden|Just then|Out of nowhere|At that moment|Without warning",
+    "finally": "4*Finally|3*At last|In the end|After a long time|When the sun was low|Just before dark",
+    "day": "8*day|afternoon|morning|evening",
+    "looked": "3*looked|searched|peeked|hunted|checked",
+}
+
+
+def parse_list(domain: str, text: str) -> list[Entity]:
+    names = [" ".join(name.split()) for name in text.split(",")]
+    return [Entity(domain, name, {"a": with_article(name), "the": f"the {name}"}) for name in names]
+
+
+def thing(domain: str, text: str) -> Entity:
+    """One, many (a star) or some (a tilde) of something, with the pronouns and verbs that agree with it."""
+    name = text.strip().rstrip("*~")
+    many = text.strip().endswith("*")
+    forms = {"a": with_article(name), "the": f"the {name}", "it": "it", "they": "it", "was": "was", "is": "is", "this": "this", "one": "one"}
+    if many or text.strip().endswith("~"):
+        forms["a"], forms["one"] = f"some {name}", "some"
+    if many:
+        forms.update(it="them", they="they", was="were", is_="are", this="these")
+        forms["is"] = forms.pop("is_")
+    return Entity(domain, name, forms)
+
+
+def rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
+
+
+def build_names() -> dict[str, list[Entity]]:
+    she = {"he": "she", "him": "her", "his": "her", "himself": "herself", "hers": "hers"}
+    he = {"he": "he", "him": "him", "his": "his", "himself": "himself", "hers": "his"}
+    pronouns = {"girl": she, "she": she, "boy": he, "he": he}
+    return {group: [Entity("name", name, pronouns[group], [group]) for name in names.split()] for group, names in NAMES.items()}
+
+
+def build_kinds() -> tuple[dict[str, Entity], dict[str, str]]:
+    """The kinds by name, and what each likes to eat."""
+    kinds, meals = {}, {}
+    for name, went, go, cry, home, food in rows(KINDS):
+        child = name in ("girl", "boy")
+        tags = {"child" if child else "animal"}
+        tags |= {tag for tag, group in (("flying", FLYING), ("wild", WILD), ("big", BIG)) if name in group.split()}
+        forms = {"a": with_article(name), "went": went, "go": go, "cry": cry, "home": with_article(home)}
+        kinds[name], meals[name] = Entity("kind", name, forms, tags), food
+    return kinds, meals
+
+
+def build_tables() -> dict[str, dict[Entity | None, Table]]:
+    """Table name -> {None, or the entity that decides: Table}."""
+    kinds, meals = build_kinds()
+    names = build_names()
+    children = [kind for kind in kinds.values() if "child" in kind.tags]
+    animals = [kind for kind in kinds.values() if "animal" in kind.tags]
+    animal_names = Table(names["she"] + names["he"])
+    foods = {text.strip(): thing("food", text) for meal in meals.values() for text in meal.split(",")}
+    toys, uses = {}, {}
+    for name, what_for in rows(TOYS + ANIMAL_TOYS.strip()):
+        toy = toys[name.rstrip("*").replace(" ", "_")] = thing("toy", name)
+        uses[toy] = Table([Entity("use", use.strip(), {}) for use in what_for.split(";")])
+    toys_of = {group: Table([toys[name] for name in listed.split()]) for group, listed in TOYS_OF.items()}
+    company = Table(children * 1 + animals)
+    animal_company = {kind: Table([other for other in animals if other is not kind]) for kind in animals}
+    tables = {
+        "kind": {None: Table(list(kinds.values()))},
+        "child": {None: Table(children)},
+        "animal": {None: Table(animals)},
+        "company": {**dict.fromkeys(children, company), **animal_company},
+        "name": {**dict.fromkeys(animals, animal_names), kinds["girl"]: Table(names["girl"]), kinds["boy"]: Table(names["boy"])},
+        "toy": {kind: toys_of[toy_group(kind)] for kind in kinds.values()},
+        "use": uses,
+        "food": {kind: Table([foods[text.strip()] for text in meals[name].split(",")]) for name, kind in kinds.items()},
+    }
+    tables["family"] = {None: Table([family(line) for line in FAMILY.split(",")])}
+    tables.update(build_places())
+    lists = {"trait": TRAITS, "color": COLORS, "creature": CREATURES, "game": GAMES, "chore": CHORES, "activity": ACTIVITIES, "gift": GIFTS}
+    tables.update({name: {None: Table(parse_list(name, text))} for name, text in lists.items()})
+    return tables
+
+
+def toy_group(kind: Entity) -> str:
+    return next(tag for tag in ("child", "wild", "big", "pet") if tag in kind.tags or tag == "pet")
+
+
+def family(line: str) -> Entity:
+    name, call, he, him, his = line.split()
+    return Entity("family", name, {"call": call, "he": he, "him": him, "his": his})
+
+
+def build_places() -> dict[str, dict[Entity | None, Table]]:
+    places, spots, sights = [], {}, {}
+    for where, hidden, seen in rows(PLACES):
+        preposition, name = where.split()
+        place = Entity("place", name, {"the": f"the {name}", "in": f"{preposition} the {name}", "to": f"to the {name}"})
+        places.append(place)
+        spots[place] = Table(parse_list("spot", hidden))
+        sights[place] = Table(parse_list("sight", seen))
+    return {"place": {None: Table(places)}, "spot": spots, "sight": sights}
