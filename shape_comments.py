@@ -40,7 +40,7 @@ class Statement:
 @functools.lru_cache(maxsize=256)
 def statements(text: str) -> dict[int, Statement]:
     """The innermost statement on every line of a source text; of a compound statement only its head counts."""
-    lines = text.splitlines()
+    lines = text.split("\n")
     comments = trailing_comments(text)
     found = {}
     for node in ast.walk(ast.parse(text)):
@@ -61,9 +61,13 @@ def statements(text: str) -> dict[int, Statement]:
 
 def trailing_comments(text: str) -> dict[int, tuple[int, str]]:
     """{line: (column, comment)} of the comments that stand behind code."""
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = (token for token in tokens if token.type == tokenize.COMMENT)
-    return {t.start[0]: (t.start[1], t.string) for t in comments if t.line[: t.start[1]].strip()}
+    lines = text.split("\n")
+    found = {}
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        row, column = token.start
+        if token.type == tokenize.COMMENT and lines[row - 1][:column].strip():
+            found[row] = (column, token.string)
+    return found
 
 
 def assigned_names(node: ast.stmt) -> tuple[str, ...]:
@@ -95,7 +99,9 @@ def names_read(statement: Statement) -> list[str]:
     read = [node for head in heads for node in ast.walk(head) if isinstance(getattr(node, "ctx", None), ast.Load)]
     read = [node for node in read if isinstance(node, ast.Name) or isinstance(getattr(node, "value", None), ast.Name)]
     read.sort(key=lambda node: (node.lineno, node.col_offset))
-    return list(dict.fromkeys(ast.unparse(node) for node in read if not isinstance(node, ast.Subscript | ast.Starred)))
+    names = [ast.unparse(node) for node in read if isinstance(node, ast.Name | ast.Attribute)]
+    changed = statement.targets if isinstance(statement.node, ast.AugAssign) else ()
+    return list(dict.fromkeys((*changed, *names)))
 
 
 def look_up(name: str, variables: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from shape_comments import shapes_in
 
 FAILED_INSIDE = "failed"  # the problem of a call whose failure is told further in
+LONGEST_PERIOD = 64  # nodes: of the repetitions that are searched
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Call:
     name: str
     kind: str
     given: tuple[Seen, ...]
+    needs: tuple[Seen, ...] = ()  # what was given by name
     module: nn.Module | None = None
     returned: tuple[Seen, ...] = ()
     parameters: int = 0
@@ -57,21 +59,28 @@ class Call:
 def fold(nodes: list[Call | Line]) -> list[Call | Line]:
     """Draws repetitions of what looks the same together: eight equal layers, the lines of a loop."""
     nodes = [replace(node, children=fold(node.children)) if isinstance(node, Call) else node for node in nodes]
-    period = 1
-    while period <= len(nodes) // 2:
-        looks, folded, start = [look(node) for node in nodes], [], 0
-        while start < len(nodes):
+    while repetition := longest_repetition(nodes):
+        start, period, end = repetition
+        nodes[start:end] = [merge(nodes[first:end:period]) for first in range(start, start + period)]
+    return nodes
+
+
+def longest_repetition(nodes: list[Call | Line]) -> tuple[int, int, int] | None:
+    """(start, period, end) of the longest stretch that repeats itself; of equal ones the shortest period, from a call on."""
+    numbers: dict[tuple, int] = {}
+    looks = [numbers.setdefault(look(node), len(numbers)) for node in nodes]
+    found = []
+    for period in range(1, min(len(nodes) // 2, LONGEST_PERIOD) + 1):
+        for start in range(len(nodes) - 2 * period + 1):
             end = start + period
-            while looks[end: end + period] == looks[start: start + period]:
+            while looks[end : end + period] == looks[start : start + period]:
                 end += period
             if end - start > period:
-                folded += [merge(nodes[first:end:period]) for first in range(start, start + period)]
-                start = end
-            else:
-                folded.append(nodes[start])
-                start += 1
-        nodes, period = folded, period + 1
-    return nodes
+                found.append((end - start, -period, isinstance(nodes[start], Call), -start))
+    if not found:
+        return None
+    length, period, _, start = max(found)
+    return -start, -period, length - start
 
 
 def look(node: Call | Line) -> tuple:
@@ -80,7 +89,8 @@ def look(node: Call | Line) -> tuple:
         return node.source, node.where, node.seen, node.problem, node.times
     children = tuple(look(child) for child in node.children)
     size = (node.parameters + node.shared) // node.times
-    return re.sub(r"[\d–, ]+", "#", node.name), node.kind, node.given, node.returned, size, node.problem, node.times, children
+    name = re.sub(r"[\d–, ]+", "#", node.name)
+    return name, node.kind, node.given, node.needs, node.returned, size, node.problem, node.times, children
 
 
 def merge(nodes: list[Call | Line]) -> Call | Line:
@@ -95,20 +105,15 @@ def joined_name(names: list[str]) -> str:
     """['layers.0', 'layers.1', 'layers.2']  becomes  'layers.0–2'"""
     parts = [re.split(r"([\d–, ]+)", name) for name in dict.fromkeys(names)]
     for i in range(1, len(parts[0]), 2):
-        numbers = [int(n) for part in parts for low, _, high in [p.partition("–") for p in part[i].split(", ")]
-                   for n in range(int(low), int(high or low) + 1)]
-        runs = []
-        for number in dict.fromkeys(numbers):
+        spans = [span.partition("–") for part in parts for span in part[i].split(", ")]
+        runs: list[list[int]] = []
+        for number in sorted({n for low, _, high in spans for n in range(int(low), int(high or low) + 1)}):
             if runs and number == runs[-1][1] + 1:
                 runs[-1][1] = number
             else:
                 runs.append([number, number])
         parts[0][i] = ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)
     return "".join(parts[0])
-
-
-def title(node: Call) -> str:
-    return "  ".join(part for part in (node.name, node.kind) if part) + (f" × {node.times}" if node.times > 1 else "")
 
 
 def parameter_label(node: Call) -> str:
@@ -129,6 +134,16 @@ def shapes_label(node: Call | Line) -> str:
         return "✗ " * bool(node.problem) + ", ".join(map(shape_label, node.seen))
     given, returned = (", ".join(shape_label(seen, named=False) for seen in side) for side in (node.given, node.returned))
     return f"{given} → {'✗' if node.problem else returned}"
+
+
+def used_needs(call: Call) -> list[Line]:
+    """What was given by name, but not what is only passed on to a call inside, where it will be shown."""
+    passed_on, calls = set(), [child for child in call.children if isinstance(child, Call)]
+    while calls:
+        inner = calls.pop()
+        passed_on.update(inner.needs)
+        calls += [child for child in inner.children if isinstance(child, Call)]
+    return [Line("given", (seen,)) for seen in call.needs if seen not in passed_on]
 
 
 def value_notes(node: Call | Line) -> list[str]:
@@ -158,14 +173,16 @@ def as_text(calls: list[Call]) -> str:
     width = min(shutil.get_terminal_size((112, 24)).columns, 160)
     columns = [row for row in rows if not row.whole]
     right_width = max(len(row.right) for row in columns)
-    middle_width = min(max(len(row.middle + row.meaning) - (0 if row.right else right_width + 2) for row in columns), width // 2)
-    left_width = min(max(len(row.left) for row in columns), max(30, width - middle_width - right_width - 4))
+    wanted = [len(row.middle) if row.right else min(len(row.middle + row.meaning) - right_width - 2, 34) for row in columns]
+    middle_width = min(max(wanted), width // 2)
+    left_width = min(max(len(row.left + row.times) for row in columns), max(30, width - middle_width - right_width - 4))
     lines = []
     for row in rows:
         if row.whole:
             lines.append(row.left)
             continue
-        left, room = shorten(row.left, left_width).ljust(left_width), width - left_width - 2
+        left = (shorten(row.left, left_width - len(row.times)) + row.times).ljust(left_width)
+        room = width - left_width - 2
         if row.right:
             room -= 2 + right_width
             lines.append(f"{left}  {shorten(row.middle, room).ljust(room)}  {row.right.rjust(right_width)}")
@@ -181,6 +198,7 @@ class Row:
     middle: str = ""
     meaning: str = ""  # of the shape, in letters: shown where there is room
     right: str = ""
+    times: str = ""
     whole: bool = False  # left goes over all columns
 
 
@@ -188,17 +206,18 @@ def text_rows(nodes: list[Call | Line], indent: str | None) -> Iterator[Row]:
     last_call = max((i for i, node in enumerate(nodes) if isinstance(node, Call)), default=-1)
     for i, node in enumerate(nodes):
         below = "" if indent is None else indent + ("│  " if i < last_call else "   ")
+        times = f" × {node.times}" if node.times > 1 else ""
         if isinstance(node, Call):
             branch = "" if indent is None else indent + ("├─ " if i < last_call else "└─ ")
-            yield Row(branch + title(node), shapes_label(node), right=parameter_label(node))
+            title = "  ".join(part for part in (node.name, node.kind) if part)
+            yield Row(branch + title, shapes_label(node), right=parameter_label(node), times=times)
         else:
-            times = f"  × {node.times}" if node.times > 1 else ""
             meaning = "" if node.problem else ", ".join(shapes_in(node.comment))
-            yield Row(below + node.source + times, shapes_label(node), meaning and f" = {meaning}")
+            yield Row(below + node.source, shapes_label(node), meaning and f" = {meaning}", times=times)
         yield from (Row(below, note) for note in value_notes(node))
         yield from (Row(f"{below}   {line}".rstrip(), whole=True) for note in long_notes(node) for line in note.splitlines())
         if isinstance(node, Call):
-            yield from text_rows(fold(node.children), below)
+            yield from text_rows(used_needs(node) + node.children, below)
 
 
 def shorten(text: str, width: int) -> str:
@@ -211,13 +230,16 @@ STYLE = """
 body { font: 14px/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }
 body { margin: 2em auto; max-width: 1200px; padding: 0 1em }
 h1 { font: 600 20px system-ui, sans-serif } p { font-family: system-ui, sans-serif; color: var(--quiet) }
-details > :not(summary) { margin-left: 1.2em } summary { cursor: pointer }
-summary, .line { border-bottom: 1px solid var(--rule); padding: 1px 0 }
-.row { display: inline-flex; width: calc(100% - 1.3em); gap: 1em; vertical-align: top } .line .row { width: 100% }
-.what { flex: 1; min-width: 0; overflow-wrap: anywhere } .shapes { width: 27em; flex: none; overflow-wrap: anywhere }
-.count { width: 9em; flex: none; text-align: right } .name { color: var(--name); font-weight: 600 }
-.line .what, .comment, .times { color: var(--quiet) } .note { white-space: pre-wrap; color: var(--quiet) }
-.wrong { color: var(--wrong) }
+details > :not(summary) { margin-left: 1.2em } summary { cursor: pointer; list-style: none }
+summary, .line, .call, .titles { border-bottom: 1px solid var(--rule); padding: 1px 0 }
+.titles, .line .what, .comment, .times { color: var(--quiet) }
+.row { display: flex; gap: 1em }
+.what { flex: 1; min-width: 0; overflow-wrap: anywhere; padding-left: 2ch; text-indent: -2ch }
+.shapes { width: min(27em, 40vw); flex: none; overflow-wrap: anywhere } .count { width: 9em; flex: none; text-align: right }
+.what::before { content: "  "; white-space: pre } summary .what::before { content: "▸ " }
+[open] > summary .what::before { content: "▾ " }
+.name { color: var(--name); font-weight: 600 } .note { white-space: pre-wrap; color: var(--quiet); margin-left: 2em }
+.note.wrong { color: var(--wrong) }
 """
 
 
@@ -236,6 +258,7 @@ def as_html(calls: list[Call]) -> str:
 <body>
 <h1>{name}</h1>
 <p>Every call of a module, what goes in → what comes out, and its parameters. Click to open one.</p>
+<div class="row titles"><span class="what"></span><span class="shapes">shapes</span><span class="count">parameters</span></div>
 {body}
 </body>
 </html>
@@ -248,15 +271,16 @@ def html_of(node: Call | Line, depth: int) -> str:
         comment = f' <span class="comment">{escape(node.comment)}</span>' if node.comment else ""
         what, count = f'<span title="{escape(node.where)}">{escape(node.source)}</span>{comment}{times}', ""
     else:
-        what, count = f'<span class="name">{escape(node.name)}</span> {escape(node.kind)}{times}', parameter_label(node)
+        name = f'<span class="name">{escape(node.name)}</span> ' if node.name else ""
+        what, count = f"{name}{escape(node.kind)}{times}", parameter_label(node)
     row = (f'<span class="row"><span class="what">{what}</span><span class="shapes">{escape(shapes_label(node))}</span>'
            f'<span class="count">{count}</span></span>')
     told = [*value_notes(node), *long_notes(node)]
     below = "".join(f'<div class="note{" wrong" * note.startswith("✗")}">{escape(note)}</div>' for note in told)
     if isinstance(node, Line):
         return f'<div class="line">{row}{below}</div>'
-    below += "\n".join(html_of(child, depth + 1) for child in fold(node.children))
+    below += "\n".join(html_of(child, depth + 1) for child in used_needs(node) + node.children)
     if not below:
-        return f'<div class="line call">{row}</div>'
+        return f'<div class="call">{row}</div>'
     opened = " open" if depth < 2 or node.problem else ""
     return f"<details{opened}><summary>{row}</summary>{below}</details>"

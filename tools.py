@@ -109,11 +109,8 @@ class Recording(LineFollower):
             if outer.module is not None:
                 name = name.removeprefix(self.names[outer.module] + ".")
                 break
-        call = Call(name, type(module).__name__, self.see("", inputs), module, handling=sys.exc_info()[1])
-        for need, value in needs.items():
-            if seen := self.see(need, value):
-                call.children.append(Line(f"given {need}", seen))
-        self.start(call)
+        given_by_name = tuple(seen for need, value in needs.items() for seen in self.see(need, value))
+        self.start(Call(name, type(module).__name__, self.see("", inputs), given_by_name, module, handling=sys.exc_info()[1]))
 
     def after_module(self, module, inputs, needs, output):
         call = next((call for call in reversed(self.open) if call.module is module), None)
