@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from packing import pack, shuffled, story_ids
-from sources import SEPARATOR, Source, count_words, digest, first_line, open_source, read_stories, say
+from sources import SEPARATOR, Source, digest, first_line, open_source, read_stories, say
 
 __all__ = ["Data", "load_data", "read_stories", "story_ids"]
 
@@ -52,8 +53,8 @@ class Data:
     def batch(self, index: int, batch_size: int, seed: int):
         """The index-th batch of the endless shuffled stream of rows: a LongTensor (batch_size, T + 1).
 
-        A pure function of its arguments; pad_id stands where there is no token. The stream goes through all rows once an epoch, each
-        epoch in another order; a batch may hold the end of one epoch and the beginning of the next.
+        A pure function of its arguments; pad_id stands where there is no token. The stream goes through all rows once an
+        epoch, each epoch in another order; a batch may hold the end of one epoch and the beginning of the next.
         """
         import torch
 
@@ -72,17 +73,18 @@ def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packe
               progress: bool = True) -> Data:
     """Tokenises and packs a source, or opens what an earlier call has left in the cache.
 
-    source: see read_stories.  packing: "packed" (see packing.pack), or "padded", one story a row, cropped and padded, as classical
-    loaders do.  cache_dir: see default_cache_dir.  Raises FileNotFoundError, ConnectionError or ValueError with the cure.
-    Validation never shares a story with training: training stories with the words of a validation story are dropped and counted.
+    source: see read_stories.  packing: "packed" (see packing.pack), or "padded", one story a row, cropped and padded, as
+    classical loaders do.  cache_dir: see default_cache_dir.  Raises FileNotFoundError, ConnectionError or ValueError with the
+    cure. Validation never shares a story with training: training stories with the words of one of its stories are dropped, and
+    counted.
     """
     if packing not in ("packed", "padded"):
         raise ValueError(f"packing={packing!r} should be 'packed' or 'padded'")
     if max_seq_len < 2:
         raise ValueError(f"max_seq_len={max_seq_len} should be at least 2, and 128 or more for stories")
     if tokenizer.pad_id in (tokenizer.bos_id, tokenizer.eos_id):
-        raise ValueError(f"{tokenizer.name} pads with its bos or eos token ({tokenizer.pad_id}), which the loss would ignore. Give it "
-                         "a pad token of its own")
+        raise ValueError(f"{tokenizer.name} pads with its bos or eos token ({tokenizer.pad_id}), which the loss would ignore. "
+                         "Give it a pad token of its own")
     opened, cache_dir, capacity = open_source(source), Path(cache_dir or default_cache_dir()), max_seq_len + 1
     key = digest(FORMAT, opened.fingerprint(cache_dir), tokenizer.fingerprint)
     fingerprint = digest(key, max_seq_len, packing)
@@ -91,8 +93,8 @@ def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packe
     stories, tokenised = _entry(stories_dir, lambda folder: _tokenise(opened, tokenizer, folder, progress))
     lengths = np.memmap(stories_dir / "lengths.bin", np.uint32, "r")
     rows, packed = _entry(rows_dir, lambda folder: _write_rows(lengths, capacity, packing, folder))
-    if tokenised and stories["skipped"]:
-        say(f"{opened.name}: {count_words(stories['skipped'])}")
+    if tokenised:
+        opened.say(Counter(stories["skipped"]))
     if tokenised or packed:
         say(f"{opened.name}: {stories['stories']:,} stories, {stories['tokens'] / 1e6:.1f}M tokens, "
             f"{rows['wasted']:.1%} padding, {rows['left_out']:.1%} left out")
@@ -129,14 +131,15 @@ def choose_validation(source: Source) -> list[str]:
         held_out = max(200, count // 100) if len(heap) == MAX_VALIDATION else min(max(200, count // 100), len(heap) // 2)
         stories = stories[:min(held_out, MAX_VALIDATION)]
     if not stories:
-        raise ValueError(f"{source.name} has {count:,} {split} stories, too few to train on some and validate on others. Give it more "
-                         f"(in a .txt {SEPARATOR} or blank lines separate them), or use another source such as storyworld")
+        raise ValueError(f"{source.name} has {count:,} {split} stories, too few to train on some and validate on others. "
+                         f"Give it more (in a .txt {SEPARATOR} or blank lines separate them), or use another, such as storyworld")
     return stories
 
 
 def story_hash(story: str) -> int:
     """A hash of the words of a story: copies that differ in white space alone count as the same."""
-    return int.from_bytes(hashlib.blake2b(" ".join(story.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest(), "big")
+    words = " ".join(story.split()).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "big")
 
 
 def _tokenise(source: Source, tokenizer, folder: Path, progress: bool) -> dict:
@@ -151,7 +154,8 @@ def _tokenise(source: Source, tokenizer, folder: Path, progress: bool) -> dict:
     (folder / "validation.json").write_text(json.dumps(validation), encoding="utf-8")
     dtype = token_dtype(tokenizer.vocab_size)
     replacement = tokenizer.encode("\ufffd")
-    dropped = "training stories dropped that are in validation too" if "validation" in source.splits else "stories held out to validate"
+    has_validation = "validation" in source.splits
+    dropped = "training stories dropped that are in validation too" if has_validation else "stories held out for validation"
     skipped, num_stories, num_tokens = Counter(), 0, 0
 
     def training_stories() -> Iterator[str]:
@@ -162,23 +166,24 @@ def _tokenise(source: Source, tokenizer, folder: Path, progress: bool) -> dict:
                 yield story
 
     with (open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "lengths.bin", "wb") as lengths_file,
-          tqdm(desc=f"tokenising {source.name}", unit=" stories", disable=not progress, leave=False) as bar):
+          tqdm(desc=source.name, total=source.num_train, unit=" stories", disable=not progress, leave=False) as bar):
         for stories in _batches(training_stories()):
-            encoded = tokenizer.encode_batch(stories, bos=True, eos=True)
+            encoded = [ids for ids in tokenizer.encode_batch(stories, bos=True, eos=True) if len(ids) > 2]
+            skipped["stories without a token skipped"] += len(stories) - len(encoded)
             lengths = np.fromiter(map(len, encoded), np.uint32, len(encoded))
             tokens = np.fromiter(itertools.chain.from_iterable(encoded), dtype, int(lengths.sum()))
-            if np.isin(tokens, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)).sum() != 2 * len(stories):
+            if np.isin(tokens, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)).sum() != 2 * len(encoded):
                 raise ValueError(f"{source.name} holds text that {tokenizer.name} reads as its own bos, eos or pad token. "
                                  "Take it out of the stories or use another tokenizer")
             if len(replacement) == 1 and (replaced := int((tokens == replacement[0]).sum())):
                 skipped[f"characters replaced that {tokenizer.name} does not know"] += replaced
             tokens.tofile(tokens_file)
             lengths.tofile(lengths_file)
-            num_stories, num_tokens = num_stories + len(stories), num_tokens + len(tokens)
+            num_stories, num_tokens = num_stories + len(encoded), num_tokens + len(tokens)
             bar.update(len(stories))
     if not num_stories:
         raise ValueError(f"{source.name} has no training story that is not in validation as well. Give it more stories")
-    return {"stories": num_stories, "tokens": num_tokens, "skipped": dict(skipped)}
+    return {"stories": num_stories, "tokens": num_tokens, "skipped": dict(+skipped)}
 
 
 def _batches(stories: Iterable[str], count: int = 1024, characters: int = 2**22) -> Iterator[list[str]]:
@@ -230,14 +235,18 @@ def _entry(folder: Path, build: Callable[[Path], dict]) -> tuple[dict, bool]:
         return json.loads((folder / "info.json").read_text(encoding="utf-8"))["info"], False
     if folder.exists():
         say(f"the cache entry {folder} is damaged ({problem}): building it again")
-        shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob("building-*"):
+        if time.time() - left.stat().st_mtime > 24 * 60 * 60:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent, ignore_cleanup_errors=True) as name:
         draft = Path(name, folder.name)
         draft.mkdir()
         info = build(draft)
         sizes = {file.name: file.stat().st_size for file in draft.iterdir()}
         (draft / "info.json").write_text(json.dumps({"info": info, "sizes": sizes}), encoding="utf-8")
+        if folder.exists() and _damage(folder) is not None:
+            os.replace(folder, Path(name, "damaged"))
         try:
             os.replace(draft, folder)
         except OSError:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MIN_PIECE = 16  # tokens; a shorter gap in a row is padding, a shorter tail is lengthened backwards
+MIN_PIECE = 16  # tokens of a tail: a shorter one is lengthened backwards, as it would say too little
 
 
 class FreeSpace:
@@ -49,7 +49,7 @@ def pack(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[tupl
     of stories into equal parts see Ding et al. 2024, arXiv 2404.10830), and gaps that remain with the cropped beginning of a
     story drawn at random. A piece that does not end its story is always the last of its row, so story_ids finds all boundaries.
     """
-    least = min(MIN_PIECE, capacity // 2)
+    least = max(2, min(MIN_PIECE, capacity // 2))
     longest_first = sorted(range(len(lengths)), key=lambda story: -lengths[story])
     long = [story for story in longest_first if lengths[story] > capacity]
     short = longest_first[len(long):]
@@ -89,10 +89,10 @@ def pack(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[tupl
             fitting += row
             gaps.add(fitting, space - length)
 
-    random_state = random.Random(seed)
+    random_state, least_crop = random.Random(seed), max(2, capacity // 32)  # shorter gaps stay padding: at most 3% of a row
     for space, found in gaps.rows.items():
         longer = bisect_left(longest_first, -space, key=lambda story: -lengths[story])
-        if space >= least and longer:
+        if space >= least_crop and longer:
             for row in found:
                 row.append((longest_first[random_state.randrange(longer)], 0, space))
     return rows
@@ -102,7 +102,7 @@ def story_ids(tokens, bos_id: int, eos_id: int):
     """Which story of its row a token belongs to: tokens (B, T) -> ids (B, T), counted from 0, padding an id of its own.
 
     A story ends with its eos; in packed rows a piece without eos is always the last. Where bos and eos are the same token, as in
-    GPT-2, the first token of a row and a second one in succession are bos, all others eos. The target of an eos lies in the next story:
+    GPT-2, the first token of a row and a second one in succession are bos, all others eos. What follows an eos is the next story:
     a loss over packed rows that should equal that of single stories leaves out the targets with ids[:, 1:] != ids[:, :-1].
     """
     ends = tokens == eos_id
@@ -118,8 +118,8 @@ def story_ids(tokens, bos_id: int, eos_id: int):
 def shuffled(position: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
     """Which of `size` rows comes at a position of an epoch: a permutation of range(size) for each seed and epoch, in no memory.
 
-    position, epoch: uint64 (B,) -> uint64 (B,). A Feistel network over pairs (left, right) of which there are a * b >= size; a number
-    outside of range(size) goes through it again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    position, epoch: uint64 (B,) -> uint64 (B,). A Feistel network over pairs (left, right), of which there are a * b >= size; a
+    number outside of range(size) goes through it again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)

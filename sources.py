@@ -20,7 +20,7 @@ HUB_NAMES = {
     "tinystories_v2": "noanabeshima/TinyStoriesV2",
     "tinystories_gpt4_clean": "karpathy/tinystories-gpt4-clean",
 }
-HUB_SECONDS = 8  # how long the hub may take to answer before it counts as unreachable
+HUB_SECONDS = 6  # how long the hub may take to answer before it counts as unreachable
 SEPARATOR = "<|endoftext|>"
 SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
                "dev": "validation", "test": "test", "testing": "test"}
@@ -28,11 +28,16 @@ SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation"
 
 @dataclass(frozen=True)
 class Source:
-    """Raw stories by split, None where the data has a null. `fingerprint(cache_dir)` is a digest of the content."""
+    """Raw stories by split, None where the data has a null.
+
+    fingerprint(cache_dir) is a digest of the content, which may keep notes in the cache.
+    """
 
     name: str
     splits: dict[str, Callable[[], Iterable[str | None]]]
     fingerprint: Callable[[Path], str]
+    num_train: int | None = None  # where it is known beforehand, for the progress bar
+    note: str = ""  # what the reader should know about the choice of files
 
     def stories(self, split: str, skipped: Counter) -> Iterator[str]:
         """Stripped, non-empty stories; what is skipped is counted. SEPARATOR inside a text starts another story."""
@@ -41,6 +46,11 @@ class Source:
             if not stories:
                 skipped["null rows skipped" if text is None else "empty rows skipped"] += 1
             yield from stories
+
+    def say(self, skipped: Counter) -> None:
+        """Tells what was not used, if anything."""
+        if remarks := [f"{count:,} {what}" for what, count in skipped.items()] + [self.note] * bool(self.note):
+            say(f"{self.name}: {', '.join(remarks)}")
 
 
 def read_stories(source: str, split: str = "train") -> Iterator[str]:
@@ -56,8 +66,7 @@ def read_stories(source: str, split: str = "train") -> Iterator[str]:
         raise ValueError(f"{opened.name} has no split {split!r}. There are: {', '.join(opened.splits)}")
     skipped = Counter()
     yield from opened.stories(split, skipped)
-    if skipped:
-        say(f"{opened.name}: {count_words(skipped)}")
+    opened.say(skipped)
 
 
 def open_source(source: str) -> Source:
@@ -65,8 +74,8 @@ def open_source(source: str) -> Source:
     if source == "auto":
         try:
             return _hub_source("tinystories", HUB_NAMES["tinystories"])
-        except ConnectionError as error:
-            say(f"{str(error).split('. ')[0]}: training on the built-in storyworld instead")
+        except ConnectionError:
+            say("TinyStories is not cached and the Hugging Face hub can't be reached: using the built-in storyworld instead")
             return _storyworld_source("storyworld")
     if source.split(":")[0] == "storyworld":
         return _storyworld_source(source)
@@ -75,7 +84,8 @@ def open_source(source: str) -> Source:
     if source in HUB_NAMES.values() and not Path(source).exists():
         return _hub_source(next(name for name, repo in HUB_NAMES.items() if repo == source), source)
     if source.startswith("hub:"):
-        return _hub_source(source.removeprefix("hub:"), source.removeprefix("hub:"))
+        repo = source.removeprefix("hub:")
+        return _hub_source(Path(repo).name if Path(repo).is_dir() else repo, repo)
     if Path(source).exists():
         return _local_source(Path(source))
     return _unknown_source(source)
@@ -99,8 +109,8 @@ def _storyworld_source(source: str) -> Source:
         raise ValueError(f"{source!r} should be storyworld:COUNT with COUNT at least 2, for instance storyworld:50000")
     counts = {"train": int(count), "validation": min(int(count), 3000)}
     splits = {split: lambda split=split: storyworld.stories(split, counts[split]) for split in counts}
-    code = Path(storyworld.__file__).read_bytes()
-    return Source("storyworld", splits, lambda cache_dir: digest("storyworld", code, count))
+    code = [file.read_bytes() for file in sorted(Path(storyworld.__file__).parent.glob("storyworld*.py"))]
+    return Source("storyworld", splits, lambda cache_dir: digest("storyworld", count, *code), counts["train"])
 
 
 def _hub_source(name: str, repo: str) -> Source:
@@ -121,7 +131,7 @@ def _hub_source(name: str, repo: str) -> Source:
 
     prints = [dataset[split]._fingerprint for split in roles.values()]
     splits = {role: lambda split=split: rows(split) for role, split in roles.items()}
-    return Source(name, splits, lambda cache_dir: digest("hub", repo, *prints))
+    return Source(name, splits, lambda cache_dir: digest("hub", repo, *prints), len(dataset[roles["train"]]))
 
 
 def _load_dataset(repo: str):
@@ -145,7 +155,7 @@ def _load_dataset(repo: str):
         except (ValueError, FileNotFoundError):  # not cached, or the download was broken off
             _check_hub(repo, cure)
         return datasets.load_dataset(repo)
-    except (datasets.exceptions.DatasetsError, datasets.exceptions.DatasetGenerationError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, ValueError) as error:
         raise ValueError(f"`datasets` can't read {repo}: {first_line(error)}. {cure}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
@@ -174,7 +184,9 @@ def _check_hub(repo: str, cure: str) -> None:
 
 
 def _local_source(path: Path) -> Source:
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS)
+    """A file is all training; of a folder's files the names say the split, as on the hub: train-00000-of-00001.parquet."""
+    inside = [file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    files = [path] if path.is_file() else sorted(file for file in inside if file.suffix.lower() in READERS)
     kinds = ", ".join(READERS)
     if not files:
         raise ValueError(f"{path} holds no file that can be read. Readable are: {kinds}")
@@ -183,21 +195,21 @@ def _local_source(path: Path) -> Source:
     roles = defaultdict(list)
     for file in files:
         words = re.split(r"[^a-z]+", file.relative_to(path).as_posix().lower()) if path.is_dir() else []
-        roles[next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "other")].append(file)
-    others = roles.pop("other", [])
+        roles[next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), "other")].append(file)
+    others, note = roles.pop("other", []), ""
     if "train" not in roles:
         if not others:
             named = ', '.join(file.name for file in files[:5])
             raise ValueError(f"{path} has no file to train on, only {named}. Add a train.* file")
         roles["train"] = others
     elif others:
-        say(f"{path.name}: not used, as the name says no split: {', '.join(file.name for file in others[:5])}")
+        note = f"{len(others)} files not used, as their names say no split (such as {others[0].name})"
     splits = {role: lambda files=files: itertools.chain.from_iterable(map(_read_file, files)) for role, files in roles.items()}
 
     def fingerprint(cache_dir: Path) -> str:
         return digest("local", *(f"{role} {_file_digest(file, cache_dir)}" for role in sorted(roles) for file in roles[role]))
 
-    return Source(path.resolve().name, splits, fingerprint)
+    return Source(path.resolve().name, splits, fingerprint, note=note)
 
 
 def _read_file(path: Path) -> Iterator[str | None]:
@@ -255,14 +267,13 @@ def _read_txt(path: Path) -> Iterator[str]:
 
     has_separator = any(SEPARATOR in line for line in lines())
     story = []
-    for line in lines():
-        story.append(line)
-        if SEPARATOR in line if has_separator else not line.strip():
-            if text := "".join(story).strip():
+    for line in itertools.chain(lines(), [SEPARATOR]):
+        ended, found, rest = line.rpartition(SEPARATOR)
+        if found or (not has_separator and not line.strip()):
+            if text := "".join([*story, ended]).strip():
                 yield text
             story = []
-    if text := "".join(story).strip():
-        yield text
+        story.append(rest)
 
 
 READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_jsonl, ".txt": _read_txt}
@@ -302,11 +313,6 @@ def say(line: str) -> None:
 
 def digest(*parts: object) -> str:
     return hashlib.sha256(b"\0".join(part if isinstance(part, bytes) else str(part).encode() for part in parts)).hexdigest()[:24]
-
-
-def count_words(counts: dict[str, int]) -> str:
-    """{"null rows skipped": 3}  becomes  '3 null rows skipped'"""
-    return ", ".join(f"{count:,} {what}" for what, count in counts.items())
 
 
 def first_line(error: BaseException) -> str:

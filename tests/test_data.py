@@ -1,0 +1,569 @@
+"""Promises of data.py, sources.py and packing.py: every story once, nothing shared with validation, nothing lost in silence."""
+
+import collections
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import data
+from data import load_data, read_stories, story_ids
+from packing import pack, shuffled
+
+
+class Characters:
+    """A stand-in tokenizer: one id a character below 256."""
+
+    name, bos_id, eos_id, pad_id, vocab_size, fingerprint = "characters", 256, 257, 258, 259, "characters"
+
+    def encode(self, text, bos=False, eos=False):
+        return [self.bos_id] * bos + [min(ord(character), 255) for character in text] + [self.eos_id] * eos
+
+    def encode_batch(self, texts, bos=False, eos=False):
+        return [self.encode(text, bos, eos) for text in texts]
+
+
+class OneEnd(Characters):
+    """bos and eos are the same token, as in GPT-2."""
+
+    bos_id, eos_id, fingerprint = 256, 256, "one end"
+
+
+class Wide(Characters):
+    """A vocabulary that does not fit into 16 bits."""
+
+    bos_id, eos_id, pad_id, vocab_size, fingerprint = 70_000, 70_001, 70_002, 70_003, "wide"
+
+
+def make_stories(count, seed=0, longest=300):
+    """Distinct texts of many lengths that begin with their number, so that every piece can be told."""
+    rng = random.Random(seed)
+    return [f"{number} " + "".join(rng.choices("abcdefgh .", k=rng.randrange(5, longest))) + "!" for number in range(count)]
+
+
+def write_jsonl(path, texts, column="text"):
+    path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def write_parquet(path, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A local data set with 400 training and 30 validation stories."""
+    stories = make_stories(430)
+    place = tmp_path / "stories"
+    place.mkdir()
+    write_jsonl(place / "train.jsonl", stories[:400])
+    write_jsonl(place / "validation.jsonl", stories[400:])
+    return place
+
+
+def all_rows(opened):
+    """Every row of an epoch, each once, as lists without padding."""
+    return [[token for token in row if token != opened._pad_id] for row in opened.batch(0, opened.num_rows, seed=3).tolist()]
+
+
+# Packing
+
+
+def realistic_lengths(count, seed=0):
+    """Token counts as in TinyStories with a vocabulary of about a thousand: log-normal around 240, some up to 1500."""
+    return np.clip(np.random.default_rng(seed).lognormal(5.45, 0.42, count), 20, 1500).astype(int).tolist()
+
+
+@pytest.mark.parametrize("max_seq_len", [128, 256, 512])
+def test_rows_begin_with_stories_hold_each_story_once_and_waste_under_3_percent(max_seq_len):
+    lengths, capacity = realistic_lengths(8192), max_seq_len + 1
+    rows = pack(lengths, capacity)
+    whole, predicted = collections.Counter(), collections.Counter()
+    for row in rows:
+        assert row[0][1] == 0, "a row begins with the beginning of a story"
+        assert sum(length for _, _, length in row) <= capacity
+        for position, (story, start, length) in enumerate(row):
+            assert 0 < length <= lengths[story] - start
+            if start + length < lengths[story]:
+                assert position == len(row) - 1, "a piece that does not end its story is the last of its row"
+            if start == 0 and length == min(lengths[story], capacity):
+                whole[story] += 1
+            elif start > 0:
+                predicted.update((story, place) for place in range(start + 1, start + length))
+                assert start >= capacity - data_overlap(lengths[story], start, length)
+    assert whole == collections.Counter(range(len(lengths))), "the first T + 1 tokens of every story come once, in one piece"
+    filled = sum(length for row in rows for _, _, length in row)
+    assert 1 - filled / (len(rows) * capacity) < 0.03
+    repeated = sum(times - 1 for times in predicted.values())
+    assert repeated <= 16 * len(lengths) * 0.1
+
+
+def data_overlap(story_length, start, length):
+    """A tail begins with the last token of the piece before; the last piece may begin up to 16 tokens before the end."""
+    return 1 if length > 16 or start + length < story_length else 16
+
+
+def test_tails_cover_whole_stories_where_there_is_room():
+    lengths = [100, 40] + [10] * 30
+    rows = pack(lengths, capacity=33)
+    covered = {place for row in rows for story, start, length in row if story == 0 for place in range(start, start + length)}
+    assert covered == set(range(100))
+
+
+@pytest.mark.parametrize("capacity", [3, 4, 8, 17, 64])
+def test_packing_ends_for_every_mixture_of_lengths(capacity):
+    rng = random.Random(capacity)
+    for _ in range(30):
+        edges = [3, max(3, capacity - 1), capacity, capacity + 1]
+        lengths = [rng.choice([*edges, rng.randrange(3, 6 * capacity)]) for _ in range(rng.randrange(1, 40))]
+        rows = pack(lengths, capacity)
+        heads = [story for row in rows for story, start, length in row if start == 0 and length == min(lengths[story], capacity)]
+        assert sorted(heads) == list(range(len(lengths)))
+        assert all(row[0][1] == 0 and sum(piece[2] for piece in row) <= capacity for row in rows)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 97, 1000, 4096])
+def test_every_epoch_is_another_permutation(size):
+    position = np.arange(size, dtype=np.uint64)
+    keys = [(0, 0), (0, 1), (1, 0)]
+    orders = [shuffled(position, size, seed, np.full(size, epoch, np.uint64)).tolist() for seed, epoch in keys]
+    assert all(sorted(order) == list(range(size)) for order in orders)
+    if size > 90:
+        assert all(sum(a == b for a, b in zip(one, two, strict=True)) < 10 for one, two in itertools.pairwise(orders))
+
+
+def test_the_shuffle_looks_random():
+    size, trials = 50, 4000
+    position = np.arange(size, dtype=np.uint64)
+    first = np.array([shuffled(position, size, seed, position * np.uint64(0)) for seed in range(trials)])
+    counts = np.array([np.bincount(first[:, place].astype(int), minlength=size) for place in range(size)])
+    chi_square_per_degree = ((counts - trials / size) ** 2 / (trials / size)).sum() / (size - 1) ** 2
+    assert 0.9 < chi_square_per_degree < 1.1
+    followed_by_its_neighbour = (np.diff(first.astype(int), axis=1) == 1).mean()
+    assert abs(followed_by_its_neighbour - 1 / size) < 0.002
+
+
+def test_batch_is_a_function_of_its_arguments_and_goes_through_all_rows_once_an_epoch(folder, tmp_path):
+    opened = load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
+    batch = opened.batch(5, 32, seed=1)
+    assert batch.shape == (32, 65)
+    assert batch.dtype == torch.long
+    again = load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
+    assert torch.equal(batch, again.batch(5, 32, seed=1))
+    assert not torch.equal(batch, opened.batch(5, 32, seed=2))
+    epoch = sorted(opened.batch(0, opened.num_rows, seed=1).tolist())
+    small = torch.cat([opened.batch(index, 7, seed=1) for index in range(-(-2 * opened.num_rows // 7))])
+    assert sorted(small[:opened.num_rows].tolist()) == epoch
+    assert sorted(small[opened.num_rows:2 * opened.num_rows].tolist()) == epoch
+    assert small[:opened.num_rows].tolist() != small[opened.num_rows:2 * opened.num_rows].tolist()
+
+
+@pytest.mark.parametrize("tokenizer", [Characters(), OneEnd(), Wide()], ids=lambda tokenizer: tokenizer.fingerprint)
+def test_rows_say_what_the_stories_say(folder, tmp_path, tokenizer):
+    opened = load_data(str(folder), tokenizer, 128, cache_dir=tmp_path / "cache", progress=False)
+    texts = ["\x01" + text + "\x02" for text in read_stories(str(folder))]
+    batch = opened.batch(0, opened.num_rows, seed=0)
+    ids = story_ids(batch, tokenizer.bos_id, tokenizer.eos_id)
+    begun = collections.Counter()
+    for row, row_ids in zip(batch, ids, strict=True):
+        assert row[0] == tokenizer.bos_id
+        for story_id in row_ids.unique().tolist():
+            piece = row[row_ids == story_id].tolist()
+            if set(piece) == {tokenizer.pad_id}:
+                continue
+            assert tokenizer.pad_id not in piece
+            ends = piece[-1] == tokenizer.eos_id
+            begins = piece[0] == tokenizer.bos_id
+            inner = piece[begins:len(piece) - ends]
+            assert not {tokenizer.bos_id, tokenizer.eos_id} & set(inner)
+            said = "\x01" * begins + "".join(map(chr, inner)) + "\x02" * ends
+            owners = [text for text in texts if said in text]
+            assert len(owners) == 1 or len(said) < 20, "each id's tokens come from one story"
+            if begins and (ends or len(piece) == 129):
+                begun[owners[0]] += 1
+    assert begun == collections.Counter(texts)
+
+
+def test_story_ids():
+    bos, eos, pad = 7, 8, 9
+    tokens = torch.tensor([[7, 1, 2, 8, 7, 1, 8, 3, 8, 9, 9], [7, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+    assert story_ids(tokens, bos, eos).tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3], [0] * 11]
+    assert tokens[0, 0] == bos and tokens[0, -1] == pad, "the tokens stay as they were"
+    same = torch.where(tokens == bos, eos, tokens)
+    assert story_ids(same, eos, eos).tolist() == story_ids(tokens, bos, eos).tolist()
+
+
+def test_padded_rows_hold_one_cropped_story_each(folder, tmp_path):
+    opened = load_data(str(folder), Characters(), 100, packing="padded", cache_dir=tmp_path / "cache", progress=False)
+    assert sorted(all_rows(opened)) == sorted(Characters().encode(text, True, True)[:101] for text in read_stories(str(folder)))
+    assert 0 < opened.left_out < 1
+    assert 0 < opened.wasted < 1
+
+
+def test_a_corpus_larger_than_a_chunk(tmp_path):
+    stories = make_stories(20_000, longest=60)
+    write_parquet(tmp_path / "d" / "train.parquet", text=stories)
+    opened = load_data(str(tmp_path / "d"), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
+    assert opened.num_stories + len(opened.validation) == 20_000
+    assert opened.wasted < 0.03
+    tokens = collections.Counter("".join(chr(token) for token in row).split("ā")[0] for row in all_rows(opened))
+    assert max(tokens.values()) == 1, "no row comes twice"
+
+
+# Validation
+
+
+def test_validation_does_not_depend_on_order_files_or_tokenizer(tmp_path):
+    stories = make_stories(400)
+    for name, order in [("one", stories), ("two", stories[::-1])]:
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", ["a story", "another"])
+        write_jsonl(tmp_path / name / "valid_1.jsonl", order[:100])
+        write_jsonl(tmp_path / name / "valid_2.jsonl", [*order[100:], order[0], "  " + order[1] + "\n"])
+    one = load_data(str(tmp_path / "one"), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
+    two = load_data(str(tmp_path / "two"), Wide(), 32, cache_dir=tmp_path / "cache", progress=False)
+    assert one.validation == two.validation
+    assert sorted(one.validation) == sorted(stories), "exact duplicates come once"
+    assert one.validation != stories
+
+
+def test_at_most_3000_validation_stories(tmp_path):
+    stories = make_stories(3500, longest=20)
+    (tmp_path / "d").mkdir()
+    write_jsonl(tmp_path / "d" / "train.jsonl", ["a story", "another"])
+    write_jsonl(tmp_path / "d" / "val.jsonl", stories)
+    opened = load_data(str(tmp_path / "d"), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
+    hashes = sorted(map(data.story_hash, stories))
+    assert [data.story_hash(story) for story in opened.validation] == hashes[:3000]
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (50, 25), (1000, 200), (25_000, 250)])
+def test_without_a_validation_split_stories_are_held_out(tmp_path, count, held_out):
+    stories = make_stories(count, longest=20)
+    write_parquet(tmp_path / "stories.parquet", text=stories)
+    opened = load_data(str(tmp_path / "stories.parquet"), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
+    assert len(opened.validation) == held_out
+    assert opened.num_stories == count - held_out
+    assert set(opened.validation) < set(stories)
+
+
+def test_training_and_validation_never_share_a_story(folder, tmp_path, capsys):
+    validation = list(read_stories(str(folder), "validation"))
+    train = list(read_stories(str(folder)))
+    write_jsonl(folder / "train.jsonl", [*train, validation[0], validation[1].replace(" ", "  ") + "\n"])
+    opened = load_data(str(folder), Characters(), 512, cache_dir=tmp_path / "cache", progress=False)
+    assert opened.num_stories == 400
+    assert "2 training stories dropped that are in validation too" in capsys.readouterr().err
+    known = {"".join(map(chr, row)) for row in all_rows(opened)}
+    assert not any(f"Ā{validation[0]}ā" in row for row in known)
+
+
+# The cache
+
+
+def test_the_second_time_nothing_is_tokenised_and_nothing_is_printed(folder, tmp_path, capsys):
+    class Counted(Characters):
+        calls = 0
+
+        def encode_batch(self, *args, **kwargs):
+            Counted.calls += 1
+            return super().encode_batch(*args, **kwargs)
+
+    first = load_data(str(folder), Counted(), 64, cache_dir=tmp_path / "cache", progress=False)
+    calls = Counted.calls
+    assert capsys.readouterr().err.startswith("stories: 400 stories, 0.1M tokens, ")
+    second = load_data(str(folder), Counted(), 64, cache_dir=tmp_path / "cache", progress=True)
+    assert capsys.readouterr().err == ""
+    assert first.fingerprint == second.fingerprint
+    longer = load_data(str(folder), Counted(), 128, cache_dir=tmp_path / "cache", progress=False)
+    assert longer.fingerprint != first.fingerprint
+    assert Counted.calls == calls, "another length packs again but does not tokenise again"
+
+
+def test_the_cache_goes_by_content(folder, tmp_path):
+    def fingerprint(place, tokenizer=None):
+        return load_data(str(place), tokenizer or Characters(), 64, cache_dir=tmp_path / "cache", progress=False).fingerprint
+
+    before = fingerprint(folder)
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert fingerprint(moved) == before
+    assert fingerprint(moved, Wide()) != before
+    train = (moved / "train.jsonl").read_text(encoding="utf-8")
+    (moved / "train.jsonl").write_text(train.replace("a", "b", 1), encoding="utf-8")
+    assert fingerprint(moved) != before
+
+
+@pytest.mark.parametrize("entry", ["stories", "rows"])
+@pytest.mark.parametrize("harm", ["truncated", "missing", "no info"])
+def test_a_damaged_entry_is_built_again(folder, tmp_path, capsys, entry, harm):
+    cache = tmp_path / "cache"
+    before = load_data(str(folder), Characters(), 64, cache_dir=cache, progress=False).batch(0, 8, seed=0)
+    place = next(cache.glob(f"{entry}-*"))
+    victim = place / "info.json" if harm == "no info" else max(place.glob("*.bin"), key=lambda file: file.stat().st_size)
+    if harm == "truncated":
+        os.truncate(victim, victim.stat().st_size // 2)
+    else:
+        victim.unlink()
+    capsys.readouterr()
+    after = load_data(str(folder), Characters(), 64, cache_dir=cache, progress=False).batch(0, 8, seed=0)
+    assert torch.equal(before, after)
+    assert f"{place} is damaged ({victim.name}" in capsys.readouterr().err
+    assert not list(cache.glob("building-*"))
+
+
+def test_an_error_while_building_leaves_nothing_behind(folder, tmp_path):
+    class Failing(Characters):
+        def encode_batch(self, *args, **kwargs):
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        load_data(str(folder), Failing(), 64, cache_dir=tmp_path / "cache", progress=False)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def _open_and_sum(folder, cache, barrier, results):
+    barrier.wait()
+    opened = load_data(folder, Characters(), 64, cache_dir=cache, progress=False)
+    results.put(int(opened.batch(0, opened.num_rows, seed=0).sum()))
+
+
+def test_two_processes_at_the_same_time(folder, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    arguments = (str(folder), tmp_path / "cache", barrier, results)
+    processes = [context.Process(target=_open_and_sum, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    assert results.get(timeout=60) == results.get(timeout=60)
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Python's own allocations and numpy's, at their peak, for a corpus and for one four times as large."""
+    code = """
+import sys, tracemalloc
+sys.path[:0] = sys.argv[1:3]
+from test_data import Characters
+from data import load_data
+tracemalloc.start()
+load_data(sys.argv[3], Characters(), 64, cache_dir=sys.argv[4], progress=False)
+print(tracemalloc.get_traced_memory()[1])
+"""
+    peaks = []
+    for count in (10_000, 30_000):
+        path = tmp_path / f"{count}.jsonl"
+        write_jsonl(path, (f"{number} {'abc ' * 5}" for number in range(count)))
+        arguments = [str(Path(data.__file__).parent), str(Path(__file__).parent), str(path), str(tmp_path / "cache")]
+        peaks.append(int(subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True,
+                                        check=True).stdout))
+    assert peaks[1] < 1.3 * peaks[0] + 4e6
+
+
+# Sources
+
+
+def test_local_files_of_every_kind_give_the_same_stories(tmp_path):
+    stories = ["Once upon a time.\nThe end.", "Zoë said “hi”.", "A third one."]
+    write_parquet(tmp_path / "a.parquet", text=stories)
+    write_jsonl(tmp_path / "b.jsonl", stories)
+    (tmp_path / "c.txt").write_bytes("<|endoftext|>\n".join(f"{story}\n" for story in stories).encode())
+    (tmp_path / "d.txt").write_bytes("\n\n\n".join(stories).replace("\n", "\r\n").encode("utf-8-sig"))
+    (tmp_path / "e.txt").write_bytes(("<|endoftext|>" + "<|endoftext|>".join(stories)).encode())
+    for name in ("a.parquet", "b.jsonl", "c.txt", "d.txt", "e.txt"):
+        assert list(read_stories(str(tmp_path / name))) == stories, name
+
+
+def test_names_of_files_say_the_split(tmp_path, capsys):
+    for name in ("data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet", "training_valid.parquet",
+                 "x_test.parquet", ".hidden/train.parquet", "licence.parquet"):
+        write_parquet(tmp_path / "d" / name, text=[name])
+    assert list(read_stories(str(tmp_path / "d"))) == ["data/train-00000-of-00001.parquet"]
+    assert "1 files not used, as their names say no split (such as licence.parquet)" in capsys.readouterr().err
+    validation = list(read_stories(str(tmp_path / "d"), "validation"))
+    assert validation == ["data/validation-00000-of-00001.parquet", "training_valid.parquet"]
+    assert list(read_stories(str(tmp_path / "d"), "test")) == ["x_test.parquet"]
+    with pytest.raises(ValueError, match=r"no split 'extra'. There are: "):
+        next(read_stories(str(tmp_path / "d"), "extra"))
+
+
+def test_the_text_column_is_text_or_the_only_one_of_strings(tmp_path):
+    write_parquet(tmp_path / "a.parquet", title=["no"], text=["yes"])
+    write_parquet(tmp_path / "b.parquet", number=[1], story=["yes"])
+    write_jsonl(tmp_path / "c.jsonl", ["yes"], column="story")
+    for name in ("a.parquet", "b.parquet", "c.jsonl"):
+        assert list(read_stories(str(tmp_path / name))) == ["yes"]
+
+
+def test_null_and_empty_rows_are_counted(tmp_path, capsys):
+    write_parquet(tmp_path / "a.parquet", text=["one", None, "two", "  ", None, "three", "four"])
+    assert list(read_stories(str(tmp_path / "a.parquet"))) == ["one", "two", "three", "four"]
+    assert capsys.readouterr().err == "a.parquet: 2 null rows skipped, 1 empty rows skipped\n"
+    load_data(str(tmp_path / "a.parquet"), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
+    assert "2 null rows skipped, 1 empty rows skipped" in capsys.readouterr().err
+
+
+def test_a_story_of_one_megabyte(tmp_path):
+    long = "word " * 200_000
+    write_jsonl(tmp_path / "a.jsonl", [long, *make_stories(100)])
+    opened = load_data(str(tmp_path / "a.jsonl"), Characters(), 128, cache_dir=tmp_path / "cache", progress=False)
+    assert opened.num_rows > 10
+
+
+def test_large_files_are_hashed_once(tmp_path, monkeypatch):
+    import sources
+
+    path = tmp_path / "large.txt"
+    path.write_bytes(b"a" * (64 * 2**20 + 1))
+    first = sources._file_digest(path, tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.hashlib, "file_digest", None)
+        assert sources._file_digest(path, tmp_path / "cache") == first
+    path.write_bytes(b"b" * (64 * 2**20 + 2))
+    assert sources._file_digest(path, tmp_path / "cache") != first
+
+
+def _truncated(path):
+    write_parquet(path, text=make_stories(100))
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _broken_inside(path):
+    write_parquet(path, text=make_stories(2000))
+    content = bytearray(path.read_bytes())
+    content[200:4000] = bytes(3800)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("name", "make", "message"), [
+    ("a.parquet", lambda path: write_parquet(path, one=["a"], two=["b"], three=[1]),
+     r"a.parquet has no column called 'text', and 2 columns of strings. The columns are: one, two, three. Rename"),
+    ("a.jsonl", lambda path: path.write_text('{"n": 1}\n'), "0 columns of strings. The columns are: n"),
+    ("a.txt", lambda path: path.touch(), "a.txt is empty. "),
+    ("a.txt", lambda path: path.write_text("\n\n \n"), "a.txt has 0 train stories, too few"),
+    ("a.txt", lambda path: path.write_text("only one"), "a.txt has 1 train stories, too few"),
+    ("a.txt", lambda path: path.write_bytes(b"fine\nnot \xff so\n"), r"a.txt is not UTF-8 at byte 9 \(0xff\). Save it as UTF-8"),
+    ("a.jsonl", lambda path: path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n'), "a.jsonl, line 2, is not JSON in UTF-8"),
+    ("a.jsonl", lambda path: path.write_text('{"text": "a"}\n{"text": '), "a.jsonl, line 2, is not JSON"),
+    ("a.jsonl", lambda path: path.write_text('["a"]\n'), "line 1, is not an object"),
+    ("a.jsonl", lambda path: path.write_text('{"text": "a"}\n{"text": 5}'), "line 2: 'text' is 5. It has to be a string"),
+    ("a.parquet", _truncated, "a.parquet is not a whole parquet file .*Copy or download it again"),
+    ("a.parquet", _broken_inside, "a.parquet is not a whole parquet file .*Copy or download it again"),
+    ("a.csv", lambda path: path.write_text("text\na\n"), "a.csv is of a kind that can't be read. Readable are: .parquet"),
+    ("a.txt/", lambda path: path.mkdir(), "holds no file that can be read. Readable are: .parquet"),
+])
+def test_bad_files_are_named_with_the_cure(tmp_path, name, make, message):
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_data(str(tmp_path / name), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("source", "error", "message"), [
+    ("tinystory", ValueError, "no data source is called 'tinystory'. Did you mean 'tinystories'?"),
+    ("story_world", ValueError, "Did you mean 'storyworld'?"),
+    ("missing/file.txt", FileNotFoundError, "no file, folder or data source is called 'missing/file.txt'. Give an existing path"),
+    ("owner/name", FileNotFoundError, "or hub:owner/name for a data set of the Hugging Face hub"),
+    ("storyworld:many", ValueError, "'storyworld:many' should be storyworld:COUNT"),
+    ("hub:not a name", FileNotFoundError, "no data set can be called 'not a name'. Write hub:owner/name"),
+])
+def test_unknown_sources(source, error, message):
+    with pytest.raises(error, match=message):
+        next(read_stories(source))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"packing": "tight"}, "packing='tight' should be 'packed' or 'padded'"),
+    ({"max_seq_len": 1}, "max_seq_len=1 should be at least 2"),
+])
+def test_bad_arguments(folder, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_data(str(folder), Characters(), **{"max_seq_len": 64, "cache_dir": tmp_path, **change})
+
+
+def test_special_tokens_inside_of_a_text_are_refused(folder, tmp_path):
+    class Careless(Characters):
+        def encode(self, text, bos=False, eos=False):
+            return [257 if token == ord("!") else token for token in super().encode(text, bos, eos)]
+
+    with pytest.raises(ValueError, match="reads as its own bos, eos or pad token"):
+        load_data(str(folder), Careless(), 64, cache_dir=tmp_path / "cache", progress=False)
+
+
+# The hub: no network, but the real `datasets` in a process of its own, as its settings are read when it is imported
+
+
+def run(code, folder, **environment):
+    """Runs code in a fresh process with the hub's caches inside of folder; returns (seconds, standard output, standard error)."""
+    start = time.monotonic()
+    environment = os.environ | {"HF_HOME": str(folder / "hf"), "BASEGPT_CACHE": str(folder / "cache"),
+                                "PYTHONPATH": str(Path(data.__file__).parent)} | environment
+    environment.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    return time.monotonic() - start, done.stdout, done.stderr
+
+
+READ = """
+import sys
+from data import read_stories
+try:
+    print(*read_stories({source!r}), sep="|")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_data_set_is_read_by_the_library_and_then_from_its_cache_without_the_hub(tmp_path):
+    write_parquet(tmp_path / "owner/name/data/train-00000-of-00001.parquet", text=["one", None, "two"])
+    write_parquet(tmp_path / "owner/name/data/validation-00000-of-00001.parquet", text=["three"])
+    _, out, err = run(READ.format(source="hub:owner/name"), tmp_path)
+    assert out == "one|two\n", err
+    assert "1 null rows skipped" in err
+    cached = next((tmp_path / "hf/datasets").glob("name/*/*/*/dataset_info.json")).parent
+    place = tmp_path / "hf/datasets/owner___name" / Path(*cached.parts[-3:])
+    (tmp_path / "owner").rename(tmp_path / "gone")
+    place.parent.mkdir(parents=True)
+    cached.rename(place.with_name("0123456789abcdef"))
+    _, out, err = run(READ.format(source="hub:owner/name"), tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert out == "one|two\n", err
+
+
+def test_an_unreachable_hub_is_an_error_for_a_name_and_storyworld_for_auto(tmp_path):
+    (tmp_path / "storyworld.py").write_text("def stories(split, count): yield f'{split} {count}'\n", encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(Path(data.__file__).parent)])
+    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": path}
+    for source in ("tinystories", "hub:owner/name"):
+        seconds, out, err = run(READ.format(source=source), tmp_path, **unreachable)
+        assert seconds < 10
+        assert out.startswith("ConnectionError")
+        assert "is not cached and the Hugging Face hub can't be reached" in out
+        assert "--train.data storyworld" in out
+        assert err == ""
+    seconds, out, err = run(READ.format(source="auto"), tmp_path, **unreachable)
+    assert out == "train 50000\n"
+    assert err == "TinyStories is not cached and the Hugging Face hub can't be reached: using the built-in storyworld instead\n"
+
+
+def test_a_hub_that_never_answers_is_given_up_within_10_seconds(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        seconds, out, _ = run(READ.format(source="tinystories"), tmp_path, HF_ENDPOINT=endpoint)
+    assert out.startswith("ConnectionError roneneldan/TinyStories is not cached and the Hugging Face hub can't be reached")
+    assert seconds < 12, "10 seconds and the start of Python"
