@@ -170,10 +170,10 @@ def long_notes(node: Call | Line) -> Iterator[str]:
 def as_text(calls: list[Call]) -> str:
     """The calls as a tree with aligned columns, as wide as the terminal."""
     rows = [Row("", "shapes", right="parameters"), *text_rows(fold(calls), indent=None)]
-    width = min(shutil.get_terminal_size((112, 24)).columns, 160)
+    width = min(shutil.get_terminal_size((116, 24)).columns, 160)
     columns = [row for row in rows if not row.whole]
     right_width = max(len(row.right) for row in columns)
-    wanted = [len(row.middle) if row.right else min(len(row.middle + row.meaning) - right_width - 2, 34) for row in columns]
+    wanted = [len(row.middle) if row.right else min(len(row.middle + row.meaning) - right_width - 2, 38) for row in columns]
     middle_width = min(max(wanted), width // 2)
     left_width = min(max(len(row.left + row.times) for row in columns), max(30, width - middle_width - right_width - 4))
     lines = []

@@ -85,7 +85,8 @@ class Recording(LineFollower):
             for module in self.model.modules():
                 stack.callback(module.register_forward_pre_hook(self.before_module, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self.after_module, with_kwargs=True, always_call=True).remove)
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self.lines:
                 super().__enter__()
                 stack.push(super().__exit__)

@@ -272,6 +272,25 @@ def test_misuse_is_one_clear_line():
         Layer().show(None)
 
 
+def test_lazy_modules_show_what_they_became(capsys):
+    assert row(shown(capsys, nn.LazyLinear(4), torch.zeros(2, 3)), "Linear") == ["Linear", "(2, 3) → (2, 4)", "16"]
+
+
+def test_a_model_may_call_itself_again_and_keep_its_shape_in_a_loop(capsys):
+    class Loop(LoggingModule):
+        def forward(self, x, depth=2):
+            for _ in range(3):
+                x = x * 2
+                y = [x] * 2
+            if depth:
+                return self(x, depth - 1)
+            return y[0]
+
+    text = shown(capsys, Loop(), torch.zeros(2, 3))
+    assert text.count("x = x * 2 × 3") == text.count("y = [x] * 2 × 3") == 3
+    assert text.count("Loop") == 3
+
+
 def test_classes_of_notebook_cells_and_decorated_forwards(capsys):
     source = """
 import torch
@@ -402,7 +421,7 @@ def test_show_shapes_marks_a_wrong_comment(capsys):
 
 def test_every_shape_comment_of_the_base_model():
     layer = ["Norm->Attn->+->Norm->MLP->+", "Norm->MLP(gated=False)->+"]
-    config = ModelConfig(dim=12, num_layers=2, layers=layer, num_heads=6, num_kv_heads=3, head_dim=4, max_seq_len=7)
+    config = ModelConfig(dim=14, num_layers=2, layers=layer, num_heads=6, num_kv_heads=3, head_dim=4, max_seq_len=7)
     tokens = torch.arange(10).view(2, 5)
     with ShapeComments(inspect.getfile(GPT)) as comments:
         model = GPT(config, vocab_size=11)
