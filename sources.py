@@ -77,6 +77,8 @@ def open_source(source: str) -> Source:
         except ConnectionError:
             say("TinyStories is not cached and the Hugging Face hub can't be reached: using the built-in storyworld instead")
             return _storyworld_source("storyworld")
+    if source in ("", "hub:"):
+        return _unknown_source(source)
     if source.split(":")[0] == "storyworld":
         return _storyworld_source(source)
     if source in HUB_NAMES:
@@ -140,6 +142,7 @@ def _load_dataset(repo: str):
     Raises ConnectionError within 10 seconds when the hub can't be reached.
     """
     import datasets
+    from datasets.data_files import EmptyDatasetError
     from datasets.packaged_modules.cache.cache import Cache
 
     cure = "Train on the built-in stories with --train.data storyworld, or on a local folder or file with --train.data PATH"
@@ -155,7 +158,7 @@ def _load_dataset(repo: str):
         except (ValueError, FileNotFoundError):  # not cached, or the download was broken off
             _check_hub(repo, cure)
         return datasets.load_dataset(repo)
-    except (datasets.exceptions.DatasetsError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, EmptyDatasetError, ValueError) as error:
         raise ValueError(f"`datasets` can't read {repo}: {first_line(error)}. {cure}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
@@ -199,7 +202,7 @@ def _local_source(path: Path) -> Source:
     others, note = roles.pop("other", []), ""
     if "train" not in roles:
         if not others:
-            named = ', '.join(file.name for file in files[:5])
+            named = ", ".join(file.name for file in files[:5])
             raise ValueError(f"{path} has no file to train on, only {named}. Add a train.* file")
         roles["train"] = others
     elif others:

@@ -482,6 +482,8 @@ def test_bad_files_are_named_with_the_cure(tmp_path, name, make, message):
     ("missing/file.txt", FileNotFoundError, "no file, folder or data source is called 'missing/file.txt'. Give an existing path"),
     ("owner/name", FileNotFoundError, "or hub:owner/name for a data set of the Hugging Face hub"),
     ("storyworld:many", ValueError, "'storyworld:many' should be storyworld:COUNT"),
+    ("", FileNotFoundError, "no file, folder or data source is called ''"),
+    ("hub:", FileNotFoundError, "no file, folder or data source is called 'hub:'"),
     ("hub:not a name", FileNotFoundError, "no data set can be called 'not a name'. Write hub:owner/name"),
 ])
 def test_unknown_sources(source, error, message):
@@ -496,6 +498,18 @@ def test_unknown_sources(source, error, message):
 def test_bad_arguments(folder, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         load_data(str(folder), Characters(), **{"max_seq_len": 64, "cache_dir": tmp_path, **change})
+
+
+def test_a_folder_that_the_library_can_not_read(tmp_path):
+    with pytest.raises(ValueError, match=r"`datasets` can't read .*doesn.t contain any data files. Train on the built-in"):
+        next(read_stories(f"hub:{tmp_path}"))
+
+
+def test_null_rows_of_validation_are_counted_too(folder, tmp_path, capsys):
+    with open(folder / "validation.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"text": null}\n')
+    load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
+    assert "stories: 1 null rows skipped\n" in capsys.readouterr().err
 
 
 def test_special_tokens_inside_of_a_text_are_refused(folder, tmp_path):
