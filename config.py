@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from typeguard import TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 Layers = str | list[str] | tuple[str | list[str], ...]
 
@@ -109,8 +109,8 @@ class TrainConfig:
     mask_stories: bool = False  # keep a story from attending to its neighbours in the row
     batch_size: int = 16  # sequences a step
     micro_batch_size: int | None = None  # sequences that go through the model at once; None is batch_size. Less takes less memory
-    max_steps: int | None = None  # stop after so many steps ...
-    max_minutes: float | None = 4.0  # ... or so many minutes, whichever ends first
+    max_steps: int | None = None  # stop after so many steps, or after max_minutes, whichever comes first
+    max_minutes: float | None = 4.0  # stop after so many minutes of training, evaluations included
     eval_every: int = 100  # steps between two looks at the validation stories
     eval_stories: int = 256  # how many whole validation stories are scored, always the same ones
     checkpoint_every: int = 100  # steps between two checkpoints
@@ -234,10 +234,11 @@ def check_types(config: ModelConfig | TrainConfig):
     for name, annotation in get_type_hints(type(config)).items():
         value = getattr(config, name)
         try:
-            check_type(value, annotation)
+            check_type(value, annotation, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as error:
             choices = get_args(annotation) if get_origin(annotation) is Literal else ()
-            expected = f"one of {', '.join(choices)}" if choices else getattr(annotation, "__name__", str(annotation))
+            expected = annotation.__name__ if isinstance(annotation, type) else annotation
+            expected = f"one of {', '.join(choices)}" if choices else expected
             raise ValueError(f"{name}={value!r}: it must be {expected}.{did_you_mean(str(value), choices)}") from error
 
 

@@ -1,0 +1,204 @@
+"""Let a trained model tell stories.
+
+    python inference.py my_run "Once upon a time" "Lily saw a"
+
+B batch, T time, V vocabulary.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model import GPT, Cache
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the model's distribution. Raises ValueError for what makes no sense."""
+
+    temperature: float = 0.8  # below 1 is safer, above 1 is wilder, 0 always takes the most likely token
+    top_k: int | None = None  # only the k most likely tokens
+    top_p: float | None = None  # only the most likely tokens that make up a share p together
+    min_p: float | None = None  # only tokens at least p times as likely as the most likely one
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: give 0 for the most likely tokens, or a positive number")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: give a whole number of at least 1, or None")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}={value}: give a share above 0 and up to 1, or None")
+
+
+def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution that the next token is drawn from.  (..., V) logits → (..., V) probabilities
+
+    Temperature first, then top_k, top_p (Holtzman et al. 2020, arXiv 1904.09751) and min_p (Nguyen et al. 2024,
+    arXiv 2407.01082), each on what the one before has left.
+    """
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if sampling.top_p is not None:
+        ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered  # the share of all more likely tokens
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
+        logits = logits.masked_fill(dropped, -math.inf)
+    probabilities = logits.softmax(dim=-1)
+    if sampling.min_p is not None:
+        floor = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    return probabilities
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: GPT, prompts: list[list[int]], eos_id: int, max_new_tokens: int, sampling: Sampling, seed: int, use_cache: bool = True
+) -> Iterator[list[int | None]]:
+    """Continue prompts of any lengths together: yields at each step a token for each prompt, None where there is none.
+
+    All rows stand at the same position: the shortest prompt is read at once, then a row that still has prompt left is
+    given its next token, and the others the one they have drawn. So there is no padding, which not every block could bear.
+    Row i draws from a stream of its own, seeded with seed + i: the same as on its own with that seed.
+    """
+    streams = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    device = next(model.parameters()).device
+    position = min(map(len, prompts))
+    rows = [prompt[:position] for prompt in prompts]
+    left = [max_new_tokens] * len(prompts)
+    cache = Cache() if use_cache else None
+    while any(left):
+        unread = cache.num_tokens if use_cache else 0
+        logits, _ = model(torch.tensor([row[unread:] for row in rows], device=device), cache=cache)
+        probabilities = next_token_probabilities(logits[:, -1].float().cpu(), sampling)
+        drawn = []
+        for row, prompt, stream in zip(range(len(rows)), prompts, streams, strict=True):
+            if position < len(prompt):
+                rows[row].append(prompt[position])
+                drawn.append(None)
+            elif left[row] == 0:
+                rows[row].append(eos_id)
+                drawn.append(None)
+            else:
+                token = torch.multinomial(probabilities[row], 1, generator=stream).item()
+                left[row] = 0 if token == eos_id else left[row] - 1
+                rows[row].append(token)
+                drawn.append(None if token == eos_id else token)
+        position += 1
+        yield drawn
+
+
+def room_for_new_tokens(model: GPT, prompts: list[list[int]], max_new_tokens: int | None) -> int:
+    """How many tokens to write at most: what is asked for, or what fits into the context behind the longest prompt."""
+    context, longest = model.config.max_seq_len, max(map(len, prompts))
+    room = context - longest + 1  # the last token that is drawn need not be read again
+    if longest > context:
+        raise ValueError(f"the prompt has {longest} tokens, but the model's max_seq_len is {context}: shorten it")
+    if max_new_tokens is None:
+        return room
+    if not 1 <= max_new_tokens <= room:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens}: behind {longest} tokens of prompt max_seq_len={context} has room for 1 to {room}"
+        )
+    return max_new_tokens
+
+
+def stream(
+    model: GPT,
+    tokenizer,
+    prompts: list[str],
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> Iterator[list[str]]:
+    """The stories as they grow: yields, after every token, the text of each prompt with what has been written so far.
+
+    A story ends at eos, after max_new_tokens, or where the context is full. Raises ValueError for a prompt that is
+    longer than the context and for sampling options that make no sense.
+    """
+    if not prompts:
+        raise ValueError("there is no prompt: give at least one, such as 'Once upon a time'")
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    tokens = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    room = room_for_new_tokens(model, tokens, max_new_tokens)
+    was_training = model.training
+    model.eval()
+    try:
+        for drawn in generate_tokens(model, [*tokens], tokenizer.eos_id, room, sampling, seed, use_cache):
+            for row, token in zip(tokens, drawn, strict=True):
+                if token is not None:
+                    row.append(token)
+            yield [tokenizer.decode(row) for row in tokens]
+    finally:
+        model.train(was_training)
+
+
+def generate(model: GPT, tokenizer, prompts: str | list[str], **options) -> str | list[str]:
+    """Continue one prompt, or many of different lengths at once: the prompts with their stories. Options: see `stream`.
+
+    Row i is drawn with seed + i, so equal prompts give different stories and a batch gives what its prompts give alone.
+    """
+    if isinstance(prompts, str):
+        return generate(model, tokenizer, [prompts], **options)[0]
+    *_, stories = stream(model, tokenizer, prompts, **options)
+    return stories
+
+
+def main(
+    name: str,
+    prompts: list[str],
+    /,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+):
+    """Let a trained model continue prompts.
+
+    Args:
+        name: a run in trained_models/
+        prompts: beginnings of stories
+        max_new_tokens: how much to write at most; by default until the story ends or the context is full
+        temperature: below 1 is safer, above 1 is wilder, 0 always takes the most likely token
+        top_k: draw from the k most likely tokens
+        top_p: draw from the most likely tokens that make up a share p together
+        min_p: draw from tokens at least p times as likely as the most likely one
+        seed: another seed tells another story
+    """
+    from runs import load_model
+
+    model, tokenizer = load_model(name)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    for number, prompt in enumerate(prompts or ["Once upon a time"]):
+        shown = ""
+        for (story,) in stream(model, tokenizer, [prompt], seed=seed + number, **options):
+            story = story.rstrip("\ufffd")  # a character whose last bytes are still to come
+            print(story[len(shown) :], end="", flush=True)
+            shown = story
+        print("\n")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        tyro.cli(main, use_underscores=True)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

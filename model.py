@@ -1,0 +1,361 @@
+"""The base model, Llama 3 style by default, from the norms up to GPT. Read it from top to bottom.
+
+B batch, T time (the new tokens), S time with what the cache remembers in front, D model dim, V vocabulary.
+The names of the config's fields are used for all other sizes: num_heads, num_kv_heads, head_dim, ...
+"""
+
+import importlib
+import inspect
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import ModelConfig, did_you_mean, layer_steps
+from tools import LoggingModule
+
+IGNORE = -100  # a target that the loss leaves out, such as padding; cross_entropy's own default
+
+
+class RMSNorm(LoggingModule):
+    """x / rms(x), with a learned gain (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).  (..., D) → (..., D)"""
+
+    def __init__(self, dim: int, norm_affine: bool = True, norm_bias: bool = False, norm_eps: float = 1e-5):
+        super().__init__()
+        self.eps = norm_eps
+        self.weight = nn.Parameter(torch.ones(dim)) if norm_affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if norm_bias else None
+
+    def forward(self, x):
+        normed = F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return normed if self.bias is None else normed + self.bias
+
+
+class LayerNorm(LoggingModule):
+    """(x - mean) / std, with a learned gain and shift (Ba et al. 2016, arXiv 1607.06450, equation 4).  (..., D) → (..., D)"""
+
+    def __init__(self, dim: int, norm_affine: bool = True, norm_bias: bool = False, norm_eps: float = 1e-5):
+        super().__init__()
+        self.eps = norm_eps
+        self.weight = nn.Parameter(torch.ones(dim)) if norm_affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if norm_bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class CosineNorm(LoggingModule):
+    """x / |x|, a vector of length 1, with a learned gain: the dot product of two is their cosine.  (..., D) → (..., D)
+
+    As the normalisation of nGPT (Loshchilov et al. 2024, arXiv 2410.01131, section 2.1). The gain begins at sqrt(D), so
+    that a channel has the size that the other norms give it.
+    """
+
+    def __init__(self, dim: int, norm_affine: bool = True, norm_bias: bool = False, norm_eps: float = 1e-5):
+        super().__init__()
+        self.eps = norm_eps
+        self.weight = nn.Parameter(torch.full((dim,), math.sqrt(dim))) if norm_affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if norm_bias else None
+
+    def forward(self, x):
+        normed = F.normalize(x, dim=-1, eps=self.eps)
+        normed = normed if self.weight is None else normed * self.weight
+        return normed if self.bias is None else normed + self.bias
+
+
+NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm, "CosineNorm": CosineNorm}
+
+
+def rope_table(max_seq_len: int, head_dim: int, rope_theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE's angles, each (max_seq_len, head_dim / 2) (Su et al. 2021, arXiv 2104.09864, equation 15)."""
+    frequencies = rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn channels k and k + head_dim / 2 by the angle of their position.  (B, num_heads, T, head_dim) → the same
+
+    rope holds cosines and sines, each (1, T, head_dim / 2), or (B, 1, T, head_dim / 2) where rows differ in positions.
+    """
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).type_as(x)
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """Squash x smoothly into (-cap, cap), as Gemma 2 does (arXiv 2408.00118, section 2); None leaves it alone."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+class Attention(LoggingModule):
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245).  (B, T, D) → (B, T, D)
+
+    num_kv_heads = num_heads is multi-head attention, 1 is multi-query attention. Scores, softmax and weighted sum are
+    written out: at the lengths of small models that is as fast as a fused kernel, and every tensor can be looked at.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        linear_bias: bool = False,
+        qk_norm: bool = False,
+        norm: str = "RMSNorm",
+        norm_eps: float = 1e-5,
+        attention_soft_cap: float | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.w_q = nn.Linear(dim, num_heads * head_dim, bias=linear_bias)
+        self.w_k = nn.Linear(dim, num_kv_heads * head_dim, bias=linear_bias)
+        self.w_v = nn.Linear(dim, num_kv_heads * head_dim, bias=linear_bias)
+        self.w_out = nn.Linear(num_heads * head_dim, dim, bias=linear_bias)
+        self.q_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
+        self.k_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
+        self.soft_cap = attention_soft_cap
+        self.dropout = dropout
+
+    def forward(self, x, *, mask, rope=None, cache=None):
+        """mask (T, S) or (B, 1, T, S) is True where a token may look; rope is what `apply_rope` takes."""
+        B, T, D = x.shape
+        q = self.w_q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, num_heads, T, head_dim)
+        k = self.w_k(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, num_kv_heads, T, head_dim)
+        v = self.w_v(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, num_kv_heads, T, head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is not None:
+            if cache:
+                k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
+            cache["k"], cache["v"] = k, v
+        S = k.shape[2]
+
+        # The query heads of a group stand below each other, so that one product serves a group without copying its keys.
+        grouped_q = q.reshape(B, self.num_kv_heads, -1, self.head_dim)
+        scores = (grouped_q * self.head_dim**-0.5) @ k.transpose(2, 3)
+        scores = scores.view(B, self.num_heads, T, S)  # (B, num_heads, T, S)
+        scores = soft_cap(scores, self.soft_cap).masked_fill(~mask, -math.inf)
+        weights = F.dropout(scores.softmax(dim=-1), self.dropout, self.training)  # (B, num_heads, T, S)
+        mixed = weights.view(B, self.num_kv_heads, -1, S) @ v
+        mixed = mixed.view(B, self.num_heads, T, self.head_dim).transpose(1, 2)  # (B, T, num_heads, head_dim)
+        return self.w_out(mixed.reshape(B, T, -1))  # (B, T, D)
+
+
+ACTIVATIONS = {
+    "SiLU": F.silu,
+    "GELU": lambda x: F.gelu(x, approximate="tanh"),
+    "ReLU": F.relu,
+    "ReLU2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
+}
+
+
+class MLP(LoggingModule):
+    """The feed-forward block, gated (Shazeer 2020, arXiv 2002.05202, section 2) or plain.  (B, T, D) → (B, T, D)
+
+    A gated one has three matrices instead of two, so its hidden width is 2/3 of mlp_dim, to the nearest multiple of 8.
+    """
+
+    def __init__(self, dim: int, mlp_dim: int, activation: str = "SiLU", gated: bool = True, linear_bias: bool = False):
+        super().__init__()
+        self.hidden_dim = max(8, round(mlp_dim * 2 / 3 / 8) * 8) if gated else mlp_dim
+        self.w_gate = nn.Linear(dim, self.hidden_dim, bias=linear_bias) if gated else None
+        self.w_in = nn.Linear(dim, self.hidden_dim, bias=linear_bias)
+        self.w_out = nn.Linear(self.hidden_dim, dim, bias=linear_bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x):
+        B, T, D = x.shape
+        hidden = self.w_in(x)  # (B, T, hidden_dim)
+        if self.w_gate is None:
+            hidden = self.activation(hidden)
+        else:
+            hidden = self.activation(self.w_gate(x)) * hidden  # (B, T, hidden_dim)
+        return self.w_out(hidden)  # (B, T, D)
+
+
+BLOCKS = {"Attn": Attention, "MLP": MLP, **NORMS}
+
+
+def block_menu(config: ModelConfig) -> dict[str, type[nn.Module]]:
+    """Every block that the layer string may name: the base model's, `Norm`, and the plugins'.
+
+    Raises ImportError for a plugin that cannot be imported, ValueError for one without BLOCKS or with a name that is taken.
+    """
+    menu = {"Norm": NORMS[config.norm], **BLOCKS}
+    for plugin in config.plugins:
+        blocks = getattr(importlib.import_module(plugin), "BLOCKS", None)
+        if blocks is None:
+            raise ValueError(f"the plugin {plugin!r} has no BLOCKS. Give it one, such as BLOCKS = {{'MyBlock': MyBlock}}")
+        for name, block in blocks.items():
+            if menu.get(name, block) is not block:
+                raise ValueError(f"the plugin {plugin!r} calls a block {name!r}, but that name is taken. Rename it")
+        menu.update(blocks)
+    return menu
+
+
+def build_block(name: str, options: dict, config: ModelConfig) -> nn.Module:
+    """The block of that name: each argument of its __init__ is filled from the options, or else from the config."""
+    menu = block_menu(config)
+    if name not in menu:
+        raise ValueError(f"layers: no block is called {name!r}.{did_you_mean(name, menu)} There are: {', '.join(menu)}")
+    wanted = inspect.signature(menu[name]).parameters
+    for option in options:
+        if option not in wanted:
+            raise ValueError(
+                f"layers: {name} has no option {option!r}.{did_you_mean(option, wanted)} There are: {', '.join(wanted)}"
+            )
+    values = config.block_values | options
+    for argument, parameter in wanted.items():
+        if argument not in values and parameter.default is parameter.empty:
+            raise ValueError(f"layers: {name} needs {argument!r}, which is no field of the config: write {name}({argument}=...)")
+    return menu[name](**{argument: values[argument] for argument in wanted if argument in values})
+
+
+class Steps(LoggingModule):
+    """One layer string: blocks in a row, `+` adds the skip and opens the next one, `|` opens one without adding.
+
+    (B, T, D) → (B, T, D). Each block is given those of the `needs` that its forward names.
+    """
+
+    def __init__(self, layer: str, config: ModelConfig, num_residuals: int):
+        super().__init__()
+        self.steps = [name for name, _ in layer_steps(layer)]
+        self.blocks = nn.ModuleList(build_block(*step, config) for step in layer_steps(layer) if step[0] not in "+|")
+        self.needs = [set(inspect.signature(block.forward).parameters) for block in self.blocks]
+        self.dropout = config.dropout
+        for block in self.blocks:
+            scale_residual_output(block, num_residuals)
+
+    def forward(self, x, *, cache=None, **needs):
+        skip = x
+        blocks = iter(zip(self.blocks, self.needs, strict=True))
+        for step in self.steps:
+            if step == "+":
+                x = skip + F.dropout(x, self.dropout, self.training)
+            if step in "+|":
+                skip = x
+            else:
+                block, wanted = next(blocks)
+                given = {name: value for name, value in needs.items() if name in wanted}
+                if cache is not None and "cache" in wanted:
+                    given["cache"] = cache[block]
+                x = block(x, **given)
+        return x
+
+
+def scale_residual_output(block: nn.Module, num_residuals: int):
+    """Shrink a block's last matrix, called w_out, so that the sum of all residual updates does not grow with the depth.
+
+    1 / sqrt(number of residual updates), as in GPT-2 (Radford et al. 2019, section 2.3).
+    """
+    if hasattr(block, "w_out"):
+        weight = block.w_out if isinstance(block.w_out, nn.Parameter) else block.w_out.weight
+        with torch.no_grad():
+            weight.mul_(num_residuals**-0.5)
+
+
+class Layer(LoggingModule):
+    """One layer of the depth: a single layer string, or several side by side whose residual updates are summed.
+
+    (B, T, D) → (B, T, D). A branch's residual update is what it gives minus what it was given, so that branches can
+    have steps of their own, as the dense and the expert branch of Snowflake Arctic.
+    """
+
+    def __init__(self, layer: str | list[str], config: ModelConfig, num_residuals: int):
+        super().__init__()
+        layer = [layer] if isinstance(layer, str) else layer
+        self.branches = nn.ModuleList(Steps(branch, config, num_residuals) for branch in layer)
+
+    def forward(self, x, **needs):
+        if len(self.branches) == 1:
+            return self.branches[0](x, **needs)
+        return x + sum(branch(x, **needs) - x for branch in self.branches)
+
+
+@dataclass
+class Cache:
+    """What a model remembers of the tokens that it has read: how many, and whatever each block keeps of them."""
+
+    num_tokens: int = 0
+    blocks: dict[nn.Module, dict] = field(default_factory=lambda: defaultdict(dict))
+
+
+class GPT(LoggingModule):
+    """A decoder-only language model: embedding, layers, norm, head."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        head_dim = config.block_values["head_dim"]
+        self.embedding = nn.Embedding(vocab_size, config.dim)
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.dim) if config.positions == "learned" else None
+        if config.positions == "sinusoidal":
+            waves = torch.cat(rope_table(config.max_seq_len, config.dim, rope_theta=10_000.0), dim=1)
+            self.register_buffer("sinusoids", waves, persistent=False)
+        if config.positions == "rope":
+            cos, sin = rope_table(config.max_seq_len, head_dim, config.rope_theta)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        self.embedding_scale = math.sqrt(config.dim) if config.embedding_scale == "sqrt(dim)" else config.embedding_scale
+        self.dropout = config.dropout
+        branches = [branch for layer in config.depth_layers for branch in ([layer] if isinstance(layer, str) else layer)]
+        num_residuals = sum(layer_steps(branch).count(("+", {})) for branch in branches)
+        self.layers = nn.ModuleList(Layer(layer, config, num_residuals) for layer in config.depth_layers)
+        self.norm = build_block("Norm", {}, config)
+        self.head = nn.Linear(config.dim, vocab_size, bias=False)
+        for table in (self.embedding, self.position_embedding, self.head):
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.02)
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens, targets=None, *, story_ids=None, cache=None):
+        """Logits (B, T, V), and the mean loss in nats where targets are given (else None).
+
+        tokens (B, T) of integers; targets (B, T), IGNORE where there is nothing to predict; story_ids (B, T) number the
+        stories packed into a row, which then do not see each other; cache is a Cache of the tokens before these.
+        Raises ValueError where the tokens go beyond max_seq_len.
+        """
+        B, T = tokens.shape
+        start = cache.num_tokens if cache is not None else 0
+        S = start + T
+        if S > self.config.max_seq_len:
+            raise ValueError(f"{S} tokens do not fit into max_seq_len={self.config.max_seq_len}: give the model fewer")
+        mask = torch.ones(T, S, dtype=torch.bool, device=tokens.device).tril(start)  # (T, S)
+        positions = torch.arange(start, S, device=tokens.device)  # (T,)
+        if story_ids is not None:
+            assert cache is None, "stories in a row are for training, a cache for generating"
+            mask = mask & (story_ids[:, None, :, None] == story_ids[:, None, None, :])  # (B, 1, T, S)
+            positions = mask.sum(dim=-1)[:, 0] - 1  # (B, T) counted from the beginning of the story
+
+        x = self.embedding(tokens) * self.embedding_scale  # (B, T, config.dim)
+        if self.config.positions == "learned":
+            x = x + self.position_embedding(positions)
+        if self.config.positions == "sinusoidal":
+            x = x + self.sinusoids[positions]
+        rope = None
+        if self.config.positions == "rope":
+            rope = self.rope_cos[positions].unsqueeze(-3), self.rope_sin[positions].unsqueeze(-3)
+        x = F.dropout(x, self.dropout, self.training)
+        for layer in self.layers:
+            x = layer(x, rope=rope, mask=mask, cache=None if cache is None else cache.blocks)
+        if cache is not None:
+            cache.num_tokens = S
+
+        logits = soft_cap(self.head(self.norm(x)), self.config.logit_soft_cap).float()  # (B, T, vocab_size)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """How many numbers are learned; without embeddings, the tables of tokens and positions and the head are left out."""
+        tables = {id(table.weight) for table in (self.embedding, self.position_embedding, self.head) if table is not None}
+        return sum(weight.numel() for weight in self.parameters() if embeddings or id(weight) not in tables)

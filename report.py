@@ -1,0 +1,163 @@
+"""What is shown of a run and what is written about it: curves, tables, samples, the README.md in its folder."""
+
+import time
+from dataclasses import fields
+
+from config import PRESETS, ModelConfig, TrainConfig
+from data import load_data
+from evaluation import evaluate
+from inference import generate
+from runs import Run, load_model
+
+PROMPTS = ("Once upon a time", "One day, Lily", "Tim was")
+AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds"}
+
+
+def plot_losses(*names: str, by: str = "step", axes=None):
+    """Training loss (thin) and validation loss (thick) of runs, in nats per token, by step, tokens or seconds.
+
+    Returns the matplotlib axes. The legend names the data; runs of other tokenizers are better compared in bits per byte.
+    """
+    import matplotlib.pyplot as plt
+
+    if by not in AXES:
+        raise ValueError(f"by={by!r}: it must be one of {', '.join(AXES)}")
+    axes = axes or plt.subplots(figsize=(8, 4), layout="constrained")[1]
+    for number, name in enumerate(names):
+        run = Run(name)
+        log = run.log()
+        data = run.load("model.pth", {"data"})["data"]
+        measured = log.dropna(subset="validation_loss")
+        axes.plot(log[by], log["train_loss"], color=f"C{number}", linewidth=0.6, alpha=0.6)
+        axes.plot(measured[by], measured["validation_loss"], color=f"C{number}", marker=".", label=f"{name} on {data}")
+    axes.set(xlabel=AXES[by], ylabel="loss (nats per token)", title="training (thin) and validation (thick)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return axes
+
+
+class LivePlot:
+    """The losses of a run while it trains, for a notebook: `plot.add(record)` after every step draws now and then."""
+
+    def __init__(self, seconds_between: float = 2.0):
+        import matplotlib.pyplot as plt
+        from IPython.display import display
+
+        self.seconds_between, self.drawn_at, self.records = seconds_between, 0.0, []
+        self.figure, self.axes = plt.subplots(figsize=(8, 4), layout="constrained")
+        plt.close(self.figure)  # or the notebook would show it a second time
+        self.display = display(self.figure, display_id=True)
+
+    def add(self, record):
+        self.records.append(record)
+        if time.monotonic() - self.drawn_at > self.seconds_between or record.validation_loss is not None:
+            self.drawn_at = time.monotonic()
+            self.draw()
+
+    def draw(self):
+        measured = [record for record in self.records if record.validation_loss is not None]
+        self.axes.clear()
+        self.axes.plot([r.step for r in self.records], [r.train_loss for r in self.records], linewidth=0.6, label="training")
+        self.axes.plot([r.step for r in measured], [r.validation_loss for r in measured], marker=".", label="validation")
+        last = self.records[-1]
+        self.axes.set(xlabel="steps", ylabel="loss (nats per token)")
+        pace = f"{last.tokens_per_second:,.0f} tokens/s"
+        self.axes.set_title(f"{last.seconds:.0f} s, {pace}, learning rate {last.learning_rate:.2g}")
+        self.axes.grid(alpha=0.3)
+        self.axes.legend()
+        self.display.update(self.figure)
+
+
+def command(model_config: ModelConfig, train_config: TrainConfig, name: str) -> str:
+    """The command that trains such a run: the preset, and every option that differs from it."""
+    preset = next((preset for preset, known in PRESETS.items() if known.model == model_config), None)
+    known = PRESETS[preset or "0.5m_short_and_thick"]
+    words = ["python train.py", f"--preset {preset}" if preset else ""]
+    for group, config, default in (("model", model_config, known.model), ("train", train_config, known.train)):
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if value == getattr(default, field.name):
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{group}.{field.name}" if value else f"--{group}.no_{field.name}")
+            elif field.name in ("betas", "plugins"):
+                words.append(f"--{group}.{field.name} {' '.join(map(str, value))}")
+            else:
+                words.append(f"--{group}.{field.name} " + (f'"{value}"' if field.name == "layers" else str(value)))
+    return " ".join(word for word in [*words, f"--name {name}"] if word)
+
+
+def table(*names: str, top_k: tuple[int, ...] = (1, 5, 10), num_stories: int | None = None):
+    """A pandas DataFrame with a row for each run: data, parameters, bits per byte and top-k accuracy.
+
+    Every model is scored on the whole validation set of the data it was trained on, or on its first num_stories. Top-k
+    accuracy is the share of tokens that were among the k most likely, given the true text before them.
+    """
+    import pandas as pd
+
+    rows = {}
+    for name in names:
+        run = Run(name)
+        model, tokenizer = load_model(name)
+        config = run.train_config
+        data = load_data(config.data, tokenizer, model.config.max_seq_len, packing=config.packing)
+        score = evaluate(model, tokenizer, data.validation[:num_stories], top_k=top_k)
+        rows[name] = {
+            "data": data.name,
+            "stories": len(score.story_nats),
+            "parameters": model.num_parameters(),
+            "without embeddings": model.num_parameters(embeddings=False),
+            "minutes": run.log()["seconds"].iloc[-1] / 60,
+            "loss": score.loss,
+            "bits per byte": score.bits_per_byte,
+            **{f"top-{k}": share for k, share in score.top_k.items()},
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def samples(*names: str, prompts: tuple[str, ...] = PROMPTS, seed: int = 0):
+    """A pandas DataFrame with a column for each run and a row for each prompt: what the model makes of it."""
+    import pandas as pd
+
+    stories = {}
+    for name in names:
+        model, tokenizer = load_model(name)
+        stories[name] = generate(model, tokenizer, list(prompts), seed=seed)
+    return pd.DataFrame(stories, index=list(prompts))
+
+
+def write_report(name: str) -> list[str]:
+    """Write README.md and loss.png into a run's folder, and return the three stories that the README shows."""
+    run = Run(name)
+    model, tokenizer = load_model(name)
+    stories = generate(model, tokenizer, list(PROMPTS))
+    run.save_figure("loss.png", plot_losses(name).figure)
+    log, config = run.log(), run.train_config
+    last, best = log.iloc[-1], log.loc[log["validation_loss"].idxmin()]
+    data = run.load("model.pth", {"data"})["data"]
+    numbers = [
+        f"- {model.num_parameters():,} parameters, {model.num_parameters(embeddings=False):,} without embeddings",
+        f"- trained on {data} with {config.tokenizer}: {int(last.step):,} steps, {int(last.tokens):,} tokens, "
+        f"{last.seconds / 60:.1f} minutes",
+        f"- best at step {int(best.step):,}: {best.bits_per_byte:.4f} bits per byte, loss {best.validation_loss:.4f} nats per "
+        f"token, perplexity {best.perplexity:.2f}, on {config.eval_stories} validation stories",
+    ]
+    told = "\n\n".join("> " + story.replace("\n", "\n>\n> ") for story in stories)
+    run.save_text("README.md", README.format(
+        name=name, numbers="\n".join(numbers), stories=told, command=command(run.model_config, config, name)
+    ))  # fmt: skip
+    return stories
+
+
+README = """# {name}
+
+{numbers}
+
+![loss curve](loss.png)
+
+Three samples, at temperature 0.8:
+
+{stories}
+
+Train it again: `{command}`. Let it write: `python inference.py {name} "Once upon a time"`.
+"""

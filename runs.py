@@ -1,0 +1,182 @@
+"""The run folder: trained_models/NAME holds everything that is known of one trained model.
+
+README.md          numbers, a sample, how to reproduce
+model_config.json  the architecture
+train_config.json  how it was trained
+log_data.csv       a row for every few steps
+model.pth          the best weights so far, and the size and fingerprint of the tokenizer they belong to
+checkpoint.pth     the last state of the training, to resume from
+loss.png           the loss curve
+
+Files are written next to their place and moved there, so that a crash or a full disk leaves what was there before.
+"""
+
+import csv
+import io
+import os
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from config import ModelConfig, TrainConfig, did_you_mean, from_json, to_json
+
+RESERVED_ON_WINDOWS = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10))}
+
+
+def runs_folder() -> Path:
+    """trained_models/ beside this file, or what the environment variable BASEGPT_RUNS names."""
+    return Path(os.environ.get("BASEGPT_RUNS") or Path(__file__).parent / "trained_models")
+
+
+def run_names() -> list[str]:
+    """The names of all runs that hold a trained model."""
+    return sorted(path.parent.name for path in runs_folder().glob("*/model.pth"))
+
+
+def default_name(preset: str) -> str:
+    """The preset and the time, in characters that every file system takes."""
+    return f"{preset}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder in trained_models/, by its name. Raises ValueError for a name that is not safe on every file system."""
+
+    name: str
+
+    def __post_init__(self):
+        safe = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name) and not self.name.endswith(".")
+        if not safe or self.name.split(".")[0].upper() in RESERVED_ON_WINDOWS:
+            raise ValueError(f"{self.name!r} cannot be a run's name: use letters, digits, '_', '-' and '.', such as my_run_2")
+
+    @property
+    def folder(self) -> Path:
+        return runs_folder() / self.name
+
+    def check_is_new(self):
+        """Raises ValueError where a run of that name exists."""
+        if self.folder.exists():
+            raise ValueError(f"a run called {self.name!r} exists. Take another --name, or go on with it by --resume")
+
+    def create(self, model_config: ModelConfig, train_config: TrainConfig):
+        """Make the folder and write the two configs. Raises ValueError where a run of that name exists."""
+        self.check_is_new()
+        self.folder.mkdir(parents=True)
+        self.save_text("model_config.json", to_json(model_config))
+        self.save_text("train_config.json", to_json(train_config))
+
+    def path(self, file: str) -> Path:
+        """The path of a file that must be there. Raises FileNotFoundError that names the run or the file that is missing."""
+        if not self.folder.is_dir():
+            there = sorted(path.name for path in runs_folder().glob("*") if path.is_dir())
+            raise FileNotFoundError(
+                f"no run is called {self.name!r}.{did_you_mean(self.name, there)} There are: {', '.join(there) or 'none yet'}"
+            )
+        path = self.folder / file
+        if not path.is_file():
+            raise FileNotFoundError(f"the run {self.name!r} has no {file}: restore it, or train the model again")
+        return path
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self._config(ModelConfig, "model_config.json")
+
+    @property
+    def train_config(self) -> TrainConfig:
+        return self._config(TrainConfig, "train_config.json")
+
+    def _config(self, config_class, file: str):
+        try:
+            return from_json(config_class, self.path(file).read_text(encoding="utf-8"))
+        except ValueError as error:  # also what is not UTF-8
+            raise ValueError(f"{file} of the run {self.name!r} is damaged: {error}") from error
+
+    def log(self):
+        """log_data.csv as a pandas DataFrame."""
+        import pandas as pd
+
+        try:
+            log = pd.read_csv(self.path("log_data.csv"))
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise ValueError(f"log_data.csv of the run {self.name!r} is damaged: {error}") from error
+        if "step" not in log:
+            raise ValueError(f"log_data.csv of the run {self.name!r} is damaged: it has no column 'step'")
+        return log
+
+    def load(self, file: str, keys: set[str]) -> dict:
+        """What `save` wrote. Raises ValueError for a file that is truncated, or that is not one of ours."""
+        import torch
+
+        try:
+            content = torch.load(self.path(file), map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # torch.load has no exception of its own for a damaged file: each layer below raises another
+            problem = f"{file} of the run {self.name!r} is damaged or not one of ours ({type(error).__name__})"
+            raise ValueError(f"{problem}: restore it, or train the model again") from error
+        if not isinstance(content, dict) or not keys <= content.keys():
+            raise ValueError(f"{file} of the run {self.name!r} was not written by train.py: it lacks {', '.join(sorted(keys))}")
+        return content
+
+    def save(self, file: str, content: dict):
+        """Write tensors and plain values with torch.save. Raises OSError with the cure where the disk is full."""
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        self._write(file, buffer.getvalue())
+
+    def save_text(self, file: str, text: str):
+        self._write(file, text.encode())
+
+    def save_log(self, rows: list[dict]):
+        """Write log_data.csv: empty where a value is None, floats in full so that they are read back as they were."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0] if rows else ["step"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.save_text("log_data.csv", text.getvalue())
+
+    def save_figure(self, file: str, figure):
+        image = io.BytesIO()
+        figure.savefig(image, dpi=120)
+        self._write(file, image.getvalue())
+
+    def log_rows(self) -> list[dict]:
+        """The rows of log_data.csv as text, to be written again unchanged."""
+        with open(self.path("log_data.csv"), newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _write(self, file: str, content: bytes):
+        unfinished = self.folder / f"{file}.unfinished"
+        try:
+            unfinished.write_bytes(content)
+            os.replace(unfinished, self.folder / file)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise OSError(
+                f"could not write {file} of the run {self.name!r} ({error.strerror}). What was saved before is still there: "
+                f"make room and go on with --name {self.name} --resume"
+            ) from error
+
+
+def load_model(name: str, device: str = "cpu"):
+    """The trained model of a run, ready to use, and its tokenizer.
+
+    Raises FileNotFoundError or ValueError with the file and the cure where something is missing, damaged or does not fit.
+    """
+    from model import GPT
+    from tokenizer import load_tokenizer
+
+    run = Run(name)
+    config, saved = run.model_config, run.load("model.pth", {"model", "vocab_size", "tokenizer_fingerprint"})
+    tokenizer = load_tokenizer(run.train_config.tokenizer)
+    if tokenizer.fingerprint != saved["tokenizer_fingerprint"]:
+        raise ValueError(f"the tokenizer {tokenizer.name!r} has changed since the run {name!r} was trained: restore the old one")
+    model = GPT(config, saved["vocab_size"])
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise ValueError(f"model.pth of the run {name!r} does not fit its model_config.json: restore both") from error
+    return model.to(device).eval(), tokenizer
