@@ -39,6 +39,7 @@ class ModelConfig:
     gated: bool = True  # multiply the hidden layer with a second one (SwiGLU, GeGLU)
     linear_bias: bool = False  # attention and MLP matrices add a bias
     qk_norm: bool = False  # normalise queries and keys: steadier at high learning rates
+    attention: Literal["auto", "plain"] = "auto"  # plain writes the scores out, to look at them; auto is torch's fused kernel
     attention_soft_cap: float | None = None  # squash attention scores into +-cap with tanh, as in Grok and Gemma 2
     logit_soft_cap: float | None = None  # squash the output logits into +-cap with tanh
     tied_embeddings: bool = True  # the output head is the token embedding, transposed
@@ -105,6 +106,7 @@ class TrainConfig:
 
     data: str = "auto"  # tinystories, storyworld, hub:owner/name, a file or a folder; auto is tinystories, or storyworld offline
     tokenizer: str = "bpe_tokenizer_1024"  # a name in tokenizers/, a path, or hf:name for one from Hugging Face
+    max_stories: int | None = 200_000  # read only so many training stories of the source; None is all
     packing: Literal["packed", "padded"] = "packed"  # several stories a row, or one a row and padding behind it
     mask_stories: bool = False  # keep a story from attending to its neighbours in the row
     batch_size: int = 16  # sequences a step
@@ -138,7 +140,7 @@ class TrainConfig:
             require(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
         for name in ("warmup_steps", "final_flat_steps", "num_restarts", "weight_decay", "lr_init", "lr_min", "seed"):
             require(getattr(self, name) >= 0, self, name, "give a number of at least 0")
-        for name in ("max_steps", "max_minutes", "grad_clip"):
+        for name in ("max_stories", "max_steps", "max_minutes", "grad_clip"):
             value = getattr(self, name)
             require(value is None or value > 0, self, name, "give a positive number, or None")
         for name in ("lr_max", "eps", "restart_mult"):

@@ -69,12 +69,13 @@ class Data:
         return torch.from_numpy(batch)
 
 
-def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packed", cache_dir: str | Path | None = None,
-              progress: bool = True) -> Data:
+def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packed", max_stories: int | None = None,
+              cache_dir: str | Path | None = None, progress: bool = True) -> Data:
     """Tokenises and packs a source, or opens what an earlier call has left in the cache.
 
     source: see read_stories.  packing: "packed" (see packing.pack), or "padded", one story a row, cropped and padded, as
-    classical loaders do.  cache_dir: see default_cache_dir.  Raises FileNotFoundError, ConnectionError or ValueError with the
+    classical loaders do.  max_stories: read so many training stories, the first
+    of the source; None is all.  cache_dir: see default_cache_dir.  Raises FileNotFoundError, ConnectionError or ValueError with the
     cure. Data.validation never shares a story with training: training stories with the words of one of its stories are dropped,
     and counted.
     """
@@ -86,11 +87,11 @@ def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packe
         raise ValueError(f"{tokenizer.name} pads with its bos or eos token ({tokenizer.pad_id}), which the loss would ignore. "
                          "Give it a pad token of its own")
     opened, cache_dir, capacity = open_source(source), Path(cache_dir or default_cache_dir()), max_seq_len + 1
-    key = digest(FORMAT, opened.fingerprint(cache_dir), tokenizer.fingerprint)
+    key = digest(FORMAT, opened.fingerprint(cache_dir), tokenizer.fingerprint, max_stories)
     fingerprint = digest(key, max_seq_len, packing)
     stories_dir, rows_dir = cache_dir / f"stories-{key}", cache_dir / f"rows-{fingerprint}"
 
-    stories, tokenised = _entry(stories_dir, lambda folder: _tokenise(opened, tokenizer, folder, progress))
+    stories, tokenised = _entry(stories_dir, lambda folder: _tokenise(opened, tokenizer, max_stories, folder, progress))
     lengths = np.memmap(stories_dir / "lengths.bin", np.uint32, "r")
     rows, packed = _entry(rows_dir, lambda folder: _write_rows(lengths, capacity, packing, folder))
     if tokenised:
@@ -143,7 +144,7 @@ def story_hash(story: str) -> int:
     return int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "big")
 
 
-def _tokenise(source: Source, tokenizer, folder: Path, progress: bool) -> dict:
+def _tokenise(source: Source, tokenizer, max_stories: int | None, folder: Path, progress: bool) -> dict:
     """Writes tokens.bin (bos story eos, bos story eos, ...), lengths.bin (uint32, one a story) and validation.json.
 
     One process: encode_batch already uses every core. On two of them processes of our own are 15% faster once they run (for 13 MB
@@ -167,9 +168,10 @@ def _tokenise(source: Source, tokenizer, folder: Path, progress: bool) -> dict:
             else:
                 yield story
 
+    known = [count for count in (source.num_train, max_stories) if count is not None]
     with (open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "lengths.bin", "wb") as lengths_file,
-          tqdm(desc=source.name, total=source.num_train, unit=" stories", disable=not progress, leave=False) as bar):
-        for stories in _batches(training_stories()):
+          tqdm(desc=source.name, total=min(known, default=None), unit=" stories", disable=not progress, leave=False) as bar):
+        for stories in _batches(itertools.islice(training_stories(), max_stories)):
             encoded = [ids for ids in tokenizer.encode_batch(stories, bos=True, eos=True) if len(ids) > 2]
             skipped["stories without a token skipped"] += len(stories) - len(encoded)
             lengths = np.fromiter(map(len, encoded), np.uint32, len(encoded))

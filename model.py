@@ -91,11 +91,16 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
+def causal_mask(T: int, S: int, device) -> Tensor:
+    """(T, S), True where one of the T last tokens of S may look: at itself and at all before it."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
 class Attention(LoggingModule):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245).  (B, T, D) → (B, T, D)
 
     num_kv_heads = num_heads is multi-head attention, 1 is multi-query attention. Scores, softmax and weighted sum are
-    written out: at the lengths of small models that is as fast as a fused kernel, and every tensor can be looked at.
+    written out for attention="plain" and for a soft cap; else torch's fused kernel does the same without keeping them.
     """
 
     def __init__(
@@ -108,6 +113,7 @@ class Attention(LoggingModule):
         qk_norm: bool = False,
         norm: str = "RMSNorm",
         norm_eps: float = 1e-5,
+        attention: str = "auto",
         attention_soft_cap: float | None = None,
         dropout: float = 0.0,
     ):
@@ -119,11 +125,12 @@ class Attention(LoggingModule):
         self.w_out = nn.Linear(num_heads * head_dim, dim, bias=linear_bias)
         self.q_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
         self.k_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
+        self.fused = attention == "auto" and attention_soft_cap is None
         self.soft_cap = attention_soft_cap
         self.dropout = dropout
 
-    def forward(self, x, *, mask, rope=None, cache=None):
-        """mask (T, S) or (B, 1, T, S) is True where a token may look; rope is what `apply_rope` takes."""
+    def forward(self, x, *, mask=None, rope=None, cache=None):
+        """mask (T, S) or (B, 1, T, S) is True where a token may look, None is causal; rope is what `apply_rope` takes."""
         B, T, D = x.shape
         q = self.w_q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, num_heads, T, head_dim)
         k = self.w_k(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, num_kv_heads, T, head_dim)
@@ -136,8 +143,17 @@ class Attention(LoggingModule):
             if cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
             cache["k"], cache["v"] = k, v
-        S = k.shape[2]
+        if self.fused:
+            dropout, causal = self.dropout if self.training else 0.0, mask is None
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=True)
+        else:
+            mixed = self.attend(q, k, v, causal_mask(T, T, x.device) if mask is None else mask)
+        return self.w_out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
+    def attend(self, q, k, v, mask):
+        """Scores, softmax and weighted sum.  q (B, num_heads, T, head_dim), k and v (B, num_kv_heads, S, head_dim) → as q"""
+        B, _, T, _ = q.shape
+        S = k.shape[2]
         # The query heads of a group stand below each other, so that one product serves a group without copying its keys.
         grouped_q = q.reshape(B, self.num_kv_heads, -1, self.head_dim)
         scores = (grouped_q * self.head_dim**-0.5) @ k.transpose(2, 3)
@@ -145,8 +161,7 @@ class Attention(LoggingModule):
         scores = soft_cap(scores, self.soft_cap).masked_fill(~mask, -math.inf)
         weights = F.dropout(scores.softmax(dim=-1), self.dropout, self.training)  # (B, num_heads, T, S)
         mixed = weights.view(B, self.num_kv_heads, -1, S) @ v
-        mixed = mixed.view(B, self.num_heads, T, self.head_dim).transpose(1, 2)  # (B, T, num_heads, head_dim)
-        return self.w_out(mixed.reshape(B, T, -1))  # (B, T, D)
+        return mixed.view(B, self.num_heads, T, self.head_dim)  # (B, num_heads, T, head_dim)
 
 
 ACTIVATIONS = {
@@ -329,11 +344,11 @@ class GPT(LoggingModule):
         S = start + T
         if S > self.config.max_seq_len:
             raise ValueError(f"{S} tokens do not fit into max_seq_len={self.config.max_seq_len}: give the model fewer")
-        mask = torch.ones(T, S, dtype=torch.bool, device=tokens.device).tril(start)  # (T, S)
+        mask = causal_mask(T, S, tokens.device) if start else None  # (T, S)
         positions = torch.arange(start, S, device=tokens.device)  # (T,)
         if story_ids is not None:
             assert cache is None, "stories in a row are for training, a cache for generating"
-            mask = mask & (story_ids[:, None, :, None] == story_ids[:, None, None, :])  # (B, 1, T, S)
+            mask = causal_mask(T, S, tokens.device) & (story_ids[:, None, :, None] == story_ids[:, None, None, :])  # (B, 1, T, S)
             positions = mask.sum(dim=-1)[:, 0] - 1  # (B, T) counted from the beginning of the story
 
         x = self.embedding(tokens) * self.embedding_scale  # (B, T, config.dim)

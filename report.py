@@ -1,13 +1,15 @@
 """What is shown of a run and what is written about it: curves, tables, samples, the README.md in its folder."""
 
 import time
+from collections import Counter
 from dataclasses import fields
 
 from config import PRESETS, ModelConfig, TrainConfig
-from data import load_data
+from data import choose_validation
 from evaluation import evaluate
 from inference import generate
 from runs import Run, load_model
+from sources import open_source
 
 PROMPTS = ("Once upon a time", "One day, Lily", "Tim was")
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds"}
@@ -87,32 +89,49 @@ def command(model_config: ModelConfig, train_config: TrainConfig, name: str) -> 
     return " ".join(word for word in [*words, f"--name {name}"] if word)
 
 
-def table(*names: str, top_k: tuple[int, ...] = (1, 5, 10), num_stories: int | None = None):
+def table(
+    *names: str, top_k: tuple[int, ...] = (1, 5, 10), num_stories: int | None = None, data_if_missing: str | None = None
+):
     """A pandas DataFrame with a row for each run: data, parameters, bits per byte and top-k accuracy.
 
     Every model is scored on the whole validation set of the data it was trained on, or on its first num_stories. Top-k
-    accuracy is the share of tokens that were among the k most likely, given the true text before them.
+    accuracy is the share of tokens that were among the k most likely, given the true text before them. Where a run's data
+    are not here it is scored on data_if_missing, which is printed and stands in its row; without that OSError is raised.
     """
     import pandas as pd
 
-    rows = {}
+    rows, validation = {}, {}
     for name in names:
-        run = Run(name)
         model, tokenizer = load_model(name)
-        config = run.train_config
-        data = load_data(config.data, tokenizer, model.config.max_seq_len, packing=config.packing)
-        score = evaluate(model, tokenizer, data.validation[:num_stories], top_k=top_k)
+        data, source = find_data(name, data_if_missing)
+        if source.name not in validation:
+            validation[source.name] = choose_validation(source, Counter())[:num_stories]
+        score = evaluate(model, tokenizer, validation[source.name], top_k=top_k)
         rows[name] = {
-            "data": data.name,
+            "data": data,
             "stories": len(score.story_nats),
             "parameters": model.num_parameters(),
             "without embeddings": model.num_parameters(embeddings=False),
-            "minutes": run.log()["seconds"].iloc[-1] / 60,
+            "minutes": Run(name).log()["seconds"].iloc[-1] / 60,
             "loss": score.loss,
             "bits per byte": score.bits_per_byte,
             **{f"top-{k}": share for k, share in score.top_k.items()},
         }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def find_data(name: str, data_if_missing: str | None):
+    """What to say of the data that a run is scored on, and their source: the run's own, or the other where these are not here."""
+    wanted = Run(name).train_config.data
+    try:
+        source = open_source(wanted)
+        return source.name, source
+    except OSError as error:  # no such file or folder, or no way to the hub
+        if data_if_missing is None:
+            raise
+        source = open_source(data_if_missing)
+        print(f"{name} is scored on {source.name}, which it was not trained on, as its own data are not here: {error}")
+        return f"{source.name} (not its own)", source
 
 
 def samples(*names: str, prompts: tuple[str, ...] = PROMPTS, seed: int = 0):
@@ -126,12 +145,23 @@ def samples(*names: str, prompts: tuple[str, ...] = PROMPTS, seed: int = 0):
     return pd.DataFrame(stories, index=list(prompts))
 
 
+def wrapped(frame):
+    """A DataFrame of texts for a notebook: whole, wrapped, from the left and from the top."""
+    text = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap", "max-width": "32em"}
+    headings = [{"selector": "th", "props": list((text | {"max-width": "10em"}).items())}]
+    return frame.style.set_properties(**text).set_table_styles(headings).set_uuid("wrapped")
+
+
 def write_report(name: str) -> list[str]:
     """Write README.md and loss.png into a run's folder, and return the three stories that the README shows."""
+    import matplotlib.pyplot as plt
+
     run = Run(name)
     model, tokenizer = load_model(name)
     stories = generate(model, tokenizer, list(PROMPTS))
-    run.save_figure("loss.png", plot_losses(name).figure)
+    axes = plot_losses(name)
+    run.save_figure("loss.png", axes.figure)
+    plt.close(axes.figure)  # or a notebook would show it
     log, config = run.log(), run.train_config
     last, best = log.iloc[-1], log.loc[log["validation_loss"].idxmin()]
     data = run.load("model.pth", {"data"})["data"]

@@ -385,6 +385,7 @@ class World:
         self.variables: dict[str, Variable] = {}
         self._domain_tables: dict[str, Table] = {}
         self._classes: dict[int, list] = {}
+        self.asked_tags: set[str] = set()
         self._homes: dict[Entity, tuple[int, ...]] = {}
         self._named: dict[str, object] = {}
 
@@ -423,7 +424,7 @@ class World:
             groups = defaultdict(list)
             for entity in table.entities:
                 keyed = tuple(self.outlook(parts[entity]) if entity in parts else None for parts in self.tables.values())
-                groups[keyed, self.homes(entity), entity.tags].append(entity)
+                groups[keyed, self.homes(entity), entity.tags & self.asked_tags].append(entity)
             self._classes[id(table)] = [(group[0], len(group)) for group in groups.values()]
         return self._classes[id(table)]
 
@@ -435,11 +436,16 @@ class World:
         return self._homes[entity]
 
     def outlook(self, table: Table) -> tuple:
-        """Equal for tables that lead to equal choices: all that counts in a table whose members have no other role is its length."""
+        """Equal for tables that lead to equal choices.
+
+        All that counts in a table is its length if its members are in no other table, decide nothing, and meet no rival from
+        another table because all variables of their domain depend on the same variable.
+        """
+        first = table.entities[0]
+        givens = {variable.given for variable in self.variables.values() if self.domain_of(variable.table) == first.domain}
         keys = {key for parts in self.tables.values() for key in parts}
-        if all(not one.tags and one not in keys and self.homes(one) == (id(table),) for one in table.entities):
-            return ("length", len(table.entities))
-        return ("table", id(table))
+        alone = all(self.homes(one) == (id(table),) and one not in keys and not one.tags & self.asked_tags for one in table.entities)
+        return ("length", len(table.entities)) if alone and len(givens) == 1 else ("table", id(table))
 
     def compile(self, source: str, before: str = "", capital: bool = False):
         """A node with sample, match and entropy; `before` is put before each alternative that is not empty."""
@@ -458,6 +464,7 @@ class World:
             while found := re.compile(r"<(!?)(\w+)(?:\.(\w+))?>").match(source, at):
                 variable = self.variable(found[2])
                 fact = self.facts[self.domain_of(variable.table)]
+                self.asked_tags.add(found[3] or "")
                 guards[-1].append(Guard(variable, found[3] or "", bool(found[1]), fact))
                 at = found.end()
             parts, at = self._parts(source, at, before, capital)

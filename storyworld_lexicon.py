@@ -39,6 +39,8 @@ mole | shuffled | shuffle | Sniff | tunnel | worms*, roots*, potatoes*, radish
 """
 FLYING = "owl robin dragon"
 WILD = "rabbit bear fox mouse frog squirrel hedgehog turtle owl robin mole beaver"  # animals of the wood and the pond
+SMALL = "mouse frog robin squirrel mole hedgehog kitten"
+GIANT = "bear lion elephant dragon"
 BIG = "bear pony elephant lion dragon"
 
 NAMES = {
@@ -156,6 +158,21 @@ GIFTS = """warm hug, shiny medal, big kiss, gold star, bright balloon, paper cro
 bag of candy, wool sweater, tiny music box, wooden spoon, box of chocolates, pretty card, bowl of pudding, glass of lemonade, honey bun,
 striped sock, lucky coin, silk ribbon, bowl of popcorn, lemon tart"""
 
+LISTS = {  # table: what may be drawn from it
+    "bug": "butterfly, beetle, cricket, ladybug, dragonfly, firefly, grasshopper, moth, bumblebee, caterpillar",
+    "dish": "cake, pie, stew, pudding, pizza, omelet, casserole, strudel, lasagna, tart, pot of soup, salad",
+    "stuff": "flour, sugar, eggs, butter, milk, honey, raisins, walnuts, cinnamon, rice, potatoes, cheese, cream, oil, yeast, lemons, beans, "
+    "oats, ginger, onions, corn, spinach, olives, plums",
+    "odd_name": "Snowball, Frosty, Mister Cold, Flake, Icicle, Whitey, Winter, Button, Old Carrot, Lady Snow, Bobo, Drippy, Twinkle, Nippy",
+    "surname": "Baker, Green, Hill, Potter, Wood, Brook, Miller, Fisher, Stone, Finch, Cooper, Bell, Parsnip, Tuttle, Webster, Plum",
+    "landmark": "well, mill, church, bridge, lighthouse, fountain, bakery, train station, library, museum, fire station, theater, hospital, "
+    "post office, windmill, town hall, circus, fair, aquarium, gate, chapel, tea house, sawmill, bell tower",
+    "instrument": "flute, drum, fiddle, guitar, piano, banjo, harp, trumpet, tuba, harmonica, cello, horn, xylophone, bagpipe, accordion",
+    "land": "Riverton, Snowhill, Applewood, Oakham, Sandy Bay, Mooncastle, Bluewater, Foxford, Pebble Beach, Goldfield, Windmere, Thornton, "
+    "Maplewood, Silver Lake, Crowtown, Honeydale, Northport, Elmbridge",
+    "weekday": "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday",
+}
+
 VARIABLES = {
     "hero": ("name", "kind"),
     "kind2": ("company", "kind"),
@@ -167,6 +184,7 @@ VARIABLES = {
     "use": ("use", "toy"),
     "food": ("food", "kind"),
     "food2": ("food", "kind"),
+    "meal": ("meal", "kind2"),
     "spot": ("spot", "place"),
     "spot2": ("spot", "place"),
     "sight": ("sight", "place"),
@@ -174,36 +192,97 @@ VARIABLES = {
     "place2": ("place", None),
 }
 FACTS = {
-    **dict.fromkeys(["kind", "name", "family", "creature", "trait"], "who"),
-    **dict.fromkeys(["toy", "food", "color", "game", "gift", "chore"], "what"),
-    **dict.fromkeys(["place", "spot", "sight"], "where"),
-    **dict.fromkeys(["use", "moral", "activity", "plot"], "why"),
+    **dict.fromkeys(["kind", "name", "family", "creature", "trait", "odd_name", "surname"], "who"),
+    **dict.fromkeys(["toy", "food", "meal", "color", "game", "gift", "chore", "plant", "bug", "dish", "stuff", "instrument"], "what"),
+    **dict.fromkeys(["place", "spot", "sight", "landmark", "land", "weekday"], "where"),
+    **dict.fromkeys(["use", "moral", "activity", "plot", "skill"], "why"),
 }
 SHARED = {"kind"}
 
+# skill | why it is nice | what goes wrong the first time | and the second time
+SKILLS = """
+swim | The ducks made it look so easy | There was a big splash and a lot of coughing | There was less water in the nose
+whistle | It would be nice to call the birds | Only air came out | A tiny squeak came out
+ride a bike | A bike is faster than the wind | The bike wobbled and fell into the bushes | The bike went straight for a moment
+tie a bow | Shoes look better with bows | It became one big knot | It became a bow with three ears
+skate on the ice | The ice on the lake was thick | There were many bumps and bruises | There were only two bumps
+bake bread | The kitchen always smelled so good | The bread was black and hard as a brick | The bread was flat but tasty
+juggle apples | The clown at the fair could do it | All the apples rolled under the couch | Two apples stayed in the air
+play the piano | The music in the church was so pretty | It sounded like a cat in a bucket | It sounded almost like a song
+paint a horse | The walls looked so empty | It looked more like a potato | It had five legs but a fine tail
+row a boat | There was an island in the lake | The boat only turned in circles | The boat went the right way, but slowly
+do a handstand | The acrobats at the circus were so good | There was a crash and a broken vase | There were three seconds of balance
+knit a sock | Winter was coming and toes get cold | The sock had three holes and no heel | The sock had only one hole
+write a letter | There was a cousin far away | The letters looked like spilled noodles | Half of the words were right
+dance the waltz | There would be a ball in the spring | Many toes got stepped on | Only one toe got stepped on
+yodel | The echo in the mountains answers every song | The sheep ran away | The sheep came back to listen
+catch a ball | The team needed one more player | The ball landed in the soup | The ball bounced off a knee
+count to one hundred | There were so many stars to count | After twenty came thirteen | The count stopped at eighty-nine
+read a map | There might be treasure somewhere | The map was upside down | The map led to the wrong barn
+"""
+
+# plant | what became of it
+PLANTS = """
+sunflower | It looked over the roof like a yellow sun
+apple tree | It had sweet apples every fall
+rose bush | The whole street smelled of roses
+pumpkin vine | The pumpkin was so big that it needed a cart
+beanstalk | It went up and up into the clouds
+cherry tree | The birds and the neighbors ate cherries together
+strawberry plant | There were strawberries for everyone
+tulip | Its cup was full of morning dew
+lemon tree | They drank lemonade all summer
+willow tree | Under its branches was a secret room
+grape vine | There was juice in every glass
+oak tree | A swing hung from its longest branch
+cornstalk | They had popcorn all winter
+lavender bush | The bees came from miles around
+maple tree | Its leaves turned to fire in autumn
+peach tree | They made jam in twelve jars
+"""
+
+# Lists of words that nothing later depends on. Those that start a sentence are asked for with a capital.
 WORDS = {
     "weather": "sunny|rainy|windy|cloudy|warm|cold|chilly|bright|foggy|snowy|hot|breezy|misty|stormy|mild|gray|frosty|fine|lovely|quiet",
     "part": "3*morning|3*day|3*afternoon|evening|Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday",
-    "little": "6*little|3*small|2*young|tiny|sweet|merry|cute|lively|plump|fluffy|tidy|jolly|sleepy|dreamy",
+    "little": "6*little|3*small|2*young|tiny|sweet|merry|cute|lively|plump|tidy|jolly|sleepy|dreamy|lovely|wild|lonely|nimble",
     "happy": "5*happy|3*glad|proud|cheerful|joyful|excited|delighted|pleased|thrilled|merry",
-    "sad": "5*sad|3*upset|unhappy|gloomy|miserable|heartbroken|lonely|worried|downhearted",
-    "scared": "4*scared|2*afraid|frightened|nervous|worried|shaky|uneasy|terrified",
-    "nice": "3*nice|2*pretty|lovely|beautiful|wonderful|splendid|fine|charming|special|fancy|perfect|amazing|marvelous|dandy",
+    "sad": "5*sad|3*upset|unhappy|gloomy|miserable|lonely|worried|glum|downhearted",
+    "scared": "4*scared|2*afraid|frightened|terrified",
+    "nice": "3*nice|2*pretty|lovely|beautiful|wonderful|splendid|fine|charming|special|fancy|perfect|amazing|rusty|dusty|useful|shiny",
     "big": "4*big|2*huge|large|giant|enormous|great|mighty",
     "very": "4*very|3*so|really|quite|terribly",
-    "said": "5*said|2*cried|called|answered|laughed|exclaimed|replied|whispered",
-    "asked": "4*asked|wondered|begged|inquired",
-    "smiled": "4*smiled|2*laughed|nodded|giggled|grinned|winked|beamed|chuckled",
-    "softly": "softly|gently|quietly|kindly|warmly|calmly|sweetly|slowly|tenderly",
-    "quickly": "quickly|at once|right away|fast|in a hurry|eagerly|without a word|bravely",
-    "wow": "3*Wow|2*Oh|Look|Hooray|Goodness|My oh my|Yippee|Oh boy|Gosh|Golly",
-    "when": "5*One day|3*One @weather @part|Early one @part|Late one @part|On a @weather @part|That @part|Last spring|In the summer|"
-    "One autumn @part|One winter @part|On the first day of spring|After breakfast|After a long nap|Just before lunch",
-    "then": "5*Then|3*Soon|After a while|A little later|Just then|Before long|A moment later|Right then|Later|The next minute",
-    "suddenly": "5*Suddenly|2*All of a sudden|Just then|Out of nowhere|At that moment|Without warning",
-    "finally": "4*Finally|3*At last|In the end|After a long time|When the sun was low|Just before dark",
+    "said": "5*said|2*cried|called|answered|exclaimed|replied|whispered",
+    "how": "softly|gently|quietly|kindly|warmly|calmly|sweetly|slowly|in a low voice|after a while|with a smile|at once|with a nod",
+    "wow": "3*wow|2*oh|look|hooray|goodness|my oh my|yippee|oh boy|gosh|golly",
+    "when": "5*one day|3*one @weather @part|early one @part|late one @part|on @weather.a @part|last spring|last summer|"
+    "one autumn @part|one winter @part|on the first day of [spring|school|the year|the holidays]|after breakfast|after a long nap|"
+    "just before lunch",
+    "then": "5*then|3*soon|after a while|a little later|just then|before long|a moment later|right then|later|the next minute",
+    "suddenly": "5*suddenly|2*all of a sudden|just then|out of nowhere|at that moment|without warning",
+    "finally": "4*finally|3*at last|in the end|after a long time|when the sun was low|just before dark",
     "day": "8*day|afternoon|morning|evening",
     "looked": "3*looked|searched|peeked|hunted|checked",
+    "color": "red|blue|green|yellow|orange|purple|pink|brown|silver|golden|white|black|gray|striped|spotted|plain",
+    "mood": "2*sleepy|happy|grumpy|hungry|shy|proud|noisy|lazy|busy|funny|fat|thin|tired|polite|dizzy|clumsy|old|wise|bored|rude|nervous|"
+    "muddy|curious|elegant|wet|silly|strange|gentle",
+    "beast": "snail|crow|goose|heron|lizard|toad|crab|otter|badger|deer|weasel|raccoon|peacock|rooster|hen|turkey|donkey|sheep|calf|cow|"
+    "camel|parrot|seal|spider|bat|moose|skunk|ant|moth|stork|ostrich|zebra|giraffe|hippo|kangaroo|koala|panda|rat|pigeon|worm|llama|"
+    "walrus|hamster|gopher|ferret|yak|bison",
+    "doing": "eating [hay|soup|cake|leaves|noodles|a sandwich|jam|a pear]|drinking [tea|from a puddle|milk|lemonade|cocoa]|sleeping "
+    "[on a fence|in a cart|under a tree|in a hat|on a roof|on one leg]|washing its [face|ears|feet|socks|back]|looking for "
+    "[lunch|its glasses|a home|its hat|worms|the moon]|wearing a [bow|hat|vest|scarf|tie|cape]|reading [the news|a letter|a map|a poem]|"
+    "singing [a song|to itself|about cheese|in the rain]|sitting on a [bench|stone|log|bucket|chair|wall]|counting "
+    "[clouds|its toes|leaves|coins|beans]|humming|dancing|snoring|yawning|digging a hole|building a [nest|wall|house|boat]|"
+    "painting a [fence|door|boat|picture]|scratching its [head|ear|nose|back]",
+    "odds": "rope|cup|map|hat|spoon|pencil|button|ball of string|candle|mitten|notebook|whistle|bottle|towel|key|brush|comb|ribbon|box|pot|"
+    "jar|sock|flag|feather|lamp|pillow|hammer|clock|kettle|teapot|bell|mirror|pin|fan|ticket|stamp|sponge|ladle|purse|shoe",
+    "odds_many": "hats|socks|books|papers|clothes|pillows|rags|plates|pans|shoes|blankets|lamps|curtains|jars|clocks|toys|spoons|pictures",
+    "creature_did": "growled|hissed|stamped its feet|showed its teeth|ran in circles|came closer and closer|jumped over the fence",
+    "beast_many": "crows|goats|pigeons|ponies|donkeys|hens|pigs|cows|rats|camels",
+    "snowman": "man|lady|king|queen|cat|bear|pirate|wizard|giant|knight",
+    "did": "drew lines in the sand|hummed a sad tune|counted the clouds|kicked a stone|watched the ants|swept the steps|fed the birds|"
+    "blew bubbles|read a book|looked at the sky|threw pebbles|made a paper boat|chewed on a straw|bounced a ball",
 }
 
 
@@ -216,13 +295,20 @@ def thing(domain: str, text: str) -> Entity:
     """One, many (a star) or some (a tilde) of something, with the pronouns and verbs that agree with it."""
     name = text.strip().rstrip("*~")
     many = text.strip().endswith("*")
-    forms = {"a": with_article(name), "the": f"the {name}", "it": "it", "they": "it", "was": "was", "is": "is", "this": "this", "one": "one"}
+    several = plural(name)
+    forms = {"many": several, "a": with_article(name), "the": f"the {name}", "it": "it", "they": "it", "was": "was", "is": "is", "this": "this", "one": "one"}
     if many or text.strip().endswith("~"):
-        forms["a"], forms["one"] = f"some {name}", "some"
+        forms["a"], forms["one"], forms["many"] = f"some {name}", "some", name
     if many:
         forms.update(it="them", they="they", was="were", is_="are", this="these")
         forms["is"] = forms.pop("is_")
     return Entity(domain, name, forms)
+
+
+def plural(word: str) -> str:
+    if word == "fish":
+        return word
+    return word + ("es" if word.endswith(("ch", "sh", "s", "x")) else "s")
 
 
 def rows(text: str) -> list[list[str]]:
@@ -233,7 +319,7 @@ def build_names() -> dict[str, list[Entity]]:
     she = {"he": "she", "him": "her", "his": "her", "himself": "herself", "hers": "hers"}
     he = {"he": "he", "him": "him", "his": "his", "himself": "himself", "hers": "his"}
     pronouns = {"girl": she, "she": she, "boy": he, "he": he}
-    return {group: [Entity("name", name, pronouns[group], [group]) for name in names.split()] for group, names in NAMES.items()}
+    return {group: [Entity("name", name, pronouns[group]) for name in names.split()] for group, names in NAMES.items()}
 
 
 def build_kinds() -> tuple[dict[str, Entity], dict[str, str]]:
@@ -255,7 +341,6 @@ def build_tables() -> dict[str, dict[Entity | None, Table]]:
     children = [kind for kind in kinds.values() if "child" in kind.tags]
     animals = [kind for kind in kinds.values() if "animal" in kind.tags]
     animal_names = Table(names["she"] + names["he"])
-    foods = {text.strip(): thing("food", text) for meal in meals.values() for text in meal.split(",")}
     toys, uses = {}, {}
     for name, what_for in rows(TOYS + ANIMAL_TOYS.strip()):
         toy = toys[name.rstrip("*").replace(" ", "_")] = thing("toy", name)
@@ -271,17 +356,27 @@ def build_tables() -> dict[str, dict[Entity | None, Table]]:
         "name": {**dict.fromkeys(animals, animal_names), kinds["girl"]: Table(names["girl"]), kinds["boy"]: Table(names["boy"])},
         "toy": {kind: toys_of[toy_group(kind)] for kind in kinds.values()},
         "use": uses,
-        "food": {kind: Table([foods[text.strip()] for text in meals[name].split(",")]) for name, kind in kinds.items()},
+        "food": {kind: Table([thing("food", text) for text in meals[name].split(",")]) for name, kind in kinds.items()},
+        "meal": {kind: Table([thing("meal", text) for text in meals[name].split(",")]) for name, kind in kinds.items()},
     }
+    some = {"small": SMALL, "giant": GIANT, "flyer": FLYING}
+    tables.update({name: {None: Table([kinds[one] for one in listed.split()])} for name, listed in some.items()})
     tables["family"] = {None: Table([family(line) for line in FAMILY.split(",")])}
     tables.update(build_places())
-    lists = {"trait": TRAITS, "color": COLORS, "creature": CREATURES, "game": GAMES, "chore": CHORES, "activity": ACTIVITIES, "gift": GIFTS}
+    tables["skill"] = {None: Table([Entity("skill", *told(row, "why", "fail", "fail2")) for row in rows(SKILLS)])}
+    tables["plant"] = {None: Table([Entity("plant", *told(row, "end")) for row in rows(PLANTS)])}
+    lists = {"trait": TRAITS, "color": COLORS, "creature": CREATURES, "game": GAMES, "chore": CHORES, "activity": ACTIVITIES, "gift": GIFTS} | LISTS
     tables.update({name: {None: Table(parse_list(name, text))} for name, text in lists.items()})
     return tables
 
 
 def toy_group(kind: Entity) -> str:
     return next(tag for tag in ("child", "wild", "big", "pet") if tag in kind.tags or tag == "pet")
+
+
+def told(row: list[str], *names: str) -> tuple[str, dict[str, str]]:
+    """The name and the forms of an entity that is told with whole sentences."""
+    return row[0], {"a": with_article(row[0]), **dict(zip(names, row[1:], strict=True))}
 
 
 def family(line: str) -> Entity:

@@ -71,7 +71,10 @@ def train(
     torch.manual_seed(train_config.seed)
     tokenizer = load_tokenizer(train_config.tokenizer)
     model = GPT(model_config, tokenizer.vocab_size).to(device)
-    data = load_data(train_config.data, tokenizer, model_config.max_seq_len, packing=train_config.packing)
+    data = load_data(
+        train_config.data, tokenizer, model_config.max_seq_len,
+        packing=train_config.packing, max_stories=train_config.max_stories,
+    )  # fmt: skip
     optimizers = build_optimizers(model, train_config)
     step, tokens, seconds, best_loss, unlogged, log = 0, 0, 0.0, math.inf, [], []
 
@@ -122,12 +125,14 @@ def train(
                 group["lr"] = learning_rate
 
             batch = data.batch(step, train_config.batch_size, train_config.seed)  # (B, T + 1)
-            targets = batch[:, 1:].masked_fill(batch[:, 1:] == tokenizer.pad_id, IGNORE)
+            stories = story_ids(batch, tokenizer.bos_id, tokenizer.eos_id)  # (B, T + 1)
+            no_target = (batch[:, 1:] == tokenizer.pad_id) | (stories[:, 1:] != stories[:, :-1])  # nothing tells the next story
+            targets = batch[:, 1:].masked_fill(no_target, IGNORE)  # (B, T)
             num_targets = (targets != IGNORE).sum().item()
             train_loss = 0.0
             for rows in torch.arange(train_config.batch_size).split(micro_batch_size):
                 inputs, wanted = batch[rows, :-1].to(device), targets[rows].to(device)
-                ids = story_ids(inputs, tokenizer.bos_id, tokenizer.eos_id) if train_config.mask_stories else None
+                ids = stories[rows, :-1].to(device) if train_config.mask_stories else None
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     _, loss = forward(inputs, wanted, story_ids=ids)
                 loss = loss * ((wanted != IGNORE).sum() / num_targets)  # so that micro-batches add up to the batch's mean
