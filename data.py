@@ -74,10 +74,9 @@ def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packe
     """Tokenises and packs a source, or opens what an earlier call has left in the cache.
 
     source: see read_stories.  packing: "packed" (see packing.pack), or "padded", one story a row, cropped and padded, as
-    classical loaders do.  max_stories: read so many training stories, the first
-    of the source; None is all.  cache_dir: see default_cache_dir.  Raises FileNotFoundError, ConnectionError or ValueError with the
-    cure. Data.validation never shares a story with training: training stories with the words of one of its stories are dropped,
-    and counted.
+    classical loaders do.  max_stories: read so many training stories, the first of the source; None is all.
+    cache_dir: see default_cache_dir.  Raises FileNotFoundError, ConnectionError or ValueError with the cure. Data.validation
+    never shares a story with training: training stories with the words of one of its stories are dropped, and counted.
     """
     if packing not in ("packed", "padded"):
         raise ValueError(f"packing={packing!r} should be 'packed' or 'padded'")

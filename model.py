@@ -118,6 +118,8 @@ class Attention(LoggingModule):
         dropout: float = 0.0,
     ):
         super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads={num_kv_heads}: it must divide num_heads={num_heads}, in the options of Attn, too")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.w_q = nn.Linear(dim, num_heads * head_dim, bias=linear_bias)
         self.w_k = nn.Linear(dim, num_kv_heads * head_dim, bias=linear_bias)
@@ -323,7 +325,7 @@ class GPT(LoggingModule):
         self.dropout = config.dropout
         branches = [branch for layer in config.depth_layers for branch in ([layer] if isinstance(layer, str) else layer)]
         num_residuals = sum(layer_steps(branch).count(("+", {})) for branch in branches)
-        self.layers = nn.ModuleList(Layer(layer, config, num_residuals) for layer in config.depth_layers)
+        self.layers = nn.ModuleList(Layer(layer, config, max(1, num_residuals)) for layer in config.depth_layers)
         self.norm = build_block("Norm", {}, config)
         self.head = nn.Linear(config.dim, vocab_size, bias=False)
         for table in (self.embedding, self.position_embedding, self.head):
@@ -344,7 +346,7 @@ class GPT(LoggingModule):
         S = start + T
         if S > self.config.max_seq_len:
             raise ValueError(f"{S} tokens do not fit into max_seq_len={self.config.max_seq_len}: give the model fewer")
-        mask = causal_mask(T, S, tokens.device) if start else None  # (T, S)
+        mask = causal_mask(T, S, tokens.device) if start else None  # None is causal, too
         positions = torch.arange(start, S, device=tokens.device)  # (T,)
         if story_ids is not None:
             assert cache is None, "stories in a row are for training, a cache for generating"

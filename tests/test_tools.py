@@ -421,12 +421,13 @@ def test_show_shapes_marks_a_wrong_comment(capsys):
 
 def test_every_shape_comment_of_the_base_model():
     layer = ["Norm->Attn->+->Norm->MLP->+", "Norm->MLP(gated=False)->+"]
-    config = ModelConfig(dim=14, num_layers=2, layers=layer, num_heads=6, num_kv_heads=3, head_dim=4, max_seq_len=7)
+    size = {"dim": 14, "num_layers": 2, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4, "max_seq_len": 7}
     tokens = torch.arange(10).view(2, 5)
     with ShapeComments(inspect.getfile(GPT)) as comments:
-        model = GPT(config, vocab_size=11)
-        model(tokens, tokens, story_ids=torch.zeros_like(tokens))
-        cache = Cache()
-        model(tokens, cache=cache)
-        model(tokens[:, :1], cache=cache)
+        for attention in ("auto", "plain"):
+            model = GPT(ModelConfig(layers=layer, attention=attention, **size), vocab_size=11)
+            model(tokens, tokens, story_ids=torch.zeros_like(tokens))
+            cache = Cache()
+            model(tokens, cache=cache)
+            model(tokens[:, :1], cache=cache)
     assert (comments.wrong, comments.never_ran) == ([], [])
