@@ -5,6 +5,7 @@ The command line of train.py is generated from these dataclasses, and the commen
 
 import ast
 import json
+import math
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -56,6 +57,8 @@ class ModelConfig:
             require(value is None or value > 0, self, name, "give a positive number, or None")
         for name in ("rope_theta", "norm_eps"):
             require(getattr(self, name) > 0, self, name, "give a positive number")
+        scale = self.embedding_scale
+        require(scale == "sqrt(dim)" or scale > 0, self, "embedding_scale", "give a positive number, or 'sqrt(dim)'")
         require(0 <= self.dropout < 1, self, "dropout", "give a share from 0 to below 1")
         require(
             self.num_heads % self.num_kv_heads == 0, self, "num_kv_heads",
@@ -175,9 +178,10 @@ def layer_steps(layer: str) -> list[tuple[str, dict[str, Any]]]:
         try:
             node = ast.parse(text, mode="eval").body
             call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-            if not isinstance(call.func, ast.Name) or call.args:
+            options = {option.arg: ast.literal_eval(option.value) for option in call.keywords}
+            if not isinstance(call.func, ast.Name) or call.args or None in options or len(options) < len(call.keywords):
                 raise SyntaxError
-            steps.append((call.func.id, {option.arg: ast.literal_eval(option.value) for option in call.keywords}))
+            steps.append((call.func.id, options))
         except (SyntaxError, ValueError) as error:
             raise ValueError(
                 f"layers={layer!r}: the step {text!r} cannot be read. Write Name, Name(option=value), + or |, joined by ->"
@@ -213,10 +217,12 @@ def from_json(config_class, text: str):
     for name in names:
         if name not in values:
             raise ValueError(f"the field {name!r} of {config_class.__name__} is missing")
-    if isinstance(values.get("layers"), dict) and "tile" in values["layers"]:
-        values["layers"] = tuple(values["layers"]["tile"])
-    for name in {"betas", "plugins"} & values.keys():
-        values[name] = tuple(values[name])
+    match values.get("layers"):
+        case {"tile": [*tile], **rest} if not rest:
+            values["layers"] = tuple(tile)
+    for name in ("betas", "plugins"):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
     return config_class(**values)
 
 
@@ -235,7 +241,10 @@ def check_types(config: ModelConfig | TrainConfig):
     """Dataclasses take anything; a config from a notebook or a file must hold what its annotations say."""
     for name, annotation in get_type_hints(type(config)).items():
         value = getattr(config, name)
+        require(not isinstance(value, float) or math.isfinite(value), config, name, "give a finite number")
         try:
+            if isinstance(value, bool) and annotation is not bool:  # which Python would take for 0 or 1
+                raise TypeCheckError("a switch is no number")
             check_type(value, annotation, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as error:
             choices = get_args(annotation) if get_origin(annotation) is Literal else ()

@@ -1,0 +1,270 @@
+"""Promises of config.py: what goes in comes back, what cannot be says so in one line, and the presets have their sizes."""
+
+import json
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+
+import pytest
+
+from config import PRE_NORM, PRESETS, SANDWICH_NORM, ModelConfig, TrainConfig, from_json, layer_steps, preset, to_json
+from model import GPT
+
+VOCAB_SIZE = 1027  # bpe_tokenizer_1024 with bos, eos and pad
+PARALLEL = [PRE_NORM, "Norm->MLP(mlp_dim=64)->+"]
+NAN, INF = float("nan"), float("inf")
+
+
+def one_line_error(call, *words, error=ValueError):
+    """The call must raise an error of one line that holds all the words."""
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    for config in PRESETS[name]:
+        assert from_json(type(config), to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(layers=SANDWICH_NORM),
+        ModelConfig(layers=PARALLEL),
+        ModelConfig(layers=(PRE_NORM,)),
+        ModelConfig(layers=(PRE_NORM, PARALLEL), plugins=("one.two", "three")),
+        ModelConfig(layers="MLP(activation='ReLU', gated=False)->+", embedding_scale="sqrt(dim)", head_dim=10),
+        ModelConfig(norm_eps=1 / 3, rope_theta=12345.678901234567, embedding_scale=2, dropout=0.1),
+        TrainConfig(data="Märchen/日本.txt", betas=(0.1, 0.2), eps=1e-30, max_minutes=None, max_steps=77, grad_clip=None),
+    ],
+)
+def test_json_brings_back_every_value_and_its_type(config):
+    again = from_json(type(config), to_json(config))
+    assert again == config
+    for field in fields(config):
+        assert type(getattr(again, field.name)) is type(getattr(config, field.name))
+    assert isinstance(json.loads(to_json(config)), dict)
+
+
+def with_key(config, **changes):
+    return json.dumps(json.loads(to_json(config)) | changes)
+
+
+def without_key(config, key):
+    return json.dumps({name: value for name, value in json.loads(to_json(config)).items() if name != key})
+
+
+@pytest.mark.parametrize(
+    "config_class, text, words",
+    [
+        (ModelConfig, with_key(ModelConfig(), num_layer=3), ["no field 'num_layer'", "'num_layers'"]),
+        (ModelConfig, with_key(ModelConfig(), zzz=3), ["no field 'zzz'"]),
+        (ModelConfig, without_key(ModelConfig(), "rope_theta"), ["'rope_theta'", "missing"]),
+        (TrainConfig, without_key(TrainConfig(), "betas"), ["'betas'", "missing"]),
+        (ModelConfig, to_json(TrainConfig()), ["no field"]),
+        (ModelConfig, to_json(ModelConfig())[:40], ["not JSON"]),
+        (ModelConfig, "", ["not JSON"]),
+        (ModelConfig, "[1, 2]", ["object"]),
+        (ModelConfig, '"dim"', ["object"]),
+        (ModelConfig, "null", ["object"]),
+        (ModelConfig, with_key(ModelConfig(), dim="128"), ["dim='128'", "int"]),
+        (ModelConfig, with_key(ModelConfig(), dim=True), ["dim=True", "int"]),
+        (ModelConfig, with_key(ModelConfig(), dropout=NAN), ["dropout=nan"]),
+        (ModelConfig, with_key(ModelConfig(), plugins=None), ["plugins=None"]),
+        (ModelConfig, with_key(ModelConfig(), plugins="mine"), ["plugins='mine'"]),
+        (ModelConfig, with_key(ModelConfig(), layers={"tile": 5}), ["layers="]),
+        (ModelConfig, with_key(ModelConfig(), layers={"tile": PRE_NORM}), ["layers="]),
+        (ModelConfig, with_key(ModelConfig(), layers={"tile": [PRE_NORM], "more": 1}), ["layers="]),
+        (ModelConfig, with_key(ModelConfig(), layers=[[PRE_NORM]]), ["layers="]),
+        (TrainConfig, with_key(TrainConfig(), betas=5), ["betas=5"]),
+        (TrainConfig, with_key(TrainConfig(), betas=[0.9]), ["betas=(0.9,)"]),
+    ],
+)  # fmt: skip
+def test_foreign_json_is_named(config_class, text, words):
+    one_line_error(lambda: from_json(config_class, text), *words)
+
+
+@pytest.mark.parametrize(
+    "knobs, words",
+    [
+        ({"dim": 0}, ["dim=0", "at least 1"]),
+        ({"dim": 12.0}, ["dim=12.0", "int"]),
+        ({"num_layers": 0}, ["num_layers=0", "at least 1"]),
+        ({"num_heads": -4}, ["num_heads=-4", "at least 1"]),
+        ({"num_kv_heads": 0}, ["num_kv_heads=0", "at least 1"]),
+        ({"num_kv_heads": 3}, ["num_kv_heads=3", "num_heads=4", "[1, 2, 4]"]),
+        ({"num_kv_heads": 8}, ["num_kv_heads=8", "num_heads=4", "[1, 2, 4]"]),
+        ({"dim": 130}, ["num_heads=4", "dim=130", "[1, 2, 5, 10, 13, 26, 65, 130]", "head_dim"]),
+        ({"head_dim": 0}, ["head_dim=0", "None"]),
+        ({"head_dim": 33}, ["positions='rope'", "33", "even"]),
+        ({"dim": 60}, ["positions='rope'", "15", "even"]),
+        ({"mlp_dim": -1}, ["mlp_dim=-1", "positive"]),
+        ({"max_seq_len": 0}, ["max_seq_len=0", "at least 1"]),
+        ({"positions": "rotary"}, ["positions='rotary'", "rope, learned, sinusoidal, none"]),
+        ({"positions": "sinusoidal", "dim": 33, "num_heads": 3, "num_kv_heads": 1}, ["positions='sinusoidal'", "33", "even"]),
+        ({"rope_theta": 0.0}, ["rope_theta=0.0", "positive"]),
+        ({"rope_theta": INF}, ["rope_theta=inf", "finite"]),
+        ({"norm": "RmsNorm"}, ["norm='RmsNorm'", "Did you mean 'RMSNorm'"]),
+        ({"norm_eps": 0.0}, ["norm_eps=0.0", "positive"]),
+        ({"norm_eps": NAN}, ["norm_eps=nan", "finite"]),
+        ({"norm_affine": False, "norm_bias": True}, ["norm_bias=True", "norm_affine=True"]),
+        ({"norm_affine": "no"}, ["norm_affine='no'", "bool"]),
+        ({"activation": "gelu"}, ["activation='gelu'", "SiLU, GELU, ReLU, ReLU2"]),
+        ({"gated": 1}, ["gated=1", "bool"]),
+        ({"attention_soft_cap": 0.0}, ["attention_soft_cap=0.0", "None"]),
+        ({"logit_soft_cap": -30.0}, ["logit_soft_cap=-30.0", "None"]),
+        ({"embedding_scale": "sqrt"}, ["embedding_scale='sqrt'", "sqrt(dim)"]),
+        ({"embedding_scale": 0.0}, ["embedding_scale=0.0", "positive"]),
+        ({"dropout": 1.0}, ["dropout=1.0", "below 1"]),
+        ({"dropout": -0.1}, ["dropout=-0.1", "below 1"]),
+        ({"dropout": True}, ["dropout=True"]),
+        ({"plugins": ["a"]}, ["plugins=['a']", "tuple"]),
+        ({"plugins": "a"}, ["plugins='a'", "tuple"]),
+        ({"layers": ""}, ["layers=''"]),
+        ({"layers": []}, ["layers=[]", "at least one"]),
+        ({"layers": ()}, ["layers=()", "at least one"]),
+        ({"layers": (PRE_NORM, [])}, ["layers=", "at least one"]),
+        ({"layers": 7}, ["layers=7"]),
+        ({"layers": [PRE_NORM, "Norm->"]}, ["layers='Norm->'", "''"]),
+        ({"layers": (PRE_NORM, PRE_NORM, PRE_NORM)}, ["num_layers=2", "multiple of 3"]),
+    ],
+)  # fmt: skip
+def test_impossible_models_are_named(knobs, words):
+    one_line_error(lambda: ModelConfig(**knobs), *words)
+
+
+@pytest.mark.parametrize(
+    "knobs, words",
+    [
+        ({"batch_size": 0}, ["batch_size=0", "at least 1"]),
+        ({"batch_size": 16.0}, ["batch_size=16.0", "int"]),
+        ({"micro_batch_size": 5}, ["micro_batch_size=5", "batch_size=16", "[1, 2, 4, 8, 16]"]),
+        ({"micro_batch_size": 0}, ["micro_batch_size=0", "batch_size=16"]),
+        ({"micro_batch_size": 32}, ["micro_batch_size=32", "batch_size=16"]),
+        ({"max_steps": None, "max_minutes": None}, ["max_steps=None", "max_minutes"]),
+        ({"max_steps": 0}, ["max_steps=0", "positive"]),
+        ({"max_minutes": -1.0}, ["max_minutes=-1.0", "positive"]),
+        ({"max_minutes": INF}, ["max_minutes=inf", "finite"]),
+        ({"max_steps": 40}, ["max_steps=40", "warmup_steps", "50"]),
+        ({"max_steps": 100, "final_flat_steps": 60}, ["max_steps=100", "final_flat_steps", "110"]),
+        ({"eval_every": 0}, ["eval_every=0", "at least 1"]),
+        ({"eval_stories": 199}, ["eval_stories=199", "200"]),
+        ({"checkpoint_every": 0}, ["checkpoint_every=0", "at least 1"]),
+        ({"optimizer": "Adam"}, ["optimizer='Adam'", "Did you mean 'AdamW'"]),
+        ({"betas": (0.9, 1.0)}, ["betas=(0.9, 1.0)", "below 1"]),
+        ({"betas": (0.9,)}, ["betas=(0.9,)"]),
+        ({"eps": 0.0}, ["eps=0.0", "positive"]),
+        ({"weight_decay": -0.1}, ["weight_decay=-0.1", "at least 0"]),
+        ({"grad_clip": 0.0}, ["grad_clip=0.0", "None"]),
+        ({"lr_max": 0.0}, ["lr_max=0.0", "positive"]),
+        ({"lr_max": NAN}, ["lr_max=nan", "finite"]),
+        ({"lr_min": 0.1}, ["lr_min=0.1", "lr_max=0.004"]),
+        ({"lr_init": 0.1}, ["lr_init=0.1", "lr_max=0.004"]),
+        ({"lr_init": -0.1}, ["lr_init=-0.1", "at least 0"]),
+        ({"warmup_steps": -1}, ["warmup_steps=-1", "at least 0"]),
+        ({"final_flat_steps": -1}, ["final_flat_steps=-1", "at least 0"]),
+        ({"schedule": "cosin"}, ["schedule='cosin'", "Did you mean 'cosine'"]),
+        ({"num_restarts": -1}, ["num_restarts=-1", "at least 0"]),
+        ({"restart_mult": 0.0}, ["restart_mult=0.0", "positive"]),
+        ({"seed": -1}, ["seed=-1", "at least 0"]),
+        ({"dtype": "bf16"}, ["dtype='bf16'", "bfloat16"]),
+        ({"packing": "pack"}, ["packing='pack'", "Did you mean 'packed'"]),
+        ({"compile": 1}, ["compile=1", "bool"]),
+    ],
+)  # fmt: skip
+def test_impossible_trainings_are_named(knobs, words):
+    one_line_error(lambda: TrainConfig(**knobs), *words)
+
+
+def test_layer_steps():
+    assert layer_steps("Norm->Attn(window=64)->+") == [("Norm", {}), ("Attn", {"window": 64}), ("+", {})]
+    assert layer_steps(" Norm -> | -> MLP( a=-1.5, b=None , c='x', d=(1, [True])) -> + ") == [
+        ("Norm", {}), ("|", {}), ("MLP", {"a": -1.5, "b": None, "c": "x", "d": (1, [True])}), ("+", {}),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "layer, word",
+    [
+        ("Norm->->+", "''"),
+        ("Norm->Attn(64)->+", "'Attn(64)'"),
+        ("Norm->Attn(window=size)->+", "'Attn(window=size)'"),
+        ("Norm->Attn(window=64->+", "'Attn(window=64'"),
+        ("Norm->Attn(**{'window': 64})->+", "Attn(**"),
+        ("Norm->Attn(window=64, window=32)->+", "'Attn(window=64, window=32)'"),
+        ("Norm->a.b->+", "'a.b'"),
+        ("Norm->3->+", "'3'"),
+        ("Norm->MLP+MLP->+", "'MLP+MLP'"),
+        ("Norm->MLP()()->+", "'MLP()()'"),
+        ("Norm>MLP>+", "'Norm>MLP>+'"),
+        ("+->MLP", "begins with +"),
+        ("|", "no block"),
+        ("|->+", "no block"),
+    ],
+)
+def test_layer_steps_names_what_it_cannot_read(layer, word):
+    one_line_error(lambda: layer_steps(layer), "layers=", word)
+    one_line_error(lambda: ModelConfig(layers=layer), "layers=", word)
+
+
+def test_a_tuple_of_layers_tiles_the_depth():
+    assert ModelConfig(num_layers=4, layers=("MLP->+", PARALLEL)).depth_layers == ["MLP->+", PARALLEL] * 2
+    assert ModelConfig(num_layers=3, layers=PARALLEL).depth_layers == [PARALLEL] * 3
+    assert ModelConfig(num_layers=2).depth_layers == [PRE_NORM] * 2
+
+
+def test_a_block_may_ask_for_every_field_and_gets_a_number_where_it_is_none():
+    config = ModelConfig(dim=96, num_heads=6)
+    assert set(config.block_values) == {field.name for field in fields(ModelConfig)}
+    assert (config.block_values["head_dim"], config.block_values["mlp_dim"]) == (16, 384)
+    config = ModelConfig(dim=96, num_heads=5, num_kv_heads=1, head_dim=10, mlp_dim=7, dropout=0.25)
+    assert (config.block_values["head_dim"], config.block_values["mlp_dim"], config.block_values["dropout"]) == (10, 7, 0.25)
+
+
+def num_parameters(name):
+    return GPT(preset(name).model, VOCAB_SIZE).num_parameters()
+
+
+def test_the_three_shapes_of_half_a_million_have_the_same_size():
+    sizes = [num_parameters(name) for name in PRESETS if name.startswith("0.5m")]
+    assert len(sizes) == 3
+    assert max(sizes) <= 1.05 * min(sizes)
+    assert all(0.45e6 <= size <= 0.55e6 for size in sizes)
+
+
+@pytest.mark.parametrize("name, millions", [("1m", 1), ("2m", 2), ("5m", 5)])
+def test_presets_are_as_large_as_they_are_called(name, millions):
+    assert num_parameters(name) == pytest.approx(millions * 1e6, rel=0.1)
+
+
+def test_the_presets_that_are_promised_are_there():
+    assert set(PRESETS) >= {
+        "0.5m_short_and_thick", "0.5m_5foot11_and_skinnyfat", "0.5m_tall_and_skinny", "1m", "2m", "5m",
+        "gpt2_like", "llama3_like", "grok_like", "gemma_like",
+    }  # fmt: skip
+
+
+def test_an_unknown_preset_suggests_the_nearest():
+    one_line_error(lambda: preset("llama_like"), "'llama_like'", "Did you mean 'llama3_like'?", "gpt2_like")
+    one_line_error(lambda: preset(""), "''", "gpt2_like")
+
+
+def test_configs_are_frozen_and_hashable():
+    for config in preset("1m"):
+        with pytest.raises(FrozenInstanceError):
+            config.dim = 3
+        assert hash(config) == hash(replace(config))
+    assert len({ModelConfig(), ModelConfig(), ModelConfig(dim=64), ModelConfig(layers=(PRE_NORM, SANDWICH_NORM))}) == 3
+
+
+def test_importing_config_needs_no_torch():
+    code = "import sys, config; print([name for name in ('torch', 'numpy', 'pandas', 'matplotlib') if name in sys.modules])"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]" and done.stderr == ""
