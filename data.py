@@ -167,9 +167,9 @@ def _tokenise(source: Source, tokenizer, max_stories: int | None, folder: Path, 
             else:
                 yield story
 
-    known = [count for count in (source.num_train, max_stories) if count is not None]
+    total = source.num_train and min(source.num_train, max_stories or source.num_train)
     with (open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "lengths.bin", "wb") as lengths_file,
-          tqdm(desc=source.name, total=min(known, default=None), unit=" stories", disable=not progress, leave=False) as bar):
+          tqdm(desc=source.name, total=total, unit=" stories", disable=not progress, leave=False) as bar):
         for stories in _batches(itertools.islice(training_stories(), max_stories)):
             encoded = [ids for ids in tokenizer.encode_batch(stories, bos=True, eos=True) if len(ids) > 2]
             skipped["stories without a token skipped"] += len(stories) - len(encoded)
