@@ -229,7 +229,7 @@ def entropy() -> float:
     p = program()
     dist, nats = {p.world.empty_env(): 1.0}, 0.0
     for slot in p.opening:
-        dist, more = slot.entropy(dist)
+        dist, more = carry(slot, dist)
         nats += more
     starts = defaultdict(lambda: defaultdict(float))
     for env, mass in dist.items():
@@ -241,17 +241,37 @@ def entropy() -> float:
         dist = starts[plot.name]
         uses = [slot_uses(slot) for slot in plot.slots]
         for index, slot in enumerate(plot.slots):
-            dist = forget(dist, set().union(*uses[index:]))
-            dist, more = slot.entropy(dist)
+            dist, more = carry(slot, forget(dist, set().union(*uses[index:])))
             nats += more
     return nats
 
 
+def carry(slot, dist: dict) -> tuple[dict, float]:
+    """slot.entropy(dist), worked out once for all environments that agree in what the slot looks at."""
+    looked_at = sorted({index for pair in slot_uses(slot) for index in pair if index is not None})
+    groups = defaultdict(list)
+    for env, mass in dist.items():
+        groups[tuple([env[index] for index in looked_at])].append((env, mass))
+    result, nats = defaultdict(float), 0.0
+    for group in groups.values():
+        after, more = slot.entropy({group[0][0]: 1.0})
+        nats += more * sum(mass for _, mass in group)
+        outcomes = [([(index, end[index]) for index in looked_at if end[index] is not group[0][0][index]], p) for end, p in after.items()]
+        for env, mass in group:
+            for changes, share in outcomes:
+                changed = list(env)
+                for index, value in changes:
+                    changed[index] = value
+                result[tuple(changed)] += mass * share
+    return result, nats
+
+
 def slot_uses(node) -> set[tuple[int, int | None]]:
-    """Which variables a slot asks for: (variable, None) always, (variable, other) only while the other is not drawn yet."""
+    """Which variables a slot looks at: (variable, None) always, (variable, other) only while the other is not drawn yet."""
     uses = set()
     if isinstance(node, Reference):
-        uses = {(other, node.index) for other in [*node.variable.rivals, *([] if node.given is None else [node.given])]}
+        uses = {(other, node.index) for other in [node.index, *node.variable.rivals]}
+        uses |= set() if node.given is None else {(node.given, node.index)}
     elif isinstance(node, Choice):
         uses = {(guard.index, None) for guards in node.guards for guard in guards}
     for part in getattr(node, "parts", getattr(node, "alternatives", ())):
@@ -261,10 +281,16 @@ def slot_uses(node) -> set[tuple[int, int | None]]:
 
 def forget(dist: dict, uses: set) -> dict:
     """Puts together the environments that no later choice can tell apart."""
-    smaller = defaultdict(float)
+    smaller, idle = defaultdict(float), {}
     for env, mass in dist.items():
-        asked = {index for index, other in uses if other is None or env[other] is None}
-        smaller[tuple(value if value is None or i in asked else SOMETHING for i, value in enumerate(env))] += mass
+        known = tuple([value is not None for value in env])
+        if known not in idle:
+            asked = {index for index, other in uses if other is None or not known[other]}
+            idle[known] = [index for index, drawn in enumerate(known) if drawn and index not in asked]
+        shorter = list(env)
+        for index in idle[known]:
+            shorter[index] = SOMETHING
+        smaller[tuple(shorter)] += mass
     return smaller
 
 

@@ -455,7 +455,7 @@ class World:
         return node
 
     def _alternatives(self, source: str, at: int, before: str, capital: bool):
-        alternatives, weights, guards = [], [], []
+        alternatives, weights, guards, spans = [], [], [], []
         while True:
             weight = re.compile(r"(\d+)\*").match(source, at)
             weights.append(int(weight[1]) if weight else 1)
@@ -467,11 +467,15 @@ class World:
                 self.asked_tags.add(found[3] or "")
                 guards[-1].append(Guard(variable, found[3] or "", bool(found[1]), fact))
                 at = found.end()
+            start = at
             parts, at = self._parts(source, at, before, capital)
+            spans.append((source[start:at], *((guard.index, guard.tag, guard.negated) for guard in guards[-1])))
             alternatives.append(parts[0] if len(parts) == 1 else Sequence(parts))
             if source[at : at + 1] != "|":
                 break
             at += 1
+        if len(set(spans)) < len(spans):
+            raise ValueError(f"the same alternative twice, in {source!r}")
         if len(alternatives) == 1 and not guards[0]:
             return alternatives[0], at
         plain = [isinstance(part, Literal) or (isinstance(part, Sequence) and not part.parts) for part in alternatives]

@@ -470,13 +470,13 @@ cast: child penguin bear fox dog puppy rabbit
 morals: even short friendships are worth it|good things come back|memories stay in the heart|winter always returns
 / In the night it had snowed. {Hero} {kind.went} [outside|into the garden|out the door] and [rolled|made|pushed] [a ball|three balls] of snow. @Sky. || 
 - {Hero.he} made it into @nice.a snow @snowman. It had a {color2} hat, a {color3} scarf, [eyes of coal|button eyes|eyes of stone] and @color.a [carrot|cork|cone|spoon] for a nose. It held @nice.a @odds.
-- "[I will call you|Your name is|You look like a] {odd_name}," said {hero}[2*| @how]. Every day {hero.he} [talked to|visited|sang for] {odd_name}. {Hero.he} told it about @mood.a @beast and about @odds_many.
+- "[I will call you|Your name is|You look like a] {odd_name}," said {hero}[2*| @how]. {Hero.he} told it about @mood.a @beast and about @odds_many.
 - @Saw. Even {odd_name} seemed to smile.
 - But then the days grew warm. {Odd_name} got [smaller|thinner|shorter] and [smaller|thinner|shorter]. "[Do not go|Please stay|Do not melt], {odd_name}!" cried {hero}.
 - One morning, only a {color2} hat and a {color3} scarf lay in a puddle. @Hero_was_sad.
 / "[Where did {odd_name} go|Is {odd_name} gone forever|Why did {odd_name} leave]?" {hero} asked {hero.his} {family}.
 - "[{Odd_name} is in the river now|{Odd_name} is water now, and waters the flowers|{Odd_name} went up to the clouds]," said {family.call}, "and [next winter|when it is cold again] {odd_name} will fall from the sky."
-- {Hero} put the {color2} hat and the {color3} scarf [in a box|in a drawer|under {hero.his} bed]. All summer {hero.he} waited. {Hero.he} {chore} and played {game}.
+- {Hero} put the {color2} hat and the {color3} scarf [in a box|in a drawer|under {hero.his} bed].
 - Then the first [snow|flake] fell. {Hero} [took|got] the {color2} hat and the {color3} scarf and {kind.went} outside. "[Hello|Welcome back|There you are], {odd_name}!" {hero.he} @said.
 - @Hero_was_happy. || @Lesson. || @Lesson. @Bye.
 
@@ -512,7 +512,7 @@ morals: music is better together|every voice matters|different sounds make the b
 cast: child animal
 morals: the world is big and beautiful|friends make the dark bright|the stars belong to everyone|home is never far when a friend is near
 / @When, {hero} and @mood.a {kind2} named {friend} wanted to sleep in a tent {place.in}. @Bag.
-- They put up the {color2} tent {spot}. It [fell down|leaned to one side|had a hole], but [they laughed|they tried again|it was fine]. @Saw.
+- They put up the {color2} tent {spot}. @Saw.
 - For supper they had {food.a} and {food2.a}. When it was dark, {friend} told a story about @mood.a @beast with @nice.a @odds.
 - @Suddenly, there was a [rustle|crack|howl|splash|growl] {spot2}. "[What was that|Did you hear that|Who is there]?" whispered {friend}. @Hero_was_scared.
 / {Hero} took [the lantern|a stick|a deep breath|the flashlight] and {kind.went} out of the {color2} tent. || "[I will look|Stay here|Let us go and see]," said {hero}, and {hero.he} crept out of the {color2} tent.
@@ -529,13 +529,11 @@ morals: a tidy room saves time|everything has its place|it is best to clean up r
 / The room of {hero} was a mess. There were @odds_many on the floor, @odds_many on the bed, and @color.a @odds hung from the lamp. "[Clean up your room|Please tidy up|What a mess], {hero}," said {hero.his} {family}[2*| @how]. "[Later|Tomorrow|I like it this way|Not now]," {hero.he} said[2*| @how].
 - @When, [3*@mood.a {kind2}|{kind2.a}] named {friend} [called|knocked|came]. "[Come to|Let us go to|Hurry up, there is a party at] the {landmark}! [Bring|Do not forget] your {toy}. We want to {use}."
 - {Hero} looked for the {toy}. {Hero.he} found @color.a @odds, @nice.a @odds and half a sandwich, but no {toy}.
-- {Hero.he} looked under the bed and found {gift.a}. {Hero.he} looked in the closet and found @color.a @odds and @mood.a @beast @doing! But no {toy}.
 - "[I can not wait|I must go now|It is late], {hero}," said {friend}[| @how], and {friend.he} went to the {landmark} alone. @Hero_was_sad.
 / "[I will help you|Let us do it together|There is only one way]," said {hero.his} {family}[2*| @how]. {Hero} [folded|picked up|sorted] the @odds_many and {chore}. {Family} [swept|wiped|dusted] and {chore2}.
 - @Finally, there {toy.was} the {toy}, [under|behind|between] the [pillows|coats|dirty socks|old papers|blankets]! || They worked for [an hour|two hours|a long time]. And in the last [corner|box|drawer] {toy.was} the {toy}!
 - {Hero} {kind.went} to the {landmark}[| as fast as {hero.he} could]. "[I found {toy.it}|Here {toy.they} {toy.is}|I am here], {friend}!" {hero.he} @said. Now they could {use}.
 - @Hero_was_happy. || @Hero_was_happy. @Fun.
-- || When {hero} came home, {hero.he} put the {toy} [on the shelf|in a box|next to the bed].
 - @Lesson.
 
 == the long letter
@@ -544,12 +542,11 @@ morals: a letter can cross any distance|far away is not forgotten|true friends s
 / [3*@Mood.a {kind2}|{Kind2.a}] named {friend} was the best friend of {hero}. They always played {game} {place.in}. But @when {friend} moved to {land}, far away.
 - On the last day, {friend} gave {hero} {gift.a}. "[Do not forget me|I will miss you|Write to me], {hero}," {friend.he} said[| @how]. @Hero_was_sad.
 - Without {friend}, {game} was no fun. {Hero} sat {spot} and looked at {sight}. @Saw, but there was no one to tell.
-- "[Write a letter|Why not write to {friend}|Send {friend.him} a letter]," said {hero.his} {family}[2*| @how]. {Hero} took @color paper and a @color pen.
+- So {hero} took @color paper and a @color pen.
 / "Dear {friend}, today I saw @mood.a @beast @doing. I ate {food.a} and {chore}. [I miss you.|Nobody plays {game} like you.|Do you still play {game}?] [Your friend|Love], {hero}," {hero.he} wrote. {Hero.he} put in @nice.a [feather|leaf|stamp|ribbon|picture|shell|flower], too.
-- The mail took the letter over [the mountains|the sea|seven rivers|the desert|the big forest] to {land}. {Hero} waited [one|two|three|four|five] weeks.
-- Then an answer came! "Dear {hero}, in {land} everything is {color2}. The neighbor is @mood.a @beast. [I play {game2} now, but I like {game} more|Nobody plays {game} here]. I still think of {sight} and of our place {spot}. Come and visit me! [Your friend|Love], {friend}."
-- {Hero} hugged the letter. @Hero_was_happy. || @Hero_was_happy.
-- In the summer, {hero} took the train to {land}. {Friend} stood at the station with @nice.a @odds, and they played {game} at once[|, just like {place.in}].
+- The mail took the letter over [the mountains|the sea|seven rivers|the desert|the big forest]. {Hero} waited [one|two|three|four|five] weeks.
+- Then an answer came! "Dear {hero}, in {land} everything is {color2}. The neighbor is @mood.a @beast. Nobody plays {game} here. I still think of {sight}, and of us {spot}. Come and visit me! [Your friend|Love], {friend}."
+- In the summer, {hero} took the train to {land}. {Friend} stood at the station with @nice.a @odds.
 - @Lesson.
 
 == the lost purse
@@ -571,12 +568,12 @@ cast: child animal
 morals: working together is better than fighting|two can do what one can not|it is silly to fight|a quarrel helps nobody
 / {Hero} and @mood.a {kind2} named {friend} lived on two sides of a river. Between them was a very narrow bridge. @When, they met in the middle. {Hero} carried {food.a}, and {friend} carried @color.a @odds.
 - "[Let me pass|Go back|I was here first]!" said {hero}[2*| @how]. "No, [you go back|let me pass|I was here first]!" said {friend}[2*| @how]. They [pushed|shouted|pulled] and [pushed|shouted|stamped their feet].
-- @Mood.a @beast and @mood.a @beast came to watch. Crack! The bridge broke, and {hero} and {friend} fell into the [cold|deep|muddy|wild] water. || Crack! The bridge broke, and splash! Both fell into the [cold|deep|muddy|wild] water.
+- Crack! The bridge broke, and {hero} and {friend} fell into the [cold|deep|muddy|wild|dark] water.
 - The {food} and the @odds [floated away|were gone|sank]. They [climbed out|sat on a stone|crept to the shore], wet as @beast_many. @Hero_was_sad.
 / "[It was my fault|I am sorry|That was silly of me]," said {hero}[2*| @how]. "[No, it was mine|Me too|We were both silly]," said {friend}[| @how].
 - "We need a bridge," said {hero}[2*| @how]. "You want to visit the {landmark}, and I want to visit the {landmark2}." "Then [let us build one|we build a new one|come], but a wide one!" said {friend}[2*| @how].
 - {Hero} brought [planks|logs|stones|ropes] and {friend} brought [nails|hammers|branches|vines]. @Saw. || @Mood.a @beast brought @nice.a @odds. They worked for [two|three|four|five] days.
-- The new bridge was so wide that {hero}, {friend} and @mood.a @beast could [cross|dance] side by side. They painted it {color2}.
+- They painted the new bridge {color2}.
 - Then {hero} went to the {landmark2} and {friend} went to the {landmark}. On the way back they met on the {color2} bridge and [laughed|shook hands|shared {food2.a}].
 - @Hero_was_happy. || @Hero_was_happy. @Fun.
 - @Lesson. || @Lesson. @Close.
@@ -586,7 +583,7 @@ cast: child animal
 morals: sleep comes when you stop chasing it|quiet thoughts bring sleep|home is the best place to sleep|everyone needs rest
 / One @weather night, {hero} could not sleep. {Hero.he} [lay on the left side|turned around|stood on {hero.his} head|counted the cracks in the wall], and [lay on the right side|sang a song|counted the stars|fluffed the pillow]. [Nothing helped|It was no use|{Hero.he} was still awake].
 - "[I can not sleep|Sleep does not come|I am wide awake]," {hero} said to {hero.his} {family}. "[Count sheep|Count a hundred things|Think of something nice]," said {family.call}[| @how].
-- So {hero} counted: @mood.a @beast with @color.a @odds, @mood.a @beast with @nice.a @odds, @mood.a @beast with @color.a @odds. But that was so funny that {hero.he} [laughed|sat up|was more awake than before].
+- So {hero} counted: @mood.a @beast with @color.a @odds, @mood.a @beast with @nice.a @odds, @mood.a @beast with @color.a @odds.
 - {Hero} {kind.went} to the window. Outside, {creature.a} was @doing. "[Why are you awake|Can you not sleep either|Hello], {creature}?" asked {hero}.
 / "I [work|sing|hunt|walk] at night and sleep all day," said the {creature}. "[Do you know|Let me tell you] how others sleep? @Mood.a @beast sleeps in @nice.a @odds. And @mood.a @beast sleeps on one leg."
 - {Hero} tried to sleep [on one leg|like that]. {Hero.he} [fell over|wobbled|bumped into the wall] and {hero.his} {family} came. "[What was that|What are you doing|Are you hurt]?" {family.he} asked.
@@ -603,9 +600,8 @@ morals: the way can be better than the goal|a friendly word makes the time fly|s
 - In [the next seat|the corner|seat seven] sat @mood.a {kind2} with @color.a @odds. "[Is this seat free|Hello|Good @day]," said {hero}[2*| @how]. "[I am going|We are going] to {land}." "I am {friend}. I am going to {land2}," said the {kind2}.
 - "What is in {land2}?" asked {hero}. "[There they have|They have|You can see] @color @beast_many and the biggest {landmark2} in the world," said {friend}[2*| @how]. "[My {family2} lives there|I was born there]."
 / They played {game} and [shared|ate] the {food}. || They played {game}, and {hero} gave {friend} half of the {food}.
-- {Friend} showed {hero} how to draw {creature.a}. Then they counted @beast_many and told each other about @mood.a @beast with @nice.a @odds.
+- {Friend} showed {hero} how to draw {creature.a}.
 - "[Next stop|Here is|This is] {land2}!" [called|cried] the conductor. {Friend} [took|picked up] {friend.his} bag. "[Goodbye|Farewell|It was so nice], {hero}. [Take this|This is for you]!" It was {gift.a}.
-- {Hero} waved until {land2} was out of sight. "[Now it is not far|We are almost there|Only one more stop]," said {family.call}[2*| @how]. "[Already|So soon]?" said {hero}[2*| @how]. "[The time went so fast|I was not bored at all]!"
 - In {land} they [visited|saw|went to] {landmark3.a}. But best of all {hero} remembered {friend} and the {creature}.
 - @Lesson.
 """
