@@ -1,0 +1,42 @@
+# `make` lists the targets. Another Python for the virtual environment: make train PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+NOTEBOOKS := $(wildcard *.ipynb)
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint notebooks clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -e 's/:.*## /#/' | awk -F'#' '{printf "make %-10s %s\n", $$1, $$2}'
+
+train: $(VENV)/installed  ## train a model in a few minutes, with the defaults of train.py
+	$(RUN) train.py
+
+test: $(VENV)/installed-dev  ## run every test, and every notebook small
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed-dev  ## check the style with ruff
+	$(RUN) -m ruff check
+
+notebooks: $(VENV)/installed-dev  ## run the notebooks and keep their outputs, as people read them on the web
+	$(RUN) -m nbconvert --to notebook --inplace --execute --log-level WARN \
+		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True $(NOTEBOOKS)
+	$(RUN) -m pytest tests/test_notebooks.py -k committed
+
+clean:  ## remove the virtual environment
+	rm -rf $(VENV)
+
+$(VENV)/bin/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "baseGPT needs Python 3.11 or later: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is older than what it was made of once requirements or constraints change; then pip runs again.
+$(VENV)/installed: requirements.txt constraints.txt | $(VENV)/bin/pip
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
