@@ -30,7 +30,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return torch.tensor(self.loss, dtype=torch.float64).exp().item()  # inf where math.exp would overflow
 
     @property
     def bits_per_byte(self) -> float:
@@ -96,5 +96,5 @@ def evaluate(model: GPT, tokenizer, stories: list[str], batch_size: int = 32, to
                 hits[k] += best[scored][:, :k].any(dim=-1).sum().item()
     model.train(was_training)
     num_tokens = torch.tensor([len(tokens) - 1 for tokens in tokenised])
-    num_bytes = torch.tensor([len(story.encode()) for story in stories])
+    num_bytes = torch.tensor([len(story.encode(errors="replace")) for story in stories])
     return Evaluation(nats, num_tokens, num_bytes, {k: count / num_tokens.sum().item() for k, count in hits.items()})

@@ -100,8 +100,11 @@ class Run:
             log = pd.read_csv(self.path("log_data.csv"))
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
             raise ValueError(f"log_data.csv of the run {self.name!r} is damaged: {error}") from error
-        if "step" not in log:
-            raise ValueError(f"log_data.csv of the run {self.name!r} is damaged: it has no column 'step'")
+        for column in ("step", "tokens", "seconds", "train_loss", "validation_loss"):
+            if column not in log:
+                raise ValueError(f"log_data.csv of the run {self.name!r} is damaged: it has no column {column!r}")
+            if len(log) and not pd.api.types.is_numeric_dtype(log[column]):
+                raise ValueError(f"log_data.csv of the run {self.name!r} is damaged: not all of {column!r} are numbers")
         return log
 
     def load(self, file: str, keys: set[str]) -> dict:
@@ -130,10 +133,10 @@ class Run:
     def save_text(self, file: str, text: str):
         self._write(file, text.encode())
 
-    def save_log(self, rows: list[dict]):
+    def save_log(self, rows: list[dict], columns: list[str]):
         """Write log_data.csv: empty where a value is None, floats in full so that they are read back as they were."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0] if rows else ["step"], lineterminator="\n")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         self.save_text("log_data.csv", text.getvalue())
@@ -144,7 +147,8 @@ class Run:
         self._write(file, image.getvalue())
 
     def log_rows(self) -> list[dict]:
-        """The rows of log_data.csv as text, to be written again unchanged."""
+        """The rows of log_data.csv as text, to be written again unchanged. Raises as `log` does."""
+        self.log()
         with open(self.path("log_data.csv"), newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
@@ -175,8 +179,13 @@ def load_model(name: str, device: str = "cpu"):
     if tokenizer.fingerprint != saved["tokenizer_fingerprint"]:
         raise ValueError(f"the tokenizer {tokenizer.name!r} has changed since the run {name!r} was trained: restore the old one")
     model = GPT(config, saved["vocab_size"])
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        raise ValueError(f"model.pth of the run {name!r} does not fit its model_config.json: restore both") from error
+    load_weights(model, saved["model"], "model.pth", name)
     return model.to(device).eval(), tokenizer
+
+
+def load_weights(model, weights: dict, file: str, name: str):
+    """Put the weights of a run's file into a model. Raises ValueError that names the file where they do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{file} of the run {name!r} does not fit its model_config.json: restore both") from error

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from statistics import fmean
 
 import torch
@@ -31,7 +31,7 @@ from machine import choose_device, choose_dtype, compiled, peak_memory_mb
 from model import GPT, IGNORE
 from optim import build_optimizers, scheduled_learning_rate
 from report import write_report
-from runs import Run, default_name, load_model
+from runs import Run, default_name, load_model, load_weights
 from tokenizer import load_tokenizer
 
 LOG_EVERY = 10  # steps that a row of log_data.csv stands for
@@ -76,7 +76,9 @@ def train(
         packing=train_config.packing, max_stories=train_config.max_stories,
     )  # fmt: skip
     optimizers = build_optimizers(model, train_config)
+    forward = compiled(model, device) if train_config.compile else model
     step, tokens, seconds, best_loss, unlogged, log = 0, 0, 0.0, math.inf, [], []
+    validation = data.validation[: train_config.eval_stories]
 
     if continue_from is not None:
         start_from(model, tokenizer, continue_from)
@@ -86,7 +88,7 @@ def train(
         step, tokens, seconds = checkpoint["step"], checkpoint["tokens"], checkpoint["seconds"]
         best_loss, unlogged = checkpoint["best_loss"], [Record(**values) for values in checkpoint["unlogged"]]
         log = [row for row in run.log_rows() if int(row["step"]) <= step]
-        model.load_state_dict(checkpoint["model"])
+        load_weights(model, checkpoint["model"], "checkpoint.pth", name)
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         torch.set_rng_state(checkpoint["random_state"])
@@ -101,18 +103,24 @@ def train(
         identity = {"vocab_size": tokenizer.vocab_size, "tokenizer_fingerprint": tokenizer.fingerprint, "data": data.name}
         run.save("model.pth", {"model": model.state_dict(), "step": step, "loss": best_loss, **identity})
 
+    def not_finite(step: int) -> FloatingPointError:
+        return FloatingPointError(
+            f"the loss is no longer finite at step {step:,}, with a learning rate of {learning_rate:.2g}. Lower "
+            f"--train.lr_max, or raise --train.warmup_steps. The last checkpoint of {name!r} is as it was"
+        )
+
     def save_checkpoint():
+        if not math.isfinite(evaluate(model, tokenizer, validation[:8]).loss):  # or a broken model would replace a good one
+            raise not_finite(step)
         if math.isinf(best_loss):
             save_model()
-        run.save_log(log)
+        run.save_log(log, [field.name for field in fields(Record)])
         state = {"step": step, "tokens": tokens, "seconds": seconds, "best_loss": best_loss, "data": data.fingerprint}
         run.save("checkpoint.pth", {
             "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "random_state": torch.get_rng_state(), "unlogged": [asdict(record) for record in unlogged], **state,
         })  # fmt: skip
 
-    forward = compiled(model, device) if train_config.compile else model
-    validation = data.validation[: train_config.eval_stories]
     micro_batch_size = train_config.micro_batch_size or train_config.batch_size
     began = time.perf_counter() - seconds
     finished = False
@@ -141,10 +149,7 @@ def train(
 
             gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_config.grad_clip or math.inf).item()
             if not math.isfinite(train_loss + gradient_norm):
-                raise FloatingPointError(
-                    f"the loss is no longer finite at step {step + 1:,}, with a learning rate of {learning_rate:.2g}. Lower "
-                    f"--train.lr_max, or raise --train.warmup_steps. The last checkpoint of {name!r} is as it was"
-                )
+                raise not_finite(step + 1)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -177,6 +182,8 @@ def train(
             except GeneratorExit:
                 save_checkpoint()
                 raise
+        if not finished:  # Ctrl-C may have come while the last record was looked at
+            save_checkpoint()
 
 
 def start_from(model: GPT, tokenizer, name: str):
@@ -242,6 +249,16 @@ class Arguments:
     train: TrainConfig = TrainConfig()
 
 
+def read_layers(text: str) -> Layers:
+    """A layer string as it is; a list or a tuple of them as Python writes it. Raises ValueError where that cannot be read."""
+    if text[:1] not in ("[", "("):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except SyntaxError as error:
+        raise ValueError(f"layers={text!r} cannot be read ({error.msg}): write lists and tuples as in Python") from error
+
+
 def parse(words: list[str]) -> Arguments:
     """The command line as Arguments. The preset, or the run to go on with, gives the values of all that is not named."""
     import tyro
@@ -250,22 +267,23 @@ def parse(words: list[str]) -> Arguments:
 
     @registry.primitive_rule
     def layers(info):
-        """A layer string as it is; a list or a tuple of them as Python writes it."""
         if info.type != Layers:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1, metavar="STR", is_instance=lambda value: isinstance(value, str | list | tuple),
-            instance_from_str=lambda texts: ast.literal_eval(texts[0]) if texts[0][:1] in ("[", "(") else texts[0],
+            instance_from_str=lambda texts: read_layers(texts[0]),
             str_from_instance=lambda value: [str(value)],
         )  # fmt: skip
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default=Arguments.preset)
+    first.add_argument("--preset")
     first.add_argument("--name")
     first.add_argument("--resume", action="store_true")
     first.add_argument("--continue_from", "--continue-from")
     early, _ = first.parse_known_args(words)
-    chosen = preset(early.preset)
+    chosen = preset(early.preset or Arguments.preset)
+    if early.preset and (early.resume or early.continue_from):
+        raise ValueError("--resume and --continue_from keep the architecture of the run: leave --preset out")
     if early.resume and early.name is None:
         raise ValueError("--resume needs the name of the run to go on with: add --name")
     if early.resume:
@@ -309,5 +327,5 @@ Compare with others:  open model_evaluation.ipynb""")
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:  # ImportError: a plugin that is not there
         sys.exit(f"error: {error}")
