@@ -1,11 +1,12 @@
 """What is shown of a run and what is written about it: curves, tables, samples, the README.md in its folder."""
 
+import re
 import time
 from collections import Counter
 from dataclasses import fields
 
 from config import PRESETS, ModelConfig, TrainConfig
-from data import choose_validation
+from data import choose_validation, load_data
 from evaluation import evaluate
 from inference import generate
 from runs import Run, load_model
@@ -82,11 +83,17 @@ def command(model_config: ModelConfig, train_config: TrainConfig, name: str) -> 
                 continue
             if isinstance(value, bool):
                 words.append(f"--{group}.{field.name}" if value else f"--{group}.no_{field.name}")
-            elif field.name in ("betas", "plugins"):
-                words.append(f"--{group}.{field.name} {' '.join(map(str, value))}")
             else:
-                words.append(f"--{group}.{field.name} " + (f'"{value}"' if field.name == "layers" else str(value)))
+                values = value if field.name in ("betas", "plugins") else [value]
+                words.append(" ".join([f"--{group}.{field.name}", *(quoted(str(value)) for value in values)]))
     return " ".join(word for word in [*words, f"--name {name}"] if word)
+
+
+def quoted(word: str) -> str:
+    """The word as every shell, cmd on Windows too, reads it: in double quotes where it holds more than safe characters."""
+    if re.fullmatch(r"[\w.:/+@-]+", word):
+        return word
+    return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def table(
@@ -100,19 +107,20 @@ def table(
     """
     import pandas as pd
 
-    rows, validation = {}, {}
+    rows, found = {}, {}
     for name in names:
         model, tokenizer = load_model(name)
-        data, source = find_data(name, data_if_missing)
-        if source.name not in validation:
-            validation[source.name] = choose_validation(source, Counter())[:num_stories]
-        score = evaluate(model, tokenizer, validation[source.name], top_k=top_k)
+        wanted = Run(name).train_config.data
+        if wanted not in found:
+            found[wanted] = validation_stories(wanted, data_if_missing)
+        data, stories = found[wanted]
+        score = evaluate(model, tokenizer, stories[:num_stories], top_k=top_k)
         rows[name] = {
             "data": data,
             "stories": len(score.story_nats),
             "parameters": model.num_parameters(),
             "without embeddings": model.num_parameters(embeddings=False),
-            "minutes": Run(name).log()["seconds"].iloc[-1] / 60,
+            "minutes": Run(name).log()["seconds"].max() / 60,
             "loss": score.loss,
             "bits per byte": score.bits_per_byte,
             **{f"top-{k}": share for k, share in score.top_k.items()},
@@ -120,18 +128,18 @@ def table(
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def find_data(name: str, data_if_missing: str | None):
-    """What to say of the data that a run is scored on, and their source: the run's own, or the other where these are not here."""
-    wanted = Run(name).train_config.data
+def validation_stories(source: str, source_if_missing: str | None) -> tuple[str, list[str]]:
+    """The name and the validation stories of a source, or of the other one where the first is not here, which is said."""
     try:
-        source = open_source(wanted)
-        return source.name, source
+        opened = open_source(source)
+        name = opened.name
     except OSError as error:  # no such file or folder, or no way to the hub
-        if data_if_missing is None:
+        if source_if_missing is None:
             raise
-        source = open_source(data_if_missing)
-        print(f"{name} is scored on {source.name}, which it was not trained on, as its own data are not here: {error}")
-        return f"{source.name} (not its own)", source
+        opened = open_source(source_if_missing)
+        name = f"{opened.name} (not its own)"
+        print(f"{error}.\nRuns that were trained on {source!r} are scored on {opened.name} instead, which is not what they know.")
+    return name, choose_validation(opened, Counter())
 
 
 def samples(*names: str, prompts: tuple[str, ...] = PROMPTS, seed: int = 0):
@@ -164,13 +172,15 @@ def write_report(name: str) -> list[str]:
     plt.close(axes.figure)  # or a notebook would show it
     log, config = run.log(), run.train_config
     last, best = log.iloc[-1], log.loc[log["validation_loss"].idxmin()]
-    data = run.load("model.pth", {"data"})["data"]
+    data = load_data(
+        config.data, tokenizer, model.config.max_seq_len, packing=config.packing, max_stories=config.max_stories
+    )
     numbers = [
         f"- {model.num_parameters():,} parameters, {model.num_parameters(embeddings=False):,} without embeddings",
-        f"- trained on {data} with {config.tokenizer}: {int(last.step):,} steps, {int(last.tokens):,} tokens, "
+        f"- trained on {data.name} with {config.tokenizer}: {int(last.step):,} steps, {int(last.tokens):,} tokens, "
         f"{last.seconds / 60:.1f} minutes",
         f"- best at step {int(best.step):,}: {best.bits_per_byte:.4f} bits per byte, loss {best.validation_loss:.4f} nats per "
-        f"token, perplexity {best.perplexity:.2f}, on {config.eval_stories} validation stories",
+        f"token, perplexity {best.perplexity:.2f}, on {len(data.validation[: config.eval_stories])} validation stories",
     ]
     told = "\n\n".join("> " + story.replace("\n", "\n>\n> ") for story in stories)
     run.save_text("README.md", README.format(
