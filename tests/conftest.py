@@ -1,0 +1,80 @@
+"""What every test stands on: folders of its own, no network, no screen, one thread; and a tiny corpus and a tiny trained run."""
+
+import itertools
+import os
+import random
+import shutil
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from config import ModelConfig, TrainConfig
+
+MODEL = ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=24, max_seq_len=32)
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """Runs and the token cache of a test are its own."""
+    monkeypatch.setenv("BASEGPT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("BASEGPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def stories():
+    """500 short stories, all different, some of them longer than the context of MODEL."""
+    names, colours = ("Tom", "Lily", "Ben", "Mia", "Sue", "Max"), ("red", "blue", "big", "old")
+    things = ("ball", "cat", "hat", "car")
+    verbs, ends = ("found", "lost", "saw", "liked"), ("It was fun.", "He was sad.", "The end.")
+    told = [
+        f"{name} had a {colour} {thing}. One day {name} {verb} the {thing}. {end}" + " So it was." * (number % 7 == 0)
+        for number, (name, colour, thing, verb, end) in enumerate(itertools.product(names, colours, things, verbs, ends))
+    ]
+    return random.Random(0).sample(told, 500)
+
+
+@pytest.fixture(scope="session")
+def corpus(stories, tmp_path_factory):
+    """The path of a file with these stories; 200 of them are held out for validation."""
+    path = tmp_path_factory.mktemp("corpus") / "little.txt"
+    path.write_text("\n\n".join(stories), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def make_config(corpus):
+    """A TrainConfig for a few quick steps on the corpus; keywords change it."""
+
+    def make(**changes) -> TrainConfig:
+        quick = {
+            "data": corpus, "tokenizer": "bpe_tokenizer_128", "batch_size": 4, "max_steps": 20, "max_minutes": None,
+            "eval_every": 10, "eval_stories": 200, "checkpoint_every": 8, "warmup_steps": 2, "lr_max": 1e-2,
+        }  # fmt: skip
+        return TrainConfig(**quick | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained_folder(make_config, tmp_path_factory):
+    """A folder of runs that holds one, "tiny": MODEL after 20 steps."""
+    from train import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BASEGPT_RUNS", str(folder / "runs"))
+        patch.setenv("BASEGPT_CACHE", str(folder / "cache"))
+        for _ in train(MODEL, make_config(), "tiny"):
+            pass
+    return folder
+
+
+@pytest.fixture
+def tiny_run(trained_folder, folders):
+    """The name of a trained run in this test's own folder, to read or to break."""
+    shutil.copytree(trained_folder / "runs", folders / "runs", dirs_exist_ok=True)
+    return "tiny"

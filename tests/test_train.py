@@ -1,0 +1,551 @@
+"""Promises of train.py and machine.py: it learns, it repeats itself, it goes on where it stopped, it loses nothing."""
+
+import itertools
+import json
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import MODEL
+
+import train as module
+from config import PRESETS, TrainConfig, preset, to_json
+from data import load_data
+from evaluation import evaluate
+from report import command, plot_losses, write_report
+from runs import Run, default_name, load_model
+from tokenizer import load_tokenizer
+from train import Record, parse, train
+
+ROOT = Path(__file__).parent.parent
+CLOCK = ["seconds", "tokens_per_second", "peak_memory_mb"]  # what two equal runs differ in
+CHECKPOINT = {"model", "optimizers", "step", "tokens", "best_loss"}
+
+
+def state(name):
+    """What training has reached: weights, optimizers, random numbers, best weights."""
+    checkpoint, best = Run(name).load("checkpoint.pth", CHECKPOINT), Run(name).load("model.pth", {"model"})
+    return {key: checkpoint[key] for key in (*CHECKPOINT, "random_state")} | {"best": best}
+
+
+def equal(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def assert_same(name, other):
+    assert equal(state(name), state(other))
+    pd.testing.assert_frame_equal(Run(name).log().drop(columns=CLOCK), Run(other).log().drop(columns=CLOCK), check_exact=True)
+
+
+def losses(records):
+    return [(record.step, record.train_loss, record.validation_loss, record.gradient_norm) for record in records]
+
+
+def take(count, generator):
+    """The first records, then leave the generator as `break` does."""
+    records = list(itertools.islice(generator, count))
+    generator.close()
+    return records
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run train.py as from the terminal, without the seconds that a new Python takes: (exit code, what it printed)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        message = code if isinstance(code, str) else ""
+        return (1 if message else code), printed.out + printed.err + message
+
+    return run
+
+
+def words_of(config, name, model=MODEL):
+    """The words after `python train.py` that give such a run."""
+    return shlex.split(command(model, config, name))[2:]
+
+
+def plain(text):
+    """Without the boxes and line breaks that tyro draws."""
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
+
+
+class TestLearning:
+    def test_the_loss_goes_down(self, make_config):
+        records = list(train(MODEL, make_config(max_steps=150, eval_every=50), "learner"))
+        seen = [record.validation_loss for record in records if record.validation_loss is not None]
+        assert len(seen) == 3 and seen[0] > seen[1] > seen[2]
+        assert records[-1].train_loss < 0.6 * records[0].train_loss
+
+    @pytest.mark.parametrize("changes", [
+        {"mask_stories": True}, {"packing": "padded"}, {"optimizer": "Muon"}, {"dtype": "bfloat16"}, {"grad_clip": None},
+        {"schedule": "cosine", "num_restarts": 1}, {"schedule": "wsd"}, {"micro_batch_size": 1, "mask_stories": True},
+    ], ids=str)  # fmt: skip
+    def test_every_way_to_train_learns(self, make_config, changes):
+        records = list(train(MODEL, make_config(max_steps=40, **changes), "variant"))
+        assert records[-1].validation_loss < 0.85 * records[0].train_loss
+
+    def test_the_same_seed_gives_the_same_run_and_another_does_not(self, make_config):
+        model = replace(MODEL, dropout=0.1)
+        for name in ("one", "other"):
+            list(train(model, make_config(), name))
+        assert_same("one", "other")
+        list(train(model, make_config(seed=1), "third"))
+        assert not equal(state("one")["model"], state("third")["model"])
+
+    def test_micro_batches_give_the_gradients_of_the_whole_batch(self, make_config):
+        """With a huge eps and no momentum yet AdamW's step is the gradient; rows of padding differ in their tokens."""
+        linear = {
+            "eps": 1.0, "lr_max": 1.0, "weight_decay": 0.0, "grad_clip": None, "schedule": "constant", "warmup_steps": 0,
+            "max_steps": 1, "packing": "padded",
+        }  # fmt: skip
+        records = {}
+        for size in (None, 2, 1):
+            (records[size],) = train(MODEL, make_config(micro_batch_size=size, **linear), f"by_{size}")
+        whole = state("by_None")["model"]
+        for size in (1, 2):
+            for name, weight in state(f"by_{size}")["model"].items():
+                torch.testing.assert_close(weight, whole[name], rtol=1e-4, atol=1e-6)
+            assert records[size].train_loss == pytest.approx(records[None].train_loss, rel=1e-5)
+            assert records[size].tokens == records[None].tokens
+
+    def test_the_first_loss_is_that_of_the_first_batch(self, make_config):
+        """A slow reference: each row on its own, each target that tells its own story counted once."""
+        config = make_config(max_steps=1, warmup_steps=0)
+        record = next(iter(train(MODEL, config, "first")))
+        tokenizer = load_tokenizer(config.tokenizer)
+        torch.manual_seed(config.seed)
+        model = module.GPT(MODEL, tokenizer.vocab_size)
+        batch = load_data(config.data, tokenizer, MODEL.max_seq_len).batch(0, config.batch_size, config.seed)
+        nats = []
+        for row in batch.tolist():
+            log_probs = model(torch.tensor([row[:-1]]))[0][0].log_softmax(dim=-1)
+            for at, (token, target) in enumerate(itertools.pairwise(row)):
+                if target != tokenizer.pad_id and token != tokenizer.eos_id:
+                    nats.append(-log_probs[at, target].item())
+        assert record.tokens == len(nats)
+        assert record.train_loss == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+
+
+class TestBudget:
+    def test_minutes_end_a_run_with_a_last_validation(self, make_config):
+        records = list(train(MODEL, make_config(max_steps=None, max_minutes=0.01), "minutes"))
+        assert records[-1].seconds >= 0.6 > records[-2].seconds
+        assert records[-1].validation_loss is not None
+
+    def test_whichever_comes_first(self, make_config):
+        assert len(list(train(MODEL, make_config(max_steps=5, max_minutes=60.0), "steps"))) == 5
+        assert len(list(train(MODEL, make_config(max_steps=10**6, max_minutes=0.005), "minutes"))) < 10**6
+
+
+class TestLog:
+    def test_the_log_is_plain_csv_with_the_fields_of_a_record(self, tiny_run, folders):
+        log = pd.read_csv(folders / "runs" / tiny_run / "log_data.csv")
+        assert list(log) == [field.name for field in fields(Record)] == [
+            "step", "tokens", "seconds", "train_loss", "validation_loss", "perplexity", "bits_per_byte", "learning_rate",
+            "gradient_norm", "tokens_per_second", "peak_memory_mb",
+        ]  # fmt: skip
+        assert log["step"].tolist() == [10, 20]
+        assert all(kind.kind in "if" for kind in log.dtypes)
+
+    def test_a_row_stands_for_its_steps(self, make_config):
+        records = list(train(MODEL, make_config(max_steps=25, eval_every=15), "rows"))
+        log = Run("rows").log()
+        assert log["step"].tolist() == [10, 15, 20, 25]
+        assert log["validation_loss"].isna().tolist() == [True, False, True, False]
+        for begin, end, loss in zip([0, 10, 15, 20], log["step"], log["train_loss"], strict=True):
+            assert loss == pytest.approx(sum(record.train_loss for record in records[begin:end]) / (end - begin))
+        last = asdict(records[-1])
+        for column in ("tokens", "validation_loss", "bits_per_byte", "learning_rate", "gradient_norm", "seconds"):
+            assert log[column].iloc[-1] == last[column]
+
+    def test_records_add_up(self, make_config):
+        records = list(train(MODEL, make_config(), "sums"))
+        assert [record.step for record in records] == list(range(1, 21))
+        for before, after in itertools.pairwise(records):
+            assert after.tokens > before.tokens and after.seconds > before.seconds
+            assert after.peak_memory_mb >= before.peak_memory_mb > 1
+        for record in records:
+            if record.validation_loss is not None:
+                assert record.perplexity == pytest.approx(torch.tensor(record.validation_loss, dtype=torch.float64).exp().item())
+
+    def test_validation_reads_the_same_stories_every_time_and_for_every_model(self, make_config, monkeypatch):
+        read = []
+
+        def spy(model, tokenizer, stories, **options):
+            read.append(stories)
+            return evaluate(model, tokenizer, stories, **options)
+
+        monkeypatch.setattr(module, "evaluate", spy)
+        list(train(MODEL, make_config(), "one"))
+        list(train(replace(MODEL, dim=8, max_seq_len=16), make_config(seed=3, tokenizer="bpe_tokenizer_256"), "other"))
+        whole = [stories for stories in read if len(stories) >= 200]
+        assert len(whole) == 4 and all(stories == whole[0] for stories in whole)
+
+
+class TestCheckpoints:
+    def test_last_and_best_are_kept(self, make_config):
+        """The second half of the run spoils the model, so that the last weights are not the best."""
+        spoiling = {"schedule": "constant", "warmup_steps": 30, "lr_init": 0.0, "lr_max": 20.0, "max_steps": 30, "eval_every": 1}
+        records = list(train(MODEL, make_config(**spoiling), "spoilt"))
+        best = min(records, key=lambda record: record.validation_loss)
+        assert best.step < 30
+        saved = Run("spoilt").load("model.pth", {"model", "step", "loss"})
+        assert (saved["step"], saved["loss"]) == (best.step, best.validation_loss)
+        model, tokenizer = load_model("spoilt")
+        data = load_data(make_config().data, tokenizer, MODEL.max_seq_len)
+        assert evaluate(model, tokenizer, data.validation[:200]).loss == best.validation_loss
+        assert state("spoilt")["step"] == 30
+
+    def test_break_saves_where_it_stops(self, make_config):
+        for record in train(MODEL, make_config(), "left"):
+            if record.step == 5:
+                break
+        assert state("left")["step"] == 5
+        assert list(Run("left").log()) == [field.name for field in fields(Record)]
+        list(train(MODEL, make_config(), "left", resume=True))
+        list(train(MODEL, make_config(), "whole"))
+        assert_same("left", "whole")
+
+    def test_ctrl_c_while_a_record_is_looked_at_saves_too(self, make_config):
+        records = []
+        for record in train(MODEL, make_config(), "looked"):
+            records.append(record)
+            if record.step == 3:
+                signal.raise_signal(signal.SIGINT)
+        assert records[-1].step == 3 and state("looked")["step"] == 3
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_a_model_can_be_read_before_the_first_validation(self, make_config):
+        take(1, train(MODEL, make_config(), "young"))
+        load_model("young")
+        assert plot_losses("young").get_legend_handles_labels()[1]
+
+    def test_what_is_finished_cannot_be_resumed(self, tiny_run, make_config):
+        with pytest.raises(ValueError, match=r"finished after 20 steps.*--continue_from tiny"):
+            next(train(MODEL, make_config(), tiny_run, resume=True))
+
+    def test_changed_data_are_refused(self, make_config, tmp_path, stories):
+        path = tmp_path / "mine.txt"
+        path.write_text("\n\n".join(stories), encoding="utf-8")
+        config = make_config(data=str(path))
+        take(3, train(MODEL, config, "mine"))
+        path.write_text("\n\n".join(stories[:450]), encoding="utf-8")
+        with pytest.raises(ValueError, match="the data of the run 'mine' have changed"):
+            next(train(MODEL, config, "mine", resume=True))
+
+    def test_the_log_of_a_run_is_not_replaced_by_half_of_it(self, make_config):
+        take(12, train(MODEL, make_config(), "half"))
+        (Run("half").folder / "log_data.csv").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"log_data\.csv of the run 'half' is damaged"):
+            next(train(MODEL, make_config(), "half", resume=True))
+
+
+VARIANTS = {
+    "plain": (MODEL, {}),
+    "dropout": (replace(MODEL, dropout=0.2), {}),
+    "micro_batches": (replace(MODEL, dropout=0.2), {"micro_batch_size": 2}),
+    "muon": (MODEL, {"optimizer": "Muon"}),
+    "restarts": (replace(MODEL, tied_embeddings=False), {"schedule": "cosine", "num_restarts": 2, "mask_stories": True}),
+}
+
+KILLED = """
+import json, sys
+from config import ModelConfig, TrainConfig, from_json
+from train import train
+generators = []
+for name, model, config in json.loads(sys.argv[1]):
+    generators.append(train(from_json(ModelConfig, model), from_json(TrainConfig, config), name))
+    for step in range(11):
+        next(generators[-1])
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(make_config, tmp_path_factory):
+    """The variants after a process that was killed at step 11, each with a checkpoint of step 8."""
+    folder = tmp_path_factory.mktemp("killed")
+    jobs = [(name, to_json(model), to_json(make_config(**changes))) for name, (model, changes) in VARIANTS.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, json.dumps(jobs)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=os.environ | {"BASEGPT_RUNS": str(folder / "runs"), "BASEGPT_CACHE": str(folder / "cache")},
+    )  # fmt: skip
+    assert process.stdout.readline().strip() == b"ready"
+    process.kill()
+    process.communicate()
+    return folder
+
+
+class TestResume:
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_eight_steps_a_kill_and_twelve_more_are_twenty(self, killed, variant, make_config, monkeypatch):
+        monkeypatch.setenv("BASEGPT_RUNS", str(killed / "runs"))
+        model, changes = VARIANTS[variant]
+        config = make_config(**changes)
+        assert state(variant)["step"] == 8
+        resumed = list(train(model, config, variant, resume=True))
+        assert [record.step for record in resumed] == list(range(9, 21))
+        whole = list(train(model, config, f"{variant}_whole"))
+        assert losses(resumed) == losses(whole[8:])
+        assert_same(variant, f"{variant}_whole")
+
+    def test_ctrl_c_in_the_terminal_then_resume(self, make_config, script):
+        config = make_config(max_steps=800, eval_every=400, checkpoint_every=50)
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *words_of(config, "interrupted")], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        while process.poll() is None and not (Run("interrupted").folder / "checkpoint.pth").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+        assert process.returncode == 0 and "Traceback" not in err, err
+        step = state("interrupted")["step"]
+        assert step < 800
+        assert f"stopped after {step:,} steps and saved" in out
+        assert "python train.py --name interrupted --resume" in out
+
+        code, printed = script("--name", "interrupted", "--resume")
+        assert code == 0 and "bits per byte after 800 steps" in printed
+        list(train(MODEL, config, "uninterrupted"))
+        assert_same("interrupted", "uninterrupted")
+
+    def test_the_terminal_refuses_other_options(self, make_config, script):
+        take(2, train(MODEL, make_config(), "mine"))
+        for words in (["--train.lr_max", "0.5"], ["--model.dim", "32"], ["--preset", "1m"]):
+            code, printed = script("--name", "mine", "--resume", *words)
+            assert code != 0 and "leave" in printed and "Traceback" not in printed
+        code, printed = script("--resume")
+        assert code == 1 and printed.strip() == "error: --resume needs the name of the run to go on with: add --name"
+
+    @pytest.mark.parametrize("file, content", [
+        ("checkpoint.pth", None), ("checkpoint.pth", b"no"), ("log_data.csv", None), ("train_config.json", b"{"),
+        ("model_config.json", None),
+    ])  # fmt: skip
+    def test_a_damaged_run_is_named_in_one_line(self, make_config, script, file, content):
+        take(2, train(MODEL, make_config(), "mine"))
+        path = Run("mine").folder / file
+        path.unlink() if content is None else path.write_bytes(content)
+        code, printed = script("--name", "mine", "--resume")
+        error = printed.strip().splitlines()[-1]
+        assert code == 1 and error.startswith("error: ") and file in error and "'mine'" in error
+
+    def test_the_checkpoint_of_another_architecture_is_named(self, make_config):
+        for name, model in (("mine", MODEL), ("other", replace(MODEL, dim=8))):
+            take(2, train(model, make_config(), name))
+        os.replace(Run("other").folder / "checkpoint.pth", Run("mine").folder / "checkpoint.pth")
+        with pytest.raises(ValueError, match=r"checkpoint\.pth of the run 'mine' does not fit"):
+            next(train(MODEL, make_config(), "mine", resume=True))
+
+
+class TestContinueFrom:
+    def test_begins_with_the_best_weights_and_a_new_config(self, tiny_run, make_config):
+        config = make_config(max_steps=10, lr_max=1e-9, lr_init=0.0, batch_size=2, seed=5)
+        records = list(train(MODEL, config, "further", continue_from=tiny_run))
+        old = Run(tiny_run).load("model.pth", {"loss"})["loss"]
+        assert records[0].step == 1
+        assert records[-1].validation_loss == pytest.approx(old, rel=1e-5)
+        assert Run("further").train_config == config
+
+    def test_another_tokenizer_or_architecture_is_refused(self, tiny_run, make_config):
+        with pytest.raises(ValueError, match=r"another tokenizer: give --train\.tokenizer bpe_tokenizer_128"):
+            next(train(MODEL, make_config(tokenizer="bpe_tokenizer_256"), "further", continue_from=tiny_run))
+        with pytest.raises(ValueError, match="another architecture"):
+            next(train(replace(MODEL, num_layers=2), make_config(), "further", continue_from=tiny_run))
+        with pytest.raises(FileNotFoundError, match=r"no run is called 'tinny'\. Did you mean 'tiny'"):
+            next(train(MODEL, make_config(), "further", continue_from="tinny"))
+        assert not Run("further").folder.exists()
+
+    def test_in_the_terminal_the_old_run_gives_model_and_tokenizer(self, tiny_run, make_config, corpus):
+        arguments = parse(["--continue_from", tiny_run, "--train.data", corpus])
+        assert arguments.model == MODEL
+        assert arguments.train == TrainConfig(data=corpus, tokenizer="bpe_tokenizer_128")
+        with pytest.raises(ValueError, match="leave --preset out"):
+            parse(["--continue_from", tiny_run, "--preset", "5m"])
+
+
+POISON = """
+import torch
+from torch import nn
+
+class Poison(nn.Module):
+    '''Turns into infinity behind the 13th step of training.'''
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("shift", torch.zeros(()))
+
+    def forward(self, x):
+        x = x + self.shift
+        if self.training:
+            self.steps += 1
+            self.shift = torch.where(self.steps >= 13, torch.inf, 0.0)
+        return x
+
+BLOCKS = {"Poison": Poison}
+"""
+
+
+class TestDivergence:
+    @pytest.fixture
+    def poisoned(self, tmp_path, monkeypatch):
+        (tmp_path / "poisoned_blocks.py").write_text(POISON, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "poisoned_blocks", raising=False)
+        return replace(MODEL, layers="Norm->Attn->+->Poison", plugins=("poisoned_blocks",))
+
+    def test_a_loss_that_is_not_finite_stops_the_run(self, poisoned, make_config):
+        with pytest.raises(FloatingPointError, match=r"step 14, with a learning rate of 0\.00\d+\. Lower --train\.lr_max.*'bad'"):
+            list(train(poisoned, make_config(), "bad"))
+        assert state("bad")["step"] == 8
+        load_model("bad")
+
+    def test_broken_weights_never_replace_a_good_checkpoint(self, poisoned, make_config):
+        """The loss of step 13 is still finite; the weights behind it are not."""
+        with pytest.raises(FloatingPointError, match="step 13"):
+            list(train(poisoned, make_config(checkpoint_every=1), "bad"))
+        assert state("bad")["step"] == 12
+        assert state("bad")["model"]["layers.0.branches.0.blocks.2.shift"] == 0
+
+    def test_a_run_that_ends_broken_says_so(self, poisoned, make_config):
+        with pytest.raises(FloatingPointError, match="step 13"):
+            list(train(poisoned, make_config(max_steps=13), "bad"))
+        assert state("bad")["step"] == 8
+
+    def test_far_too_high_a_learning_rate(self, make_config, script):
+        config = make_config(lr_max=1e38, warmup_steps=0, checkpoint_every=1, grad_clip=None)
+        code, printed = script(*words_of(config, "hot"))
+        error = printed.strip().splitlines()[-1]
+        assert code == 1 and "Traceback" not in printed
+        wanted = r"error: the loss is no longer finite at step \d+, with a learning rate of 1e\+38\. Lower --train\.lr_max"
+        assert re.match(wanted, error)
+
+
+class TestData:
+    def test_without_a_network_auto_is_storyworld_and_says_so(self, make_config, capsys, folders):
+        config = make_config(data="auto", max_stories=200, tokenizer="bpe_tokenizer_256")
+        list(train(MODEL, config, "offline"))
+        assert "using the built-in storyworld instead" in capsys.readouterr().err
+        run = Run("offline")
+        assert run.train_config == replace(config, data="storyworld")
+        assert run.load("model.pth", {"data"})["data"] == "storyworld"
+        write_report("offline")
+        assert "trained on storyworld" in (run.folder / "README.md").read_text(encoding="utf-8")
+        assert plot_losses("offline").get_legend_handles_labels()[1] == ["offline on storyworld"]
+
+    @pytest.mark.parametrize("data", ["tinystories", "hub:nobody/nothing"])
+    def test_data_asked_for_by_name_never_fall_back(self, make_config, script, data):
+        code, printed = script(*words_of(make_config(data=data), "online"))
+        error = printed.strip().splitlines()[-1]
+        assert code == 1 and error.startswith("error: ") and "can't be reached" in error and "--train.data" in error
+        assert not Run("online").folder.exists()
+
+
+class TestMachine:
+    @pytest.mark.parametrize("compiler", [{"CXX": "no-such-compiler"}, {"PATH": "", "CXX": ""}], ids=["CXX", "PATH"])
+    def test_compile_without_a_compiler(self, make_config, monkeypatch, compiler):
+        for name, value in compiler.items():
+            monkeypatch.setenv(name, value)
+        wanted = r"compile=True needs the C\+\+ compiler '[^']+', which is not here: .* leave compile off"
+        with pytest.raises(ValueError, match=wanted):
+            next(train(MODEL, make_config(compile=True), "compiled"))
+        assert not Run("compiled").folder.exists()
+
+    @pytest.mark.parametrize("device", ["cuda:99", "toaster"])
+    def test_a_device_that_is_not_there(self, make_config, device):
+        with pytest.raises(ValueError, match=f"device='{device}' cannot be used here .*: take --train.device cpu") as error:
+            next(train(MODEL, make_config(device=device), "elsewhere"))
+        assert "\n" not in str(error.value)
+        assert not Run("elsewhere").folder.exists()
+
+
+class TestTerminal:
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_a_preset_is_what_is_trained(self, name):
+        assert (parse(["--preset", name]).model, parse(["--preset", name]).train) == preset(name)
+
+    def test_default_names_are_safe_everywhere(self):
+        for name in (*PRESETS, "my_run"):
+            assert re.fullmatch(r"[\w.-]+", Run(default_name(name)).name)
+
+    def test_options_change_the_preset(self):
+        arguments = parse(shlex.split("--preset 2m --model.dropout 0.1 --train.max_minutes 10 --train.data some/folder --name x"))
+        assert arguments.model == replace(preset("2m").model, dropout=0.1)
+        assert arguments.train == TrainConfig(max_minutes=10.0, data="some/folder")
+
+    @pytest.mark.parametrize("words, wanted", [
+        ("--preset 0.5m_short_and_thik", "no preset is called '0.5m_short_and_thik'. Did you mean '0.5m_short_and_thick'?"),
+        ("--train.lr_maxx 1", "--train.lr_maxx"),
+        ("--model.num_heads 3", "it must divide num_heads=3"),
+        ("--model.dim twelve", "twelve"),
+        ("--train.schedule cosin", "cosin"),
+        ("--train.batch_size 0", "batch_size=0: give a whole number of at least 1"),
+        ("--name a/b", "'a/b' cannot be a run's name"),
+        ("--name tiny", "a run called 'tiny' exists. Take another --name, or go on with it by --resume"),
+        ("--name nobody --resume", "no run is called 'nobody'"),
+        ("--continue_from nobody", "no run is called 'nobody'"),
+        ("--model.layers Norm->Atn->+", "no block is called 'Atn'. Did you mean 'Attn'?"),
+        ("--model.layers Norm->Attn(windw=3)->+", "Attn has no option 'windw'"),
+        ('--model.layers "(Norm"', "'(Norm' cannot be read"),
+        ("--model.plugins no_such_module", "No module named 'no_such_module'"),
+        ("--train.tokenizer bpe_tokenizer_1023", "no tokenizer is called 'bpe_tokenizer_1023'"),
+        ("--train.data no/such/file.txt", "no/such/file.txt"),
+        ("--train.device toaster", "device='toaster'"),
+    ])  # fmt: skip
+    def test_a_mistake_is_named(self, script, tiny_run, words, wanted, corpus):
+        words = shlex.split(words)
+        data = [] if "--train.data" in words or "--resume" in words else ["--train.data", corpus]
+        code, printed = script(*words, *data)
+        assert code != 0 and "Traceback" not in printed
+        assert wanted in plain(printed)
+
+    def test_help_explains_the_knobs(self, script):
+        code, printed = script("--help")
+        assert code == 0
+        for said in ("width of the residual stream", "learning rate before the warm-up", "go on with the run called --name"):
+            assert said in plain(printed)
+
+    def test_a_new_python_ends_with_an_exit_code_and_one_line(self):
+        """What `script` cannot see: the exit code of the process, and that nothing but the message is printed."""
+        done = subprocess.run(
+            [sys.executable, "train.py", "--preset", "6m"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1 and done.stdout == ""
+        assert re.fullmatch(r"error: no preset is called '6m'\. .*\n", done.stderr)
+
+    def test_a_run_from_the_terminal_ends_with_stories_and_what_to_do_next(self, make_config, script):
+        code, printed = script(*words_of(make_config(max_steps=5), "mine"))
+        assert code == 0
+        said_last = 'python inference.py mine "Once upon a time"'
+        for said in ("bits per byte after 5 steps", "loss.png", said_last, "model_evaluation.ipynb"):
+            assert said in printed
+        assert printed.count("Once upon a time") == 2  # a story and the command
+        present = {path.name for path in Run("mine").folder.iterdir()}
+        assert present == {
+            "README.md", "model_config.json", "train_config.json", "log_data.csv", "model.pth", "checkpoint.pth", "loss.png",
+        }  # fmt: skip
