@@ -96,6 +96,15 @@ def causal_mask(T: int, S: int, device) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
+def linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
+    """nn.Linear that begins as GPT-2's (Radford et al. 2019): weights of standard deviation 0.02, no bias."""
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    nn.init.normal_(layer.weight, std=0.02)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
 class Attention(LoggingModule):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245).  (B, T, D) → (B, T, D)
 
@@ -121,10 +130,10 @@ class Attention(LoggingModule):
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads={num_kv_heads}: it must divide num_heads={num_heads}, in the options of Attn, too")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.w_q = nn.Linear(dim, num_heads * head_dim, bias=linear_bias)
-        self.w_k = nn.Linear(dim, num_kv_heads * head_dim, bias=linear_bias)
-        self.w_v = nn.Linear(dim, num_kv_heads * head_dim, bias=linear_bias)
-        self.w_out = nn.Linear(num_heads * head_dim, dim, bias=linear_bias)
+        self.w_q = linear(dim, num_heads * head_dim, bias=linear_bias)
+        self.w_k = linear(dim, num_kv_heads * head_dim, bias=linear_bias)
+        self.w_v = linear(dim, num_kv_heads * head_dim, bias=linear_bias)
+        self.w_out = linear(num_heads * head_dim, dim, bias=linear_bias)
         self.q_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
         self.k_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
         self.fused = attention == "auto" and attention_soft_cap is None
@@ -183,9 +192,9 @@ class MLP(LoggingModule):
     def __init__(self, dim: int, mlp_dim: int, activation: str = "SiLU", gated: bool = True, linear_bias: bool = False):
         super().__init__()
         self.hidden_dim = max(8, round(mlp_dim * 2 / 3 / 8) * 8) if gated else mlp_dim
-        self.w_gate = nn.Linear(dim, self.hidden_dim, bias=linear_bias) if gated else None
-        self.w_in = nn.Linear(dim, self.hidden_dim, bias=linear_bias)
-        self.w_out = nn.Linear(self.hidden_dim, dim, bias=linear_bias)
+        self.w_gate = linear(dim, self.hidden_dim, bias=linear_bias) if gated else None
+        self.w_in = linear(dim, self.hidden_dim, bias=linear_bias)
+        self.w_out = linear(self.hidden_dim, dim, bias=linear_bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x):
@@ -327,8 +336,8 @@ class GPT(LoggingModule):
         num_residuals = sum(layer_steps(branch).count(("+", {})) for branch in branches)
         self.layers = nn.ModuleList(Layer(layer, config, max(1, num_residuals)) for layer in config.depth_layers)
         self.norm = build_block("Norm", {}, config)
-        self.head = nn.Linear(config.dim, vocab_size, bias=False)
-        for table in (self.embedding, self.position_embedding, self.head):
+        self.head = linear(config.dim, vocab_size, bias=False)
+        for table in (self.embedding, self.position_embedding):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
         if config.tied_embeddings:

@@ -12,11 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Engine
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import tokenizer as module
 from tokenizer import ALPHABET, REPLACEMENT, WORD, count_replacements, load_tokenizer, normalise, train_tokenizer
-from tokenizers import Tokenizer as Engine
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 SIZES = [95, 128, 256, 512, 1024, 2048]
 STORY = """Once upon a time, there was a little dog named Max. Max had 12 red balls; he couldn't count them!
