@@ -1,0 +1,130 @@
+"""Promises of optim.py: the learning rate against torch's schedulers, and which weights are moved by what."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import MODEL
+from torch.optim import lr_scheduler
+
+from config import ModelConfig, TrainConfig
+from model import GPT
+from optim import build_optimizers, scheduled_learning_rate
+
+
+def ours(num_steps, **options):
+    config = TrainConfig(max_steps=num_steps, max_minutes=None, **options)
+    return [scheduled_learning_rate(step, num_steps, config) for step in range(num_steps)]
+
+
+def theirs(num_steps, make_scheduler, lr_max):
+    """The learning rates that a scheduler of torch gives to num_steps steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr_max)
+    scheduler, rates = make_scheduler(optimizer), []
+    for _ in range(num_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+class TestSchedule:
+    def test_warm_up_is_linear_lr_a_step_ahead(self):
+        """Our first step has a share of the warm-up already, and its last step has lr_max."""
+        rates = ours(30, schedule="constant", warmup_steps=10, lr_init=1e-3, lr_max=1e-2)
+        linear = theirs(31, lambda o: lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=10), lr_max=1e-2)
+        assert rates == pytest.approx(linear[1:])
+        assert rates[9] == pytest.approx(1e-2)
+
+    def test_cosine_is_cosine_annealing(self):
+        rates = ours(60, schedule="cosine", warmup_steps=10, lr_max=1e-2, lr_min=1e-4)
+        wanted = theirs(50, lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=50, eta_min=1e-4), lr_max=1e-2)
+        assert rates[10:] == pytest.approx(wanted)
+
+    @pytest.mark.parametrize("mult, num_restarts, first", [(1, 3, 20), (2, 2, 10), (3, 1, 15)])
+    def test_restarts_are_cosine_annealing_warm_restarts(self, mult, num_restarts, first):
+        num_steps = sum(first * mult**cycle for cycle in range(num_restarts + 1))
+        rates = ours(
+            num_steps, schedule="cosine", warmup_steps=0, lr_max=1e-2, lr_min=1e-4,
+            num_restarts=num_restarts, restart_mult=float(mult),
+        )  # fmt: skip
+        wanted = theirs(
+            num_steps, lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=first, T_mult=mult, eta_min=1e-4), lr_max=1e-2
+        )
+        assert rates == pytest.approx(wanted)
+        assert sum(rate == pytest.approx(1e-2) for rate in rates) == num_restarts + 1
+
+    def test_linear_is_linear_lr(self):
+        rates = ours(50, schedule="linear", warmup_steps=0, lr_max=1e-2, lr_min=1e-3)
+        wanted = theirs(50, lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=50), lr_max=1e-2)
+        assert rates == pytest.approx(wanted)
+
+    def test_wsd_stays_and_decays_in_the_last_fifth(self):
+        rates = ours(110, schedule="wsd", warmup_steps=10, lr_max=1e-2, lr_min=1e-3)
+        assert rates[10:91] == pytest.approx([1e-2] * 81)
+        assert rates[90:] == pytest.approx([1e-2 - 9e-3 * step / 20 for step in range(20)])
+
+    @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+    @pytest.mark.parametrize("num_restarts, restart_mult", [(0, 1.0), (2, 1.0), (3, 1.7)])
+    def test_ends_restarts_and_the_flat_end(self, schedule, num_restarts, restart_mult):
+        options = {"schedule": schedule, "num_restarts": num_restarts, "restart_mult": restart_mult}
+        rates = ours(1000, warmup_steps=50, final_flat_steps=30, lr_max=1e-2, lr_min=1e-4, **options)
+        assert rates[0] == pytest.approx(1e-2 / 50) and rates[49:51] == pytest.approx([1e-2, 1e-2])
+        assert rates[-30:] == [1e-4] * 30
+        assert all(1e-4 <= rate <= 1e-2 * (1 + 1e-12) for rate in rates[50:])
+        jumps = [step for step in range(51, 970) if rates[step] > rates[step - 1]]
+        assert len(jumps) == num_restarts
+        for jump in jumps:
+            assert rates[jump] == pytest.approx(1e-2, rel=0.03) and rates[jump - 1] == pytest.approx(1e-4, abs=5e-4)
+        lengths = [end - begin for begin, end in zip([50, *jumps], [*jumps, 970], strict=True)]
+        for before, after in itertools.pairwise(lengths):
+            assert after / before == pytest.approx(restart_mult, rel=0.05)
+
+    def test_steps_that_are_not_known_yet(self):
+        """By minutes alone nobody knows at the first step how many there will be."""
+        config = TrainConfig(warmup_steps=0)
+        assert scheduled_learning_rate(0, math.inf, config) == config.lr_max
+
+
+MODELS = {
+    "tied": MODEL,
+    "untied": replace(MODEL, tied_embeddings=False),
+    "gpt2": replace(MODEL, positions="learned", norm="LayerNorm", norm_bias=True, linear_bias=True, gated=False),
+    "qk_norm": replace(MODEL, qk_norm=True, num_layers=2),
+    "no_affine": replace(MODEL, norm_affine=False),
+}
+
+
+def optimizers_of(model_config: ModelConfig, optimizer: str):
+    model = GPT(model_config, vocab_size=50)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    return model, names, build_optimizers(model, TrainConfig(optimizer=optimizer, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6))
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+@pytest.mark.parametrize("model_config", MODELS.values(), ids=MODELS)
+class TestGroups:
+    def test_every_weight_is_in_exactly_one_group(self, model_config, optimizer):
+        _, names, optimizers = optimizers_of(model_config, optimizer)
+        grouped = [id(weight) for one in optimizers for group in one.param_groups for weight in group["params"]]
+        assert len(grouped) == len(set(grouped)) and set(grouped) == set(names)
+
+    def test_no_decay_on_norms_biases_and_embeddings(self, model_config, optimizer):
+        _, names, optimizers = optimizers_of(model_config, optimizer)
+        for group in (group for one in optimizers for group in one.param_groups):
+            for weight in group["params"]:
+                name = names[id(weight)]
+                free = weight.ndim == 1 or "embedding" in name or "norm" in name or name.endswith("bias")
+                assert group["weight_decay"] == (0.0 if free else 0.3), name
+
+    def test_muon_gets_exactly_the_hidden_matrices(self, model_config, optimizer):
+        _, names, optimizers = optimizers_of(model_config, optimizer)
+        assert [type(one).__name__ for one in optimizers] == (["Muon", "AdamW"] if optimizer == "Muon" else ["AdamW"])
+        by_muon = {names[id(weight)] for group in optimizers[0].param_groups for weight in group["params"]}
+        hidden = {name for name in names.values() if ".blocks." in name and name.endswith(".weight") and ".w_" in name}
+        if optimizer == "Muon":
+            assert by_muon == hidden
+        for group in optimizers[-1].param_groups:
+            assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
