@@ -1,8 +1,9 @@
 """A little world that tells stories, without a download and without end, and knows how probable each of them is.
 
-A story is drawn by a probabilistic program: first the opening (who the hero is), then a plot that suits the hero, then the plot's
-sentences one after the other. The words are in `storyworld_lexicon`, the plots in `storyworld_plots`, the template language and
-its three walks (sample, match, entropy) in `storyworld_grammar`. No choice is hidden and no two runs of choices give the same text, so
+A story is drawn by a probabilistic program: first the opening (who the hero is), then a plot that suits the hero, then the
+sentences of the plot one after the other. The words are in `storyworld_lexicon`, the plots in `storyworld_plots`, the template
+language in `storyworld_grammar`, its three walks (sample, match, entropy) in `storyworld_nodes`. No choice is hidden, and no two
+runs of choices give the same text, so
 
     sample(random.Random(0)).log_prob == score(sample(random.Random(0)).text).log_prob
 
@@ -27,7 +28,8 @@ from pathlib import Path
 from zlib import crc32
 
 import storyworld_lexicon as lexicon
-from storyworld_grammar import FAULT, SOMETHING, Choice, Entity, Reader, Reference, Table, World, bound, step
+from storyworld_grammar import World
+from storyworld_nodes import FAULT, SOMETHING, Choice, Entity, Reader, Reference, Table, bound, step
 from storyworld_plots import OPENING, PHRASES, PLOTS
 
 VALIDATION_SHARE = 8  # one story in so many is a validation story
@@ -100,7 +102,8 @@ def program() -> Program:
     tables["moral"] = {
         plots[name]: Table([Entity("moral", text, {}) for text in plot["morals"].split("|")]) for name, plot in PLOTS.items()
     }
-    world = World(tables, {**lexicon.VARIABLES, "moral": ("moral", "plot")}, {**lexicon.WORDS, **PHRASES}, lexicon.FACTS, lexicon.SHARED)
+    variables = {**lexicon.VARIABLES, "moral": ("moral", "plot")}
+    world = World(tables, variables, {**lexicon.WORDS, **PHRASES}, lexicon.FACTS, lexicon.SHARED)
     opening = compile_slots(world, OPENING, is_start=True)
     told = [Plot(name, plots[name], compile_slots(world, plot["text"])) for name, plot in PLOTS.items()]
     cast = {
@@ -174,7 +177,7 @@ def read(reader: Reader) -> tuple[list, list]:
 
 
 def score(text: str) -> Score:
-    """The exact log-probability of a text in nats, summed over all ways to tell it; or which of its sentences is not of this world."""
+    """The exact log-probability of a text in nats, summed over all ways to tell it, or which sentence is not of this world."""
     reader = Reader(text)
     ends, _ = read(reader)
     whole = [(name, log_prob) for name, states in ends for position, _, log_prob in states if position == len(text)]
@@ -256,7 +259,8 @@ def carry(slot, dist: dict) -> tuple[dict, float]:
     for group in groups.values():
         after, more = slot.entropy({group[0][0]: 1.0})
         nats += more * sum(mass for _, mass in group)
-        outcomes = [([(index, end[index]) for index in looked_at if end[index] is not group[0][0][index]], p) for end, p in after.items()]
+        start = group[0][0]
+        outcomes = [([(i, end[i]) for i in looked_at if end[i] is not start[i]], share) for end, share in after.items()]
         for env, mass in group:
             for changes, share in outcomes:
                 changed = list(env)

@@ -4,7 +4,7 @@
 comma; a star after a thing makes it plural (berries*), a tilde a mass (honey~).
 """
 
-from storyworld_grammar import Entity, Table, with_article
+from storyworld_nodes import Entity, Table, with_article
 
 # kind | past of how it moves | how it moves | its cry | its home | what it likes to eat
 KINDS = """
@@ -45,13 +45,13 @@ BIG = "bear pony elephant lion dragon"
 
 NAMES = {
     "girl": "Lily Mia Anna Lucy Sara Emma Zoe Ella Nora Ruby Molly Amy Daisy Rosie Clara Ivy Jane Kate Maya Nina Polly Sophie Tess "
-    "Wendy Hannah Eva Grace Holly Julia Laura Megan Alma Betty Cora Dora Greta Hazel Iris June Leah",
+    "Wendy Hannah Eva Grace Holly Julia Laura Megan Alma Betty Cora Dora Greta Hazel Iris June Leah Ada Bea Celia Edith Freya Gwen Heidi Ines Judy Katie Lena Mabel Paula Rita Sally Tina Vera Wanda Yara Fiona Elsa",
     "boy": "Tim Tom Ben Max Sam Jack Leo Noah Adam Billy Finn Oscar Peter Henry Luke Toby Ned Owen Paul Ryan Theo Victor Will Zack "
-    "Eli Fred George Hugo Ian Jacob Kevin Liam Martin Oliver Pablo Ray Simon Tony Walter Alex",
+    "Eli Fred George Hugo Ian Jacob Kevin Liam Martin Oliver Pablo Ray Simon Tony Walter Alex Aaron Bob Carl Dan Emil Felix Gary Hank Ivan Jim Ken Lars Mark Nick Otis Phil Steve Ted Vince Wayne Yusuf Andy Colin",
     "she": "Bella Coco Dolly Fifi Ginger Honey Kiki Lulu Mimi Nala Olive Pearl Rosa Suki Tilly Poppy Willow Penny Maple Dot Clover "
-    "Fern Lola Peach Biscuit Nutmeg Trixie Velvet Cleo Bonnie",
+    "Fern Lola Peach Biscuit Nutmeg Trixie Velvet Cleo Bonnie Amber Birdie Candy Dixie Echo Flora Goldie Heather Jewel Kitty Lotte Misty Nelly Opal Pixie Queenie Rainy Sunny Tulip",
     "he": "Bingo Buddy Chip Duke Fuzzy Gus Hoppy Jasper Koko Lucky Milo Nibbles Otto Pip Rusty Scout Teddy Waldo Ziggy Barney Bramble "
-    "Mango Pepper Sparky Tango Tucker Whisker Yogi Archie Bruno",
+    "Mango Pepper Sparky Tango Tucker Whisker Yogi Archie Bruno Alfie Banjo Bongo Cosmo Digger Elmo Fergus Gizmo Hobbes Iggy Jumbo Kipper Loki Monty Nemo Ollie Patch Quincy Rocky Snappy Tiger",
 }
 
 FAMILY = "mom Mom she her her, dad Dad he him his, grandma Grandma she her her, grandpa Grandpa he him his"
@@ -117,26 +117,26 @@ TOYS_OF = {
 
 # preposition place | hiding places | things to look at
 PLACES = """
-in park | under the bench, behind the slide, beside the swings, in the sandbox | the fountain, the pigeons, the tall statue
-in garden | under the rose bush, behind the watering can, between the tomatoes, beside the gate | the sunflowers, the bees, the pea vines
-in forest | inside a hollow log, under the ferns, behind a pine tree, beside the mossy stump | the old oaks, the woodpecker, the toadstools
-on beach | behind a sand dune, under the pier, between the rocks, beside a tide pool | the waves, the gulls, the tiny crabs
-on farm | behind the tractor, in the haystack, beside the trough, under the cart | the cows, the rooster, the windmill
-at market | under the fruit stand, behind the barrels, beside the fish seller, between the crates | the bright stalls, the baker, the juggler
-in meadow | in the long grass, under the daisies, beside the stream, behind the beehive | the butterflies, the poppies, the grazing sheep
-by lake | among the reeds, under the dock, behind the canoe, beside the willow | the swans, the dragonflies, the sailboats
-in valley | beside the waterfall, under the stone bridge, behind the thorn bush, inside a cave | the river, the wild horses, the echo
-on hill | behind the big rock, under the apple tree, beside the stone wall, in the heather | the clouds, the village below, the hawks
-in orchard | under the ladder, between the baskets, behind the cider press, beside the plum tree | the blossoms, the ripe pears, the starlings
-in village | behind the bakery, beside the well, under the clock tower, in the alley | the chimney smoke, the post office, the blacksmith
-at playground | under the seesaw, behind the climbing frame, beside the drinking tap, in the tunnel | the merry-go-round, the big kids, the chalk drawings
-in barn | in the hay, behind the milk cans, under the ladder, beside the saddle | the swallows, the sleepy cow, the dusty beams
-in desert | behind a cactus, under a flat stone, beside the camel, in the hot sand | the lizards, the red cliffs, the long shadows
-in jungle | under a giant leaf, behind the vines, beside the bamboo, between two roots | the parrots, the orchids, the noisy toucans
-at zoo | beside the bear cage, under the ticket booth, behind the snack bar, near the seals | the giraffes, the zebras, the hippo
-at school | under the desk, behind the coat rack, in the library, beside the globe | the blackboard, the paper stars, the goldfish
-in castle | behind the throne, under the stairs, beside the knight, in the tower | the flags, the moat, the long mirrors
-at harbor | under the nets, behind the lighthouse, beside the anchor, between the ropes | the ships, the fishermen, the pelicans
+in park | under the bench, behind the slide, beside the swings, in the sandbox, under the picnic table, behind the kiosk, near the duck pond, beside the bike rack | the fountain, the pigeons, the tall statue, the rose beds, the joggers, the brass band
+in garden | under the rose bush, behind the watering can, between the tomatoes, beside the gate, under the cabbage leaves, behind the shed, beside the bird bath, near the compost heap | the sunflowers, the bees, the pea vines, the hollyhocks, the gnome, the bean poles
+in forest | inside a hollow log, under the ferns, behind a pine tree, beside the mossy stump, behind a fallen tree, under a heap of leaves, beside the anthill, near the hunter's hut | the old oaks, the woodpecker, the toadstools, the tall firs, the spider webs, the wild garlic
+on beach | behind a sand dune, under the pier, between the rocks, beside a tide pool, inside a sand castle, under a beach towel, behind the ice cream stand, near the lifeguard | the waves, the gulls, the tiny crabs, the surfers, the jellyfish, the distant island
+on farm | behind the tractor, in the haystack, beside the trough, under the cart, behind the silo, under the haywagon, near the pigsty, beside the hen house | the cows, the rooster, the windmill, the scarecrow, the piglets, the wheat fields
+at market | under the fruit stand, behind the barrels, beside the fish seller, between the crates, behind the flower cart, under a pile of melons, near the spice seller, beside the scales | the bright stalls, the baker, the juggler, the cheese wheels, the pickle jars, the puppet stage
+in meadow | in the long grass, under the daisies, beside the stream, behind the beehive, under a dock leaf, behind the hay bale, beside the molehill, near the old fence | the butterflies, the poppies, the grazing sheep, the buttercups, the skylarks, the swaying clover
+by lake | among the reeds, under the dock, behind the canoe, beside the willow, under the jetty, behind the boathouse, on a flat rock, near the picnic spot | the swans, the dragonflies, the sailboats, the water lilies, the fishing boats, the mirrored mountains
+in valley | beside the waterfall, under the stone bridge, behind the thorn bush, inside a cave, under a ledge, behind the ruins, near the old well, beside the goat path | the river, the wild horses, the echo, the vineyards, the rapids, the snowy peaks
+on hill | behind the big rock, under the apple tree, beside the stone wall, in the heather, behind the bench, under the lookout, near the cairn, beside the gorse | the clouds, the village below, the hawks, the rainbow, the winding road, the kites
+in orchard | under the ladder, between the baskets, behind the cider press, beside the plum tree, behind the wheelbarrow, under the pear tree, near the beehives, beside the crates | the blossoms, the ripe pears, the starlings, the pickers, the red apples, the wasps
+in village | behind the bakery, beside the well, under the clock tower, in the alley, behind the town pump, under the market cross, near the stables, beside the inn | the chimney smoke, the post office, the blacksmith, the weathercock, the cobbler, the lace curtains
+at playground | under the seesaw, behind the climbing frame, beside the drinking tap, in the tunnel, behind the ball wall, under the bouncy bridge, near the bins, beside the sandpit | the merry-go-round, the big kids, the chalk drawings, the zip line, the whirling tires, the toddlers
+in barn | in the hay, behind the milk cans, under the ladder, beside the saddle, behind the feed sacks, under the old sleigh, near the lambs, beside the ladder rack | the swallows, the sleepy cow, the dusty beams, the cobwebs, the barn owl, the rusty plow
+in desert | behind a cactus, under a flat stone, beside the camel, in the hot sand, under the palm tree, behind the tent, near the oasis, beside the dry well | the lizards, the red cliffs, the long shadows, the caravan, the mirage, the tumbleweeds
+in jungle | under a giant leaf, behind the vines, beside the bamboo, between two roots, inside a hollow trunk, under the fig tree, near the swamp, beside the temple stones | the parrots, the orchids, the noisy toucans, the tree snakes, the hummingbirds, the steaming pools
+at zoo | beside the bear cage, under the ticket booth, behind the snack bar, near the seals, behind the aquarium, under the big map, near the camels, beside the monkey rock | the giraffes, the zebras, the hippo, the tigers, the flamingos, the sleepy crocodile
+at school | under the desk, behind the coat rack, in the library, beside the globe, under the piano, behind the curtain, near the chalk box, beside the fish tank | the blackboard, the paper stars, the goldfish, the skeleton, the weather chart, the trophies
+in castle | behind the throne, under the stairs, beside the knight, in the tower, in the dungeon, behind the tapestry, near the drawbridge, beside the fireplace | the flags, the moat, the long mirrors, the shields, the suits of armor, the rose window
+at harbor | under the nets, behind the lighthouse, beside the anchor, between the ropes, behind the fish barrels, under the gangway, near the crane, beside the ropes shop | the ships, the fishermen, the pelicans, the ferries, the seals, the foghorn
 """
 
 TRAITS = "kind, gentle, clever, cheerful, curious, polite, playful, quiet, funny, patient, friendly, helpful, brave, smart, thoughtful"
@@ -145,6 +145,7 @@ CREATURES = """ladybug, caterpillar, snail, grasshopper, cricket, beetle, moth, 
 kingfisher, lizard, newt, toad, crab, otter, badger, deer, weasel, chipmunk, raccoon, peacock, rooster, hen, turkey, donkey, sheep, calf,
 camel, parrot, flamingo, seal, dolphin, whale, jellyfish, starfish, spider, bat, wolf, moose, skunk, ant, dragonfly, firefly, wasp,
 seagull, pelican, stork, ostrich, zebra, giraffe, hippo, kangaroo, koala, panda, tiger"""
+GUESTS = "ladybug snail grasshopper cricket beetle moth bumblebee sparrow magpie newt toad chipmunk raccoon bat spider firefly ant hen"
 GAMES = """tag, hide and seek, hopscotch, catch, leapfrog, pirates, marbles, cards, checkers, school, house, doctor, chess, dominoes,
 follow the leader, tug of war, soccer, tennis, store, knights, detectives, explorers, musical chairs, Simon says, ring toss, bowling, charades"""
 CHORES = """swept the floor, washed the dishes, watered the plants, folded the towels, fed the chickens, dusted the shelves, made the bed,
@@ -193,7 +194,7 @@ VARIABLES = {
 }
 FACTS = {
     **dict.fromkeys(["kind", "name", "family", "creature", "trait", "odd_name", "surname"], "who"),
-    **dict.fromkeys(["toy", "food", "meal", "color", "game", "gift", "chore", "plant", "bug", "dish", "stuff", "instrument"], "what"),
+    **dict.fromkeys(["toy", "food", "meal", "color", "game", "gift", "chore", "tool", "mess", "plant", "bug", "dish", "stuff", "instrument"], "what"),
     **dict.fromkeys(["place", "spot", "sight", "landmark", "land", "weekday"], "where"),
     **dict.fromkeys(["use", "moral", "activity", "plot", "skill"], "why"),
 }
@@ -243,17 +244,19 @@ peach tree | They made jam in twelve jars
 
 # Lists of words that nothing later depends on. Those that start a sentence are asked for with a capital.
 WORDS = {
-    "weather": "sunny|rainy|windy|cloudy|warm|cold|chilly|bright|foggy|snowy|hot|breezy|misty|stormy|mild|gray|frosty|fine|lovely|quiet",
+    "weather": "sunny|dull|golden|drizzly|crisp|sticky|damp|glorious|freezing|pleasant|hazy|thundery|sleepy|blustery|dreary|sunlit|wet|dry|rainy|windy|cloudy|warm|cold|chilly|bright|foggy|snowy|hot|breezy|misty|stormy|mild|gray|frosty|fine|lovely|quiet",
     "part": "3*morning|3*day|3*afternoon|evening|Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday",
     "little": "6*little|3*small|2*young|tiny|sweet|merry|cute|lively|plump|tidy|jolly|sleepy|dreamy|lovely|wild|lonely|nimble",
     "happy": "5*happy|3*glad|proud|cheerful|joyful|excited|delighted|pleased|thrilled|merry",
     "sad": "5*sad|3*upset|unhappy|gloomy|miserable|lonely|worried|glum|downhearted",
     "scared": "4*scared|2*afraid|frightened|terrified",
-    "nice": "3*nice|2*pretty|lovely|beautiful|wonderful|splendid|fine|charming|special|fancy|perfect|amazing|rusty|dusty|useful|shiny",
+    "nice": "3*nice|2*pretty|lovely|beautiful|wonderful|splendid|fine|charming|special|fancy|perfect|amazing|rusty|dusty|useful|shiny|broken|cracked|"
+    "crooked|empty|heavy|light|round|tiny|wooden|painted|curly|soft|sticky|woolen|torn|old|new|modern|ancient|paper|glass|copper|velvet",
     "big": "4*big|2*huge|large|giant|enormous|great|mighty",
     "very": "4*very|3*so|really|quite|terribly",
-    "said": "5*said|2*cried|called|answered|exclaimed|replied|whispered",
-    "how": "softly|gently|quietly|kindly|warmly|calmly|sweetly|slowly|in a low voice|after a while|with a smile|at once|with a nod",
+    "said": "6*said|2*cried|called|answered|exclaimed|replied|whispered|murmured|declared|announced|mumbled|explained",
+    "asked": "4*asked|wondered|inquired",
+    "how": "softly|at last|proudly|politely|shyly|loudly|in surprise|with a wink|bravely|wisely|happily|with a sigh|firmly|seriously|gently|quietly|kindly|warmly|calmly|sweetly|slowly|in a low voice|after a while|with a smile|at once|with a nod",
     "wow": "3*wow|2*oh|look|hooray|goodness|my oh my|yippee|oh boy|gosh|golly",
     "when": "5*one day|3*one @weather @part|early one @part|late one @part|on @weather.a @part|last spring|last summer|"
     "one autumn @part|one winter @part|on the first day of [spring|school|the year|the holidays]|after breakfast|after a long nap|"
@@ -263,20 +266,25 @@ WORDS = {
     "finally": "4*finally|3*at last|in the end|after a long time|when the sun was low|just before dark",
     "day": "8*day|afternoon|morning|evening",
     "looked": "3*looked|searched|peeked|hunted|checked",
-    "color": "red|blue|green|yellow|orange|purple|pink|brown|silver|golden|white|black|gray|striped|spotted|plain",
+    "color": "red|pale blue|dark green|rosy|cream|bronze|crimson|checkered|beige|lilac|bright yellow|flowery|speckled|faded|sparkling|glittering|blue|green|yellow|orange|purple|pink|brown|silver|golden|white|black|gray|striped|spotted|plain",
     "mood": "2*sleepy|happy|grumpy|hungry|shy|proud|noisy|lazy|busy|funny|fat|thin|tired|polite|dizzy|clumsy|old|wise|bored|rude|nervous|"
-    "muddy|curious|elegant|wet|silly|strange|gentle",
+    "muddy|curious|elegant|wet|silly|strange|gentle|stubborn|jealous|dreamy|giddy|bossy|chubby|hairy|fancy|quiet|skinny|calm|cheeky|"
+    "nosy|forgetful|freckled|handsome|jumpy|lucky|moody|patient|puzzled|serious|sneaky|stylish|sulky|famous|tame|tall",
     "beast": "snail|crow|goose|heron|lizard|toad|crab|otter|badger|deer|weasel|raccoon|peacock|rooster|hen|turkey|donkey|sheep|calf|cow|"
     "camel|parrot|seal|spider|bat|moose|skunk|ant|moth|stork|ostrich|zebra|giraffe|hippo|kangaroo|koala|panda|rat|pigeon|worm|llama|"
-    "walrus|hamster|gopher|ferret|yak|bison",
+    "walrus|hamster|gopher|ferret|yak|bison|lobster|octopus|eel|trout|salmon|puffin|raven|jay|finch|lark|wren|turtle dove|gecko|"
+    "chameleon|iguana|alligator|crocodile|rhino|baboon|gorilla|leopard|panther|reindeer|antelope|mule|ram|gnat|flea|mosquito|shrimp",
     "doing": "eating [hay|soup|cake|leaves|noodles|a sandwich|jam|a pear]|drinking [tea|from a puddle|milk|lemonade|cocoa]|sleeping "
     "[on a fence|in a cart|under a tree|in a hat|on a roof|on one leg]|washing its [face|ears|feet|socks|back]|looking for "
     "[lunch|its glasses|a home|its hat|worms|the moon]|wearing a [bow|hat|vest|scarf|tie|cape]|reading [the news|a letter|a map|a poem]|"
     "singing [a song|to itself|about cheese|in the rain]|sitting on a [bench|stone|log|bucket|chair|wall]|counting "
-    "[clouds|its toes|leaves|coins|beans]|humming|dancing|snoring|yawning|digging a hole|building a [nest|wall|house|boat]|"
+    "[sheep|clouds|its toes|leaves|coins|beans]|humming|dancing|snoring|yawning|digging a hole|sneezing|juggling [eggs|plums|stones]|fishing|sweeping the [path|porch|steps]|"
+    "rowing a boat|pushing a [cart|barrow|stroller]|whistling|knitting a [sock|scarf|cap]|selling [apples|shoes|tickets|pies|brooms]|"
+    "practicing the [fiddle|waltz|alphabet|tuba]|riding a [bicycle|pony|scooter]|waiting for [the bus|spring|a letter|its mother|a train]|building a [nest|wall|house|boat]|"
     "painting a [fence|door|boat|picture]|scratching its [head|ear|nose|back]",
     "odds": "rope|cup|map|hat|spoon|pencil|button|ball of string|candle|mitten|notebook|whistle|bottle|towel|key|brush|comb|ribbon|box|pot|"
-    "jar|sock|flag|feather|lamp|pillow|hammer|clock|kettle|teapot|bell|mirror|pin|fan|ticket|stamp|sponge|ladle|purse|shoe",
+    "jar|sock|flag|feather|lamp|pillow|hammer|clock|kettle|teapot|bell|mirror|pin|fan|ticket|stamp|sponge|ladle|purse|shoe|sack|vase|bucket of sand|cushion|ladder|rattle|trumpet|tray|slipper|postcard|plank|nail|mug|locket|"
+    "magnet|kite|hook|glove|fork|drum|dice box|crayon|cork|coin|chain|broom|bowl|bead|barrel|balloon|apron|wheel|scarf|razor shell|quilt",
     "odds_many": "hats|socks|books|papers|clothes|pillows|rags|plates|pans|shoes|blankets|lamps|curtains|jars|clocks|toys|spoons|pictures",
     "creature_did": "growled|hissed|stamped its feet|showed its teeth|ran in circles|came closer and closer|jumped over the fence",
     "beast_many": "crows|goats|pigeons|ponies|donkeys|hens|pigs|cows|rats|camels",
@@ -363,10 +371,14 @@ def build_tables() -> dict[str, dict[Entity | None, Table]]:
     tables.update({name: {None: Table([kinds[one] for one in listed.split()])} for name, listed in some.items()})
     tables["family"] = {None: Table([family(line) for line in FAMILY.split(",")])}
     tables.update(build_places())
+    tables["tool"] = {None: Table(parse_list("tool", WORDS["odds"].replace("|", ",")))}
+    tables["mess"] = {None: Table(parse_list("mess", WORDS["odds_many"].replace("|", ",")))}
     tables["skill"] = {None: Table([Entity("skill", *told(row, "why", "fail", "fail2")) for row in rows(SKILLS)])}
     tables["plant"] = {None: Table([Entity("plant", *told(row, "end")) for row in rows(PLANTS)])}
     lists = {"trait": TRAITS, "color": COLORS, "creature": CREATURES, "game": GAMES, "chore": CHORES, "activity": ACTIVITIES, "gift": GIFTS} | LISTS
     tables.update({name: {None: Table(parse_list(name, text))} for name, text in lists.items()})
+    creatures = tables["creature"][None].entities
+    tables["guest"] = {None: Table([one for one in creatures if one.name in GUESTS.split()])}
     return tables
 
 
