@@ -8,18 +8,18 @@ from storyworld_nodes import Entity, Table, with_article
 
 # kind | past of how it moves | how it moves | its cry | its home | what it likes to eat
 KINDS = """
-girl | ran | run | Yay | house | apple, pancake, strawberries*, cookies*, noodles*, soup~, cheese~, grapes*, peach, cupcake, waffle, plum, toast~
-boy | ran | run | Hooray | house | apple, pancake, strawberries*, cookies*, noodles*, soup~, cheese~, grapes*, peach, cupcake, waffle, plum, toast~
-dog | ran | run | Woof | kennel | sausage, meatballs*, biscuit, ham~, stew~
-puppy | scampered | scamper | Yip | basket | biscuit, sausage, milk~, chicken~
-cat | crept | creep | Meow | cottage | fish, milk~, cream~, tuna~
+girl | ran | run | Yay | house | apple, pancake, strawberries*, cookies*, noodles*, soup~, cheese~, grapes*, peach, cupcake, waffle, plum, toast~, pizza~, raisins*, muffin, pretzel, rice~, omelet, jelly~, pudding~
+boy | ran | run | Hooray | house | apple, pancake, strawberries*, cookies*, noodles*, soup~, cheese~, grapes*, peach, cupcake, waffle, plum, toast~, pizza~, raisins*, muffin, pretzel, rice~, omelet, jelly~, pudding~
+dog | ran | run | Woof | kennel | sausage, meatballs*, biscuit, ham~, stew~, gravy~, roast beef~, liver pie, soup bones*
+puppy | scampered | scamper | Yip | basket | biscuit, sausage, milk~, chicken~, bacon~, crusts*, porridge~
+cat | crept | creep | Meow | cottage | fish, milk~, cream~, tuna~, sardines*, custard~, herring, prawns*
 kitten | skipped | skip | Mew | barn | milk~, cream~, fish, butter~
-rabbit | hopped | hop | Oh my | burrow | carrot, lettuce~, clover~, radish, turnip, cabbage
-bear | stomped | stomp | Grr | cave | honey~, berries*, salmon~, nuts*
-fox | trotted | trot | Yap | den | grapes*, eggs*, berries*, pie
-mouse | scurried | scurry | Squeak | hole | cheese~, crumbs*, corn~, seeds*, cracker
-frog | leaped | leap | Ribbit | pond | worms*, beetle soup~, pond pudding~
-duck | waddled | waddle | Quack | nest | bread~, peas*, oats*, corn~
+rabbit | hopped | hop | Oh my | burrow | carrot, lettuce~, clover~, radish, turnip, cabbage, parsley~, celery~, kale~
+bear | stomped | stomp | Grr | cave | honey~, berries*, salmon~, nuts*, jam~, pears*, trout~
+fox | trotted | trot | Yap | den | grapes*, eggs*, berries*, pie, plums*, mushrooms*, cheese~
+mouse | scurried | scurry | Squeak | hole | cheese~, crumbs*, corn~, seeds*, cracker, bacon~, oats*, walnut
+frog | leaped | leap | Ribbit | pond | worms*, beetle soup~, pond pudding~, algae cake~, gnats*, flies*
+duck | waddled | waddle | Quack | nest | bread~, peas*, oats*, corn~, lettuce~, pondweed~, barley~
 pig | trotted | trot | Oink | barn | pumpkin, acorns*, potatoes*, corn~, pears*
 lamb | skipped | skip | Baa | barn | clover~, grass~, daisies*, hay~
 pony | galloped | gallop | Neigh | stable | hay~, carrot, sugar~, apple
@@ -150,14 +150,23 @@ GAMES = """tag, hide and seek, hopscotch, catch, leapfrog, pirates, marbles, car
 follow the leader, tug of war, soccer, tennis, store, knights, detectives, explorers, musical chairs, Simon says, ring toss, bowling, charades"""
 CHORES = """swept the floor, washed the dishes, watered the plants, folded the towels, fed the chickens, dusted the shelves, made the bed,
 peeled the carrots, set the table, raked the leaves, sorted the socks, wiped the windows, stirred the soup, picked up the toys, carried the
-firewood, mopped the kitchen, pulled the weeds, polished the spoons, baked the bread, mended the fence"""
+firewood, mopped the kitchen, pulled the weeds, polished the spoons, baked the bread, mended the fence, fed the goldfish, ironed the shirts, scrubbed the bathtub, chopped the onions,
+hung up the laundry, brushed the pony, painted the gate, collected the eggs, emptied the bins, sewed on the buttons, shelled the peas,
+oiled the door, churned the butter, cleaned the chimney, fixed the ladder, beat the carpets, picked the beans, shined the shoes,
+filled the lamps, cut the hedge"""
 ACTIVITIES = """climb trees, sing songs, draw pictures, chase butterflies, count the stars, dance in the rain, tell jokes, pick flowers,
 collect stones, look at the clouds, splash in puddles, build forts, listen to stories, roll down hills, make mud pies, blow bubbles, paint
 shells, plant seeds, whistle tunes, ride on the swing, play with shadows, bake muffins, feed the ducks, watch the rain, skip over cracks,
-fold paper planes, hunt for treasure, make daisy chains, swim in the pond, read about pirates, watch the trains, juggle lemons"""
+fold paper planes, hunt for treasure, make daisy chains, swim in the pond, read about pirates, watch the trains, juggle lemons, paddle in the stream, balance on walls, write poems, hum old tunes,
+stack pebbles, look for rainbows, watch the bees, act in plays, ask riddles, walk barefoot, catch snowflakes, spin in circles, make wind chimes,
+sew tiny dresses, carve boats, peek into nests, dig holes, invent machines, polish shells, dress up, wave at ships, talk to the moon,
+do cartwheels, press leaves, climb hills"""
 GIFTS = """warm hug, shiny medal, big kiss, gold star, bright balloon, paper crown, bunch of tulips, jar of jam, slice of cake, cup of cocoa,
 bag of candy, wool sweater, tiny music box, wooden spoon, box of chocolates, pretty card, bowl of pudding, glass of lemonade, honey bun,
-striped sock, lucky coin, silk ribbon, bowl of popcorn, lemon tart"""
+striped sock, lucky coin, silk ribbon, bowl of popcorn, lemon tart, tin soldier, wooden horse, flower pot, snow globe,
+book of riddles, pair of mittens, jigsaw, sugar mouse, glass marble, bird whistle, box of paints, sailor cap, pocket mirror, magic wand,
+night lamp, pocket watch, toffee apple, plate of dumplings, bar of soap, drawing, poem, pine branch, ginger cookie, clay bowl, tiny key,
+folding chair, walnut boat, paper lantern"""
 
 LISTS = {  # table: what may be drawn from it
     "bug": "butterfly, beetle, cricket, ladybug, dragonfly, firefly, grasshopper, moth, bumblebee, caterpillar",

@@ -73,7 +73,7 @@ morals: it is good to look after your things|friends help each other|two pairs o
 / @Then [3*@mood.a {kind2}|{kind2.a}] named {friend} came by. "[What is wrong|Why are you so sad|What happened|What is the
   matter], {hero}?" @asked {friend}.
 - "I lost my {toy}," [said|cried|sobbed|told {friend.him}] {hero}. "Now I can not {use}[| anymore| any longer| today]!"
-- "[Do not worry|Do not cry|Cheer up|Dry your tears]," @said {friend}[2*| @how]. "[I will help you|We will find {toy.it}|Let us
+- "[Do not worry|Do not cry|Cheer up|Dry your tears]," @said {friend}[| @how]. "[I will help you|We will find {toy.it}|Let us
   look together]."
 / They @looked {spot}, but the {toy} {toy.was} not there. || First they @looked {spot}. There was [nothing|only
   {creature.a}|just {color2.a} [leaf|stone|flower]] there.
@@ -93,12 +93,12 @@ morals: hard work pays off|good things come to those who work for them|it feels 
 - But {hero} had [no money|only one penny|just two coins|only three pennies|nothing to pay with]. || But the {toy} cost
   [ten|twelve|twenty|six|nine] [pennies|coins|shells|nuts] and {hero} had only [one|two|three].
 - {Hero.his} {family} had an idea. "[Work for me|Help me today|If you help me], [and you can earn it|and I will pay you],"
-  {family.he} @said[2*| @how]. || "[If you help me|Help me a little, and|Be a good helper, and] I will pay you," @said
-  {hero.his} {family}[2*| @how].
+  {family.he} @said[| @how]. || "[If you help me|Help me a little, and|Be a good helper, and] I will pay you," @said
+  {hero.his} {family}[| @how].
 / So {hero} {chore} and {chore2}. || All @day {hero} worked hard. First {hero.he} {chore}, and then {hero.he} {chore2}.
 - || @Saw, but {hero.he} did not stop to play. || {Hero.his} [arms|back|feet|legs|hands] hurt[| and {hero.his} nose was
   [dusty|dirty|hot|wet]], but {hero.he} did not [give up|stop|complain].
-- "You {chore} and you {chore2}. [Well done|Good work|I am proud of you]!" @said {family.call}[2*| @how]. || @Finally,
+- "You {chore} and you {chore2}. [Well done|Good work|I am proud of you]!" @said {family.call}[| @how]. || @Finally,
   {hero.his} {family} [gave {hero.him} the money|counted the coins into {hero.his} hand|paid {hero.him}].
 / {Hero} {kind.went} to the [shop|store] and [bought|paid for|came home with] the {toy}. @Hero_was_happy.
 - @Finally, {hero.he} could {use}! || That very @day, {hero.he} began to {use}.
@@ -123,7 +123,7 @@ morals: sharing is more fun than playing alone|it is nice to share|a toy is twic
 - It was [not much fun|no fun|boring|lonely|too quiet] [alone|without a friend|now]. @Hero_was_sad.
 - @Then {hero.he} [looked for|{kind.went} to find|called] {friend}. "I am sorry, {friend}. [Let us|We can|From now on we] [share
   the {toy}|play with the {toy} together|take turns with the {toy}]." || @Then {hero} had an idea. {Hero.he} [gave|handed|held
-  out] the {toy} to {friend}. "I am sorry. It is your turn now," {hero.he} @said[2*| @how].
+  out] the {toy} to {friend}. "I am sorry. It is your turn now," {hero.he} @said[| @how].
 / @Friend_was_happy.
 - They took turns, and @then both of them could {use}.
 - @Fun.
@@ -142,7 +142,7 @@ morals: the dark is not so bad|things look scary only until you know them|being 
 - {Hero.his} {family} came in with [a lamp|a candle|a lantern|a flashlight]. "What is it, {hero}?" {family.he} @asked[| @how].
 - "[I heard a monster|There is something out there|Something wants to eat me]," @said {hero} in a [tiny|thin|small|shaky|low]
   voice.
-/ "[Let us look together|Come, we will see|We will take a look]," @said {family.call}[2*| @how]. They [held hands|took a deep
+/ "[Let us look together|Come, we will see|We will take a look]," @said {family.call}[| @how]. They [held hands|took a deep
   breath|tiptoed closer|counted to three] and looked.
 - It was only {creature~guest.a}! It was @doing. || There sat {creature~guest.a}. It was @doing and looked @mood.
 - {Hero} [laughed|giggled|had to laugh|let out a long breath]. "You are not a monster," {hero.he} @said[| to the {creature}].
@@ -164,7 +164,7 @@ morals: it is good to help those who are lost|a kind heart finds a way|small one
   you|What are you doing here], little one?" @asked {hero}.
 - "I [lost|can not find] my [mother|mom|family]," [said|cried|sobbed|peeped] the {creature}. "We [came to see|wanted to see|were
   looking at] {sight}, and then I was [alone|all alone]."
-- "[Do not cry|Do not worry|I will help you]," @said {hero}[2*| @how]. "We will find her."
+- "[Do not cry|Do not worry|I will help you]," @said {hero}[| @how]. "We will find her."
 / First {hero} gave the {creature} {food.a}[| and @color.a @odds to hold|, and it ate every bit|, and it felt better]. || {Hero}
   [carried|took|led] the {creature} [on {hero.his} back|in {hero.his} arms|by the hand].
 - They asked @mood.a @beast, but it [had not seen anything|only shook its head|did not know|was too busy to help]. || @Saw.
@@ -182,15 +182,15 @@ cast: child animal
 morals: it is best to tell the truth|honest words mend what is broken|a friend will forgive you if you tell the truth|a lie
     makes everything heavier
 / @When, {hero} was at the [house|home] of [3*@mood.a {kind2}|{kind2.a}] named {friend}. {Friend} had {toy.a}. "[Be careful with
-  {toy.it}|Please do not drop {toy.it}|{Toy.they} {toy.was} a present from my {family}]," @said {friend}[2*| @how].
+  {toy.it}|Please do not drop {toy.it}|{Toy.they} {toy.was} a present from my {family}]," @said {friend}[| @how].
 - When {friend} [left the room|went out|was in the kitchen|was not looking], {hero} [took|picked up|grabbed] the {toy}.
   {Hero.he} [only |just |]wanted to {use}.
 - [Crash|Snap|Crack|Oh no|Bang|Oops]! The {toy} {toy.was} [broken|ruined|in pieces|torn|bent].
 - @Hero_was_scared. {Hero.he} hid the {toy} [under the bed|behind the curtain|under a rug|in a drawer|in a big pot|under a pile
   of @odds_many].
 / "Where {toy.is} my {toy}?" @asked {friend} when {friend.he} [came back|returned].
-- "I do not know," @said {hero}[2*| @how]. "Maybe @beast.a took {toy.it}." || "[Maybe|Perhaps] @mood.a @beast [came and |]took
-  {toy.it}," @said {hero}[2*| @how].
+- "I do not know," @said {hero}[| @how]. "Maybe @beast.a took {toy.it}." || "[Maybe|Perhaps] @mood.a @beast [came and |]took
+  {toy.it}," @said {hero}[| @how].
 - {Friend} [looked everywhere|searched the whole house|looked high and low] and was @very @sad. {Hero} felt [sick|hot and
   cold|very small|bad about it|a stone in {hero.his} tummy].
 - "[I have to tell you something|It was not true|I told a lie|I did a bad thing]," {hero} @said @finally. "I [broke|dropped] the
@@ -219,7 +219,7 @@ morals: your friends never forget you|a surprise is worth the wait|good things a
 - "Surprise!" [cried|shouted|called] {friend} and {hero.his} {family}. There were
   [balloons|candles|lanterns|flags|ribbons|streamers] and @color.a cake with
   [cherries|candles|stars|nuts|sprinkles|cream|roses].
-- "[We did not forget|We would never forget you|We planned it all week]," @said {family.call}[2*| @how]. "[Happy birthday|Make a
+- "[We did not forget|We would never forget you|We planned it all week]," @said {family.call}[| @how]. "[Happy birthday|Make a
   wish], {hero}!"
 / {Friend} gave {hero.him} a [big|round|long|heavy|square] box with @color.a [bow|ribbon|string]. In it {toy.was} {toy.a}! ||
   Then {hero} opened the presents. There {toy.was} {toy.a} from {friend}[| and {gift.a} from {hero.his} {family}].
@@ -236,7 +236,7 @@ morals: practice makes perfect|you can learn anything if you do not give up|ever
 - On {weekday}, {hero.he} tried for the first time. {Skill.fail}. "[I can not do it|I will never learn it|It is too hard|I give
   up]," {hero.he} @said.
 - @Then [3*@mood.a {kind2}|{kind2.a}] named {friend} [saw|heard|met] {hero.him}. "[I can teach you|I can help you|Do not give
-  up|Try again]," @said {friend}[2*| @how]. "When I was [little|young|small], I could not {skill} either."
+  up|Try again]," @said {friend}[| @how]. "When I was [little|young|small], I could not {skill} either."
 / On {weekday2} they [worked|tried|practiced] [all @day|for an hour|again|until dark]. {Skill.fail2}. {Friend} [only
   smiled|clapped anyway|said it was better|was patient]. || On {weekday2}, {friend} showed {hero} how to do it. {Skill.fail2}.
   But it was [a little|much|a bit] better than on {weekday}.
@@ -260,8 +260,8 @@ morals: a shared meal tastes best|there is enough when everyone shares|friends s
   {friend.he} @said[| @how]. || But then @mood.a @beast [came|jumped out of the bushes|ran by] and [ate|took|stole|ran off with]
   the lunch of {friend}! "[Now I have nothing|My lunch is gone|I am so hungry]," {friend.he} @said.
 - {Hero} [looked at|thought about|opened] {hero.his} basket. In it {food.was} {food.a} and {food2.a}. {Hero.he} was @very hungry.
-- "[Here|Take this|Please], you can have the {food}," @said {hero}[2*| @how]. "I will eat the {food2}." || {Hero} gave the
-  {food} to {friend} and kept the {food2}. "[We can share|Eat up|There is enough]," {hero.he} @said[2*| @how].
+- "[Here|Take this|Please], you can have the {food}," @said {hero}[| @how]. "I will eat the {food2}." || {Hero} gave the
+  {food} to {friend} and kept the {food2}. "[We can share|Eat up|There is enough]," {hero.he} @said[| @how].
 / @Friend_was_happy. @Friend_thanks.
 - || After lunch they looked at {sight2}. || @Saw.
 - @Fun.
@@ -284,29 +284,29 @@ morals: nobody likes a show-off|it is not important to win|helping a friend is b
   [hurt {hero.his} foot|could not get up|lay on the ground]. "[Ouch|Ow|Oh no]!" {hero.he} [cried|shouted|sobbed].
 / {Friend} [came|ran by|saw it|was close behind] and [stopped|did not run on|turned around]. "[Are you hurt|Let me help you|Lean
   on me], {hero}," {friend.he} @said[| @how].
-- "But you [could win|could have won] the {gift}!" @said {hero}[2*| @how]. "[A friend is more important|I do not care|That does
-  not matter|There will be other races]," @said {friend}[2*| @how].
+- "But you [could win|could have won] the {gift}!" @said {hero}[| @how]. "[A friend is more important|I do not care|That does
+  not matter|There will be other races]," @said {friend}[| @how].
 - They [walked|went] over the line together[|, arm in arm|, side by side| and everybody clapped]. || {Friend} carried {hero}
   over the line.
 - Both got {gift.a}. || {Hero} took the prize and gave the {gift} to {friend}. || They shared the {gift}.
-- "I am sorry that I laughed at you," @said {hero}[2*| @how]. @Friend_was_happy.
+- "I am sorry that I laughed at you," @said {hero}[| @how]. @Friend_was_happy.
 - @Lesson. || @Lesson. @Close.
 
 == the seed
 cast: child animal
 morals: good things take time|patience is rewarded|a little care makes things grow|you must wait for the best things
 / @When, {hero.his} {family} gave {hero} a [tiny|small|round|funny|strange] {color} seed. "[Plant it|Put it in the earth|Take
-  good care of it], and you will get {plant.a}," {family.he} @said[2*| @how].
+  good care of it], and you will get {plant.a}," {family.he} @said[| @how].
 - {Hero} planted the seed [in @color.a pot|beside the fence|under the window|behind the house|near the well|in a corner of the
   garden]. Every @day {hero.he} gave it [water|a cup of water|water and sang to it].
 - After one day, nothing [happened|grew|came up]. After [two|three|four|five] days, [still nothing|there was only mud|there was
-  nothing]. "[I want my {plant} now|It does not grow|It is too slow]!" @said {hero}[2*| @how].
-- {Hero} wanted to dig it up. "[Wait|Be patient|Stop|Do not dig]," @said {family.call}[2*| @how]. "[{Plant.a}|Every plant] needs
+  nothing]. "[I want my {plant} now|It does not grow|It is too slow]!" @said {hero}[| @how].
+- {Hero} wanted to dig it up. "[Wait|Be patient|Stop|Do not dig]," @said {family.call}[| @how]. "[{Plant.a}|Every plant] needs
   [time|sun and rain|love and time|sleep]."
 - So {hero} waited. {Hero.he} {chore} and played {game}. || So {hero} waited. @Saw. || So {hero} waited and {chore}.
 / Then it rained for [two|three|four|five] days. || Then the sun shone for [two|three|four|five] days. @Sky.
 - One @weather @part, there was a [tiny|small|little|bright] green [leaf|shoot|tip|sprout]! "{Kind.cry}! [Look|Come quick|It is
-  alive|It grows]!" @said {hero}[2*| @how].
+  alive|It grows]!" @said {hero}[| @how].
 - It grew [and grew|taller and taller|bigger every day|up to the window]. And soon it was {plant.a}[|, just as {family.call} had
   said].
 - @Hero_was_happy. {Plant.end}. || {Plant.end}. @Hero_was_happy.
@@ -323,14 +323,14 @@ morals: a smile opens many doors|new friends are everywhere|it is easy to make f
   [played alone|looked @sad|sat on the steps|@did].
 - {Hero} wanted to say hello, but [no word came out|{hero.his} knees shook|{hero.he} did not dare|{hero.his} voice was gone].
   {Hero.he} ran [home|inside|back].
-- "[Everybody is shy sometimes|Just smile|Bring a little present|Just say your name]," @said {hero.his} {family}[2*| @how].
+- "[Everybody is shy sometimes|Just smile|Bring a little present|Just say your name]," @said {hero.his} {family}[| @how].
   "Take {food.a} to the {kind2}."
 / So {hero} took {food.a} and knocked[| three times| very softly| at the door]. "[Hello|Hi|Good @day], I am {hero}. [This is for
   you|I brought you this]," {hero.he} whispered.
 - "[How nice|How kind|Oh, thank you]! I am {friend}. I [love|like] {food.many}!" @said the {kind2}. "Do you [want to|like to]
   play {game}?"
 - {Hero} [nodded|smiled|forgot to be shy|could not believe it]. "[Yes|Oh yes|Of course]! I [love|like] {game}!" {hero.he}
-  @said[2*| @how]. || "{Kind.cry}! I play {game} all the time!" @said {hero}[2*| @how].
+  @said[| @how]. || "{Kind.cry}! I play {game} all the time!" @said {hero}[| @how].
 - They played {game} until [it got dark|dinner|the stars came out|bedtime]. || After {game} they played {game2} and ate the
   {food}. @Saw.
 - || {Friend} gave {hero} {gift.a}. || "[Come back tomorrow|See you tomorrow|Now we are friends], {hero}!" @said {friend}[2*|
@@ -346,7 +346,7 @@ morals: nobody believes a liar|it is wrong to cry for help for fun|jokes should 
 - [3*@Mood.a {kind2}|{Kind2.a}] named {friend} [dropped {friend.his} {food}|stopped {friend.his} work|jumped up|left
   {friend.his} lunch] and {kind2.went} {place.to}. But there was no {creature}. {Hero} [laughed and laughed|rolled on the ground
   with laughter|held {hero.his} tummy and laughed]. "[I tricked you|It was only a joke|You should see your face]!" {hero.he}
-  @said[2*| @how].
+  @said[| @how].
 - "[That was not funny|Do not do that again|That was mean], {hero}," @said {friend}[| @how]. {Friend.he} [went home|walked
   away|shook {friend.his} head].
 - The next day {hero} did it again. "Help! The {creature}!" And again {friend} came, and there was [nothing|only @mood.a @beast
@@ -358,7 +358,7 @@ morals: nobody believes a liar|it is wrong to cry for help for fun|jokes should 
 - {Hero} had to [climb a tree|hide {spot}|run and run|jump into a ditch] and [stay there until dark|wait for hours|lost
   {hero.his} @odds on the way].
 - @Finally, the {creature} [went away|got bored|fell asleep|found something to eat]. {Hero} {kind.went} to {friend}. "I am sorry
-  that I [lied|tricked you|fooled you]," {hero.he} @said[2*| @how]. "[I will never do it again|No more tricks|It was wrong]."
+  that I [lied|tricked you|fooled you]," {hero.he} @said[| @how]. "[I will never do it again|No more tricks|It was wrong]."
 - {Friend} [hugged {hero.him}|forgave {hero.him}|shook {hero.his} hand|gave {hero.him} {gift.a}]. @Lesson. || @Lesson. @Close.
 
 == a sick friend
@@ -375,7 +375,7 @@ morals: a visit is the best medicine|it is good to care for the sick|a small gif
   {family}. "[Cook some|Make some] soup," @said {family.call}, "and bring {gift.a}."
 / {Hero} and {hero.his} {family} made soup with [carrots|beans|peas|leeks|noodles|rice|mushrooms|onions] and
   [salt|pepper|parsley|butter|garlic|love]. {Hero} carried it very [slowly|carefully]. @Saw[|, but {hero.he} did not stop].
-- "[Here is soup|I made soup|This is for you], and {gift.a} too," @said {hero}[2*| @how]. || {Friend} ate the soup. Then {hero}
+- "[Here is soup|I made soup|This is for you], and {gift.a} too," @said {hero}[| @how]. || {Friend} ate the soup. Then {hero}
   gave {friend.him} {gift.a}.
 - @Friend_was_happy. || {Hero} told {friend} about @mood.a @beast and @nice.a @odds, and {friend.he} laughed[| for the first
   time].
@@ -388,7 +388,7 @@ cast: child animal
 morals: you should think before you trade|you miss what you gave away|old toys can be the best ones|new is not always better
 / {Hero} had {toy.a} and {hero.he} [often|always|really] liked to {use}. @When, [3*@mood.a {kind2}|{kind2.a}] named {friend}
   came by with {toy2.a}.
-- "[What @nice.a {toy2}|Your {toy2} {toy2.is} so @nice|I like your {toy2}]!" @said {hero}[2*| @how]. "Do you want to
+- "[What @nice.a {toy2}|Your {toy2} {toy2.is} so @nice|I like your {toy2}]!" @said {hero}[| @how]. "Do you want to
   [trade|swap]? You get my {toy}." {Friend} [nodded|said yes|shook {hero.his} hand|was @happy].
 - {Hero} took the {toy2} home. || {Hero} showed the {toy2} to {hero.his} {family}.
 - For [an hour|a day|two days|a while] {toy2.they} {toy2.was} [fun|exciting|wonderful]. @Saw.
@@ -409,18 +409,18 @@ morals: a real treasure is a good friend|adventures are better together|clever e
 / @When, {hero} found an old map [in a bottle|in a dusty book|under the stairs|in the attic|in a coat pocket|behind a picture].
   It showed {place.the} and [a big cross|@color.a cross|a big @color cross].
 - {Hero} showed it to [3*@mood.a {kind2}|{kind2.a}] named {friend}. "[A treasure|It is a treasure map|There must be gold
-  there]!" @said {friend}[2*| @how]. "[Let us go|Come on|We must find it]!"
+  there]!" @said {friend}[| @how]. "[Let us go|Come on|We must find it]!"
 - @Bag. || They took a shovel, @color.a @odds and {food.a}.
 - @Saw. || @Seen. || @Sky.
-- First they came to {sight}. "[The map says|It says here] [ten|twenty|fifty|seven] steps to {sight2}," @said {hero}[2*| @how].
+- First they came to {sight}. "[The map says|It says here] [ten|twenty|fifty|seven] steps to {sight2}," @said {hero}[| @how].
   They [counted|walked] and [counted|hummed].
-/ "The cross must be {spot}," @said {friend}[2*| @how]. They dug [and dug|a deep hole|with all their might], but there was only
+/ "The cross must be {spot}," @said {friend}[| @how]. They dug [and dug|a deep hole|with all their might], but there was only
   @nice.a @odds.
-- "[Wait|Look]! The map was upside down," @said {hero}[2*| @how]. "The treasure is {spot2}!" || Then {hero} turned the map
+- "[Wait|Look]! The map was upside down," @said {hero}[| @how]. "The treasure is {spot2}!" || Then {hero} turned the map
   around. "[Not here|Oh no], it is {spot2}!" {hero.he} @said.
 - And there, {spot2}, was a [small|heavy|rusty|wooden|big] chest. In it {toy.was} {toy.a}, @nice.a @odds and {gift.a}.
-- "[I always wanted|I dreamed of] {toy.a}," @said {hero}[2*| @how]. "Now I can {use}!" "[Take {toy.it}|{Toy.they} {toy.is}
-  yours|You have the {toy}]," @said {friend}[2*| @how]. "I will have the {gift}."
+- "[I always wanted|I dreamed of] {toy.a}," @said {hero}[| @how]. "Now I can {use}!" "[Take {toy.it}|{Toy.they} {toy.is}
+  yours|You have the {toy}]," @said {friend}[| @how]. "I will have the {gift}."
 - @Hero_was_happy. || They {kind.went} home and told {hero.his} {family}.
 - @Lesson. || @Lesson. @Close.
 
@@ -432,12 +432,12 @@ morals: together we are strong|many hands make light work|small helpers can make
 - {Hero} [took|grabbed|held] the {creature} by the [leg|hand|tail|ear] and pulled. It did not [move|work|help]. || {Hero} pulled
   as hard as {hero.he} could, but the {creature} did not move.
 - [3*@Mood.a {kind2}|{Kind2.a}] named {friend} [came by|heard them]. "[I will help|Let me help|Hold on to me]," {friend.he}
-  @said[2*| @how]. {Friend} pulled {hero}, and {hero} pulled the {creature}, but [it did not move|it was no use|the mud was too
+  @said[| @how]. {Friend} pulled {hero}, and {hero} pulled the {creature}, but [it did not move|it was no use|the mud was too
   deep].
 / @Then @mood.a @beast and @mood.a @beast came to help too. || They called @mood.a @beast, who brought @nice.a @odds and a rope.
 - But the {creature} was still stuck. "What can we do?" @asked {hero}.
 - "[Can I help|May I try|May I pull too]?" @asked a tiny {kind3~small} named {helper}. "[You are too small|You]?" laughed
-  {friend}. "[Everyone can help|Of course|Come]," @said {hero}[2*| @how].
+  {friend}. "[Everyone can help|Of course|Come]," @said {hero}[| @how].
 - {Helper} took hold[| of the end], and they all pulled. [One, two, three|Pull, pull, pull|Heave, ho]! Plop! The {creature}
   [flew out|came out|was free].
 - Everybody fell [into the mud|over|on the ground] and laughed. "[Thank you all|Thank you, {helper}|You saved me]," @said the
@@ -458,10 +458,10 @@ morals: it is good to ask for help|you should not go too far alone|it helps to s
 - "[Where is the path|Which way is home|Where am I]?" {hero.he} [said|asked|whispered]. @Hero_was_scared. || @Hero_was_sad.
 / [3*@Mood.a {kind2}|{Kind2.a}] named {friend} [sat by the road|came along|looked out of a hole|was gathering wood]. "[Are you
   lost|Can I help you|Where do you live]?" @asked {friend}.
-- "[I want to go home|I can not find the way home|My {family} waits for me]," @said {hero}[2*| @how]. "[What did you see on the
+- "[I want to go home|I can not find the way home|My {family} waits for me]," @said {hero}[| @how]. "[What did you see on the
   way|What did you see first|Can you tell me what you saw]?" @asked {friend}.
-- {Hero} thought. "First I saw {sight}, and then {sight2}," {hero.he} @said[2*| @how].
-- "[Then it is easy|Very good|I know the way]," @said {friend}[2*| @how]. "We must go back to {sight2} first, and then to
+- {Hero} thought. "First I saw {sight}, and then {sight2}," {hero.he} @said[| @how].
+- "[Then it is easy|Very good|I know the way]," @said {friend}[| @how]. "We must go back to {sight2} first, and then to
   {sight}."
 - They [walked|went] to {sight2}, and on to {sight}. {Hero} could see the [roof|smoke|light|door|garden] of {hero.his} home!
 - @Thanks. {Hero} gave {friend} {food.a}[| and {gift.a}].
@@ -475,7 +475,7 @@ morals: you should be happy with what you have|too much of a good thing is bad|g
 / @When, {hero} found a [magic|strange|glowing|golden|tiny] [stone|lamp|ring|shell|coin|feather] {place.in}. @Wow! A
   [fairy|genie|tiny wizard|talking fish|little elf] came out of it.
 - "You have [three|two|four] wishes," it said[| @how]. "[What do you wish for|Choose well|Think before you speak]!"
-- "I wish for {food.a}," @said {hero}[2*| @how]. [Poof|Pling|Whoosh|Zing]! There {food.was} {food.a}. || First {hero} wished for
+- "I wish for {food.a}," @said {hero}[| @how]. [Poof|Pling|Whoosh|Zing]! There {food.was} {food.a}. || First {hero} wished for
   {food.a}. [Poof|Pling|Whoosh|Zing]! There {food.was} {food.a} on @color.a plate.
 - "[More|I want more|Much more]! I wish that everything I touch turns into {food.many}!" cried {hero}.
 - {Hero} touched @color.a @odds, and it turned into {food.many}. {Hero} touched @color.a @odds, and it turned into {food.many}
@@ -488,7 +488,7 @@ morals: you should be happy with what you have|too much of a good thing is bad|g
   [cried|shouted|said] {hero}.
 - [Poof|Pling|Whoosh|Zing]! {Hero.his} {family} was back, and the {food.many} were gone. || [Poof|Pling|Whoosh|Zing]! Everything
   was [as before|fine again|normal again]. "[Why do you look at me like that|Why do you cry|What is wrong]?" said
-  {family.call}[2*| @how].
+  {family.call}[| @how].
 - {Hero} hugged {family.him}[| and did not let go| for a long time]. @Hero_was_happy. || @Hero_was_happy.
 - || {Hero} did not eat {food.many} again for a [year|month|week|long time].
 - @Lesson. || @Lesson. @Bye.
@@ -504,10 +504,10 @@ morals: a good friend says sorry|words can hurt|it is wrong to laugh at others|w
 - At first {hero} [felt big|thought it was funny|played on]. But then {hero.he} [saw|heard] {friend} [cry|weep|sob] {spot}.
   {Hero.his} heart [hurt|felt heavy|sank].
 - "[Why did I say that|What have I done|That was mean of me]?" {hero.he} @asked {hero.his} {family}. "[You can say sorry|It is
-  never too late|Words can also heal]," @said {family.call}[2*| @how].
+  never too late|Words can also heal]," @said {family.call}[| @how].
 / All evening, {hero} [worked|sewed|painted|knitted|drew]. The next day {hero.he} came with {tool3.a} that was {color2} with
   {color3} too! || The next day, {hero} brought {gift.a}, wrapped in {color2} paper with {color3.a} ribbon.
-- "I am sorry, {friend}," @said {hero}[2*| @how]. "[I like {color2} with {color3} now|It was wrong to laugh|I was mean to you].
+- "I am sorry, {friend}," @said {hero}[| @how]. "[I like {color2} with {color3} now|It was wrong to laugh|I was mean to you].
   [Can we be friends again|Will you forgive me|Please do not be sad]?"
 - {Friend} [smiled|thought for a moment|wiped {friend.his} eyes]. "[Yes|Of course|I forgive you]," {friend.he} @said[| @how].
 - @Friend_was_happy. || @Saw, and they both laughed, but not at @odds_many.
@@ -529,8 +529,8 @@ morals: you should ask for help when you need it|everyone is good at something|f
 - @Hero_was_sad.
 / {Kind2~flyer.a} named {friend} [landed|sat down|stopped] next to {hero.him}. "[What is the matter|Why are you sad|What
   happened]?" @asked {friend}.
-- "My {color2} kite is stuck up there," @said {hero}[2*| @how]. "[I can not fly|I am too small|I have no wings]."
-- "But I [can|have wings]!" @said {friend}[2*| @how]. {Friend.he} [flew up|spread {friend.his} wings|flapped {friend.his} wings]
+- "My {color2} kite is stuck up there," @said {hero}[| @how]. "[I can not fly|I am too small|I have no wings]."
+- "But I [can|have wings]!" @said {friend}[| @how]. {Friend.he} [flew up|spread {friend.his} wings|flapped {friend.his} wings]
   and [untied|pulled|bit through] the string.
 - The kite [came down|floated down|fell] and landed {spot}. "{Kind.cry}!" [cried|shouted] {hero}. @Thanks.
 - {Hero} gave {friend} {gift.a} and {food.a}. || {Hero} tied @color.a ribbon around {friend}'s neck.
@@ -545,7 +545,7 @@ morals: love grows when there are more to share it|a family has room for everyon
 / There was a new baby in the family of {hero}. It was a little [sister|brother|cousin] with {color2}
   [eyes|socks|blankets|mittens]. All @day, {hero.his} {family} [sang to the baby|carried the baby|fed the baby|washed the baby].
 - "[Can you play|Will you play|Do you want to play] {game} with me?" @asked {hero}. "[Not now|Later|I have no time], {hero}. The
-  baby [cries|is hungry|is wet|needs sleep]," @said {family.call}[2*| @how].
+  baby [cries|is hungry|is wet|needs sleep]," @said {family.call}[| @how].
 - @Hero_was_sad. "[Nobody loves me anymore|They only love the baby|I wish the baby was gone]," {hero.he} [thought|said|whispered].
 - {Hero.he} [packed {hero.his} bag|hid in the closet|went outside|sat under the table]. @Saw. || @Bag. {Hero.he} wanted to run
   away.
@@ -573,12 +573,12 @@ morals: you should not judge others by their looks|big ones can be gentle|a scar
   me|I have no friends]. My name is {friend}."
 / {Hero} [looked|saw] that {friend} was crying. || Then {hero} saw that {friend} had a thorn in {friend.his}
   [foot|paw|nose|tail]. {Hero.he} pulled it out.
-- "[I will be your friend|Do not be sad|I like you], {friend}," @said {hero}[2*| @how]. "[Do you want to play|Can you play|Let
+- "[I will be your friend|Do not be sad|I like you], {friend}," @said {hero}[| @how]. "[Do you want to play|Can you play|Let
   us play] {game}?"
 - They played {game}, and {friend} [lost on purpose|was very careful|laughed like thunder]. Then {friend} carried {hero} on
   {friend.his} back to {sight}. || {Friend} carried {hero} to {sight}, and there they played {game}.
 - {Hero} told {hero.his} {family} about {friend}. "[The {kind2} is kind|It only eats {meal.many}|We played {game}]!" {hero.he}
-  @said[2*| @how]. The next day, [everyone|the whole town|all the neighbors] came {place.to} with {meal.many} and {gift.a}.
+  @said[| @how]. The next day, [everyone|the whole town|all the neighbors] came {place.to} with {meal.many} and {gift.a}.
 - @Friend_was_happy.
 - @Lesson. || @Lesson. @Close.
 
@@ -592,7 +592,7 @@ morals: there is always room for one more|a warm home is for sharing|kindness co
   is under water|The wind took my roof|A tree fell on my house|I lost my way]," @said the {kind2}. "[May I come in|Can I stay
   here|Do you have room for me]?"
 - "[There is little room|It is a small house|The bed is narrow]," @said {family.call}, "but [come in|you are welcome|sit by the
-  fire]." || "[Come in|Quick, come in|Of course], [you are all wet|you must be cold|sit by the fire]!" @said {hero}[2*| @how].
+  fire]." || "[Come in|Quick, come in|Of course], [you are all wet|you must be cold|sit by the fire]!" @said {hero}[| @how].
 - The {kind2} was called {friend}. {Hero} gave {friend.him} @color.a [towel|blanket|sweater|coat] and {food.a}. @Saw.
 / @Then there was another knock. It was @mood.a @beast with @color.a @odds. "[Come in|There is room|Sit down] too!" @said
   {friend} and {hero}[|, and they moved closer].
@@ -615,7 +615,7 @@ morals: you should do it in your own way|mistakes can become something beautiful
   stepped into the {color4} paint]! Now there was a big {color4} [spot|stripe|splash|stain] on the {creature}.
 - "[Oh no|It is ruined|Now it is ugly|All that work for nothing]!" {hero} [cried|said|shouted]. @Hero_was_sad.
 / [3*@Mood.a {kind2}|{Kind2.a}] named {friend} looked at the {color4} paint. "[Wait|Look again|Do not throw it away]," @said
-  {friend}[2*| @how]. "[It could be|It looks like|Make it into] [a hat|a cloud|an umbrella|a cape|a flower|a balloon|wings|the
+  {friend}[| @how]. "[It could be|It looks like|Make it into] [a hat|a cloud|an umbrella|a cape|a flower|a balloon|wings|the
   moon]!"
 - {Hero} [thought|smiled|took the brush]. {Hero.he} added @color.a [line|dot|circle|edge] here and @color.a [line|dot|star|tail]
   there. || {Hero} took some @color paint and some @color paint and painted [all night|on|with a smile|very slowly].
@@ -654,14 +654,14 @@ morals: you should read the recipe first|you should do one thing at a time|cooki
 / It was the birthday of {hero}'s {family}. {Hero} wanted to [bake|cook] {dish.a} for {family.him}. [3*@Mood.a
   {kind2}|{Kind2.a}] named {friend} came to help. || @When, {hero} and @mood.a {kind2} named {friend} wanted to surprise
   {hero}'s {family} with {dish.a}.
-- "[We need|First we need|I have] {stuff}, {stuff2} and {stuff3}," @said {hero}[2*| @how]. They put on @color aprons[| and
+- "[We need|First we need|I have] {stuff}, {stuff2} and {stuff3}," @said {hero}[| @how]. They put on @color aprons[| and
   @color hats].
 - {Friend} [mixed|weighed|washed] the {stuff}, and {hero} [stirred|added|took] the {stuff2}. @Sky.
 - @Then they began to [play {game}|tell jokes|talk about @mood.a @beast], and {hero} did not look. {Hero.he} put in [five
   spoons|a whole cup|a big bowl|two pounds] of [salt|pepper|mustard|chili|vinegar]!
 - They tasted it. "[Yuck|Ugh|Oh no|Pfui]! It [tastes like|is like] [the sea|old socks|fire|soap|mud|a wet @beast]!" @said
-  {friend}[2*| @how]. @Hero_was_sad.
-/ "[We can start again|Let us try again|It was only a mistake]," @said {friend}[2*| @how]. But there was no {stuff3} left.
+  {friend}[| @how]. @Hero_was_sad.
+/ "[We can start again|Let us try again|It was only a mistake]," @said {friend}[| @how]. But there was no {stuff3} left.
   {Hero} {kind.went} to the [shop|market|neighbor] and got {stuff3}[| and @nice.a @odds]. @Saw.
 - This time they [read the recipe|did not play|watched the spoon|were careful]: {stuff}, {stuff2}, {stuff3}, and only a
   [pinch|bit|little] of salt.
@@ -678,7 +678,7 @@ morals: even short friendships are worth it|good things come back|memories stay 
   balls] of snow. @Sky. ||
 - {Hero.he} made it into @nice.a snow @snowman. It had {color2.a} hat, {color3.a} scarf, [eyes of coal|button eyes|eyes of
   stone] and @color.a [carrot|cork|cone|spoon] for a nose.
-- "[I will call you|Your name is|You look like a] {odd_name}," @said {hero}[2*| @how]. {Hero.he} told it about @mood.a @beast
+- "[I will call you|Your name is|You look like a] {odd_name}," @said {hero}[| @how]. {Hero.he} told it about @mood.a @beast
   and about @odds_many.
 - @Saw. Even {odd_name} seemed to smile.
 - But then the days grew warm. {Odd_name} got [smaller|thinner|shorter] and [smaller|thinner|shorter]. "[Do not go|Please
@@ -718,20 +718,20 @@ cast: child animal
 morals: music is better together|every voice matters|different sounds make the best song|you should not be afraid to be heard
 / {Hero} loved music and could play the {instrument}. @When, {hero.he} [heard|read|saw on a sign] that there would be a concert
   {place.in} on {weekday}. "[I want to play there|We need a band|I will make a band]!" {hero.he} @said.
-- {Hero.he} asked @mood.a {kind2} named {friend}. "I can play the {instrument2}," @said {friend}[2*| @how]. They asked @mood.a
+- {Hero.he} asked @mood.a {kind2} named {friend}. "I can play the {instrument2}," @said {friend}[| @how]. They asked @mood.a
   {kind3} named {helper}. "I only have @nice.a {tool3}," @said {helper}[| @how].
-- "[That makes a fine sound|You can tap on it|That is just what we need]!" @said {hero}[2*| @how]. They practiced {spot}. @Saw.
-- At first it sounded like @mood.a @beast @doing. "[Again|Once more|Softer|Slower]!" @said {hero}[2*| @how]. They practiced [all
+- "[That makes a fine sound|You can tap on it|That is just what we need]!" @said {hero}[| @how]. They practiced {spot}. @Saw.
+- At first it sounded like @mood.a @beast @doing. "[Again|Once more|Softer|Slower]!" @said {hero}[| @how]. They practiced [all
   week|until dark|every day].
 / On {weekday}, everybody came {place.to}, even @mood.a @beast and @mood.a @beast. {Helper} [looked out|saw them] and
   [shook|turned pale|wanted to hide]. "[I am scared|I can not do it|There are so many]," {helper.he} @said.
-- "[We are with you|Just look at me|We do it together], {helper}," @said {hero}[2*| @how]. || {Friend} gave {helper} {gift.a}
-  for luck. "[You can do it|Be brave]," @said {friend}[2*| @how].
+- "[We are with you|Just look at me|We do it together], {helper}," @said {hero}[| @how]. || {Friend} gave {helper} {gift.a}
+  for luck. "[You can do it|Be brave]," @said {friend}[| @how].
 - {Hero} played the {instrument}, {friend} played the {instrument2}, and {helper} [tapped|banged|shook] the {tool3}. It was
   [wonderful|so pretty|loud and happy|like magic].
 - [Everybody|The crowd|The whole place] [clapped|danced|cheered|stood up]. @Mood.a @beast threw @color
   [roses|ribbons|hats|flowers]. || "[More|Bravo|Again]!" shouted the [crowd|people|children].
-- "[We did it|What a day|I was brave]!" @said {helper}[2*| @how]. @Hero_was_happy.
+- "[We did it|What a day|I was brave]!" @said {helper}[| @how]. @Hero_was_happy.
 - @Lesson. || @Lesson. @Close.
 
 == the night in a tent
@@ -746,11 +746,11 @@ morals: the world is big and beautiful|friends make the dark bright|the stars be
 / {Hero} took [the lantern|a stick|a deep breath|the flashlight] and {kind.went} out of the {color2} tent. || "[I will look|Stay
   here|Let us go and see]," @said {hero}, and {hero.he} crept out of the {color2} tent.
 - {Spot2} sat {creature.a}! It had [found|eaten|smelled|stolen] the {food}. It looked @mood and @scared too.
-- "[It was only|It is just] {creature.a}, {friend}!" @said {hero}[2*| @how]. "[It is hungry|It only wants to eat|It likes the
+- "[It was only|It is just] {creature.a}, {friend}!" @said {hero}[| @how]. "[It is hungry|It only wants to eat|It likes the
   {food}]." They gave it the {food2}, too.
 - The {creature} [lay down|slept|stayed] in front of the tent[| all night| until morning]. || Then the {creature} and the two
   friends looked at the stars and saw one that looked like @nice.a @odds.
-- "[I am not scared anymore|Good night|This is the best night of all]," @said {friend}[2*| @how]. @Friend_was_happy.
+- "[I am not scared anymore|Good night|This is the best night of all]," @said {friend}[| @how]. @Friend_was_happy.
 - In the morning {hero} told {hero.his} {family} about the {creature}[.|, and {family.he} gave {hero.him} {gift.a}.]
 - @Lesson. || @Lesson. The end.
 
@@ -758,14 +758,14 @@ morals: the world is big and beautiful|friends make the dark bright|the stars be
 cast: child mouse rabbit monkey pig bear kitten puppy
 morals: a tidy room saves time|everything has its place|it is best to clean up right away|a clean room makes a clear head
 / The room of {hero} was a mess. There were {mess} on the floor, {mess2} on the bed, and @color.a @odds hung from the lamp.
-  "[Clean up your room|Please tidy up|What a mess], {hero}," @said {hero.his} {family}[2*| @how]. "[Later|Tomorrow|I like it
-  this way|Not now]," @said {hero}[2*| @how].
+  "[Clean up your room|Please tidy up|What a mess], {hero}," @said {hero.his} {family}[| @how]. "[Later|Tomorrow|I like it
+  this way|Not now]," @said {hero}[| @how].
 - @When, [3*@mood.a {kind2}|{kind2.a}] named {friend} [called|knocked|came]. "[Come to|Let us go to|Hurry up, there is a party
   at] the {landmark}! [Bring|Do not forget] your {toy}. We want to {use}."
 - {Hero} looked for the {toy}. {Hero.he} found @color.a @odds, @nice.a @odds and half a sandwich, but no {toy}.
 - "[I can not wait|I must go now|It is late], {hero}," @said {friend}[| @how], and {friend.he} went to the {landmark} alone.
   @Hero_was_sad.
-/ "[I will help you|Let us do it together|There is only one way]," @said {hero.his} {family}[2*| @how]. {Hero} [put away|picked
+/ "[I will help you|Let us do it together|There is only one way]," @said {hero.his} {family}[| @how]. {Hero} [put away|picked
   up|sorted] the {mess} and {chore}. {Family} [put away|picked up|sorted] the {mess2} and {chore2}.
 - @Finally, there {toy.was} the {toy}, [under|behind|between] the [pillows|coats|dirty socks|old papers|blankets]! || They
   worked for [an hour|two hours|a long time]. And in the last [corner|box|drawer] {toy.was} the {toy}!
@@ -801,16 +801,16 @@ morals: you should give back what is not yours|honest people sleep well|it is ri
   @odds and a picture of {creature.a}. There was [no name|no one near|nobody around].
 - "[With this I can buy|Now I can have] {toy.a}," thought {hero}. "Then I could {use}!"
 - But then {hero.he} thought, "[Somebody misses this|Somebody will be sad|It is not mine]." || "[Somebody misses it|It is not
-  yours|Think of who lost it]," @said {hero.his} {family}[2*| @how].
+  yours|Think of who lost it]," @said {hero.his} {family}[| @how].
 - {Hero} asked @mood.a @beast, but it [had lost nothing|had lost only @color.a @odds|shook its head]. {Hero} asked @mood.a
   @beast, but it [did not need a purse|had no pockets|was @doing].
 / Then {hero} saw @mood.a {kind2} who was [looking at the ground|looking under every stone|crying|running up and down]. "[Did
   you lose something|What are you looking for|Can I help you]?" {hero.he} @asked.
 - "[I lost my purse|My purse is gone]!" [said|sobbed] the {kind2}. "[It must be|I think I lost it] near {sight}." "[What color
   was it|What does it look like]?" @asked {hero}. "It is {color2}, and there is a picture of {creature.a} in it."
-- "[Then it is yours|Here it is|I found it]!" @said {hero}[2*| @how]. "It was {spot}."
+- "[Then it is yours|Here it is|I found it]!" @said {hero}[| @how]. "It was {spot}."
 - The {kind2} [took|opened|kissed] the {color2} purse. "[You are so honest|How can I thank you|You are a good {kind}]! My name
-  is {friend}," {friend.he} @said[2*| @how]. "The {creature} is my [first|old|dear] pet."
+  is {friend}," {friend.he} @said[| @how]. "The {creature} is my [first|old|dear] pet."
 - {Friend} gave {hero} {gift.a} and {food.a}. || {Friend} gave {hero} [two|three|five] coins, and {hero.he} bought {food.a} for
   them both. || @Friend_was_happy. {Friend} took {hero} home and gave {hero.him} {food.a}.
 - @Hero_was_happy. || @Lesson. || @Lesson. @Bye.
@@ -820,15 +820,15 @@ cast: child animal
 morals: working together is better than fighting|two can do what one can not|it is silly to fight|a quarrel helps nobody
 / {Hero} and @mood.a {kind2} named {friend} lived on two sides of a river. @When, they met in the middle of the narrow bridge.
   {Hero} carried {food.a}, and {friend} carried @color.a {tool3}.
-- "[Let me pass|Go back|I was here first]!" @said {hero}[2*| @how]. "No, [you go back|let me pass|I was here first]!" @said
-  {friend}[2*| @how]. They pushed and [pushed|shouted|stamped their feet].
+- "[Let me pass|Go back|I was here first]!" @said {hero}[| @how]. "No, [you go back|let me pass|I was here first]!" @said
+  {friend}[| @how]. They pushed and [pushed|shouted|stamped their feet].
 - Crack! The bridge broke, and {hero} and {friend} fell into the [cold|deep|muddy|wild|dark] water.
 - The {food} and the {tool3} [floated away|were gone|sank]. They [climbed out|sat on a stone|crept to the shore], wet as
   @beast_many. @Hero_was_sad.
-/ "[It was my fault|I am sorry|That was silly of me]," @said {hero}[2*| @how]. "[No, it was mine|Me too|We were both silly],"
+/ "[It was my fault|I am sorry|That was silly of me]," @said {hero}[| @how]. "[No, it was mine|Me too|We were both silly],"
   @said {friend}[| @how].
-- "We need a bridge," @said {hero}[2*| @how]. "You want to visit the {landmark}, and I want to visit the {landmark2}." "Then
-  [let us build one|we build a new one|come], but a wide one!" @said {friend}[2*| @how].
+- "We need a bridge," @said {hero}[| @how]. "You want to visit the {landmark}, and I want to visit the {landmark2}." "Then
+  [let us build one|we build a new one|come], but a wide one!" @said {friend}[| @how].
 - {Hero} brought [planks|logs|stones|ropes] and {friend} brought [nails|hammers|branches|vines]. @Mood.a @beast brought @nice.a
   @odds.
 - They painted the new bridge {color2}.
@@ -851,7 +851,7 @@ morals: sleep comes when you stop chasing it|quiet thoughts bring sleep|home is 
   @Mood.a @beast sleeps in @nice.a @odds. And @mood.a @beast sleeps on one leg."
 - {Hero} tried to sleep [on one leg|like that]. {Hero.he} [fell over|wobbled|bumped into the wall] and {hero.his} {family} came.
   "[What was that|What are you doing|Are you hurt]?" {family.he} @asked.
-- "The {creature} said that others sleep on one leg," @said {hero}[2*| @how]. {Family.call} [laughed|smiled|shook {family.his}
+- "The {creature} said that others sleep on one leg," @said {hero}[| @how]. {Family.call} [laughed|smiled|shook {family.his}
   head]. "[But you are|You are] {kind.a}. You sleep best in {kind.home}, with {gift.a} beside you and @color.a blanket."
 - {Family.call} sang about @mood.a @beast and @mood.a @beast. {Hero} [yawned|blinked|closed {hero.his} eyes]. Before the song
   was over, {hero.he} [slept|was asleep|was dreaming].
@@ -866,9 +866,9 @@ morals: the way can be better than the goal|a friendly word makes the time fly|s
   we there yet|How long is it|When will we be there]?" {hero} @asked. "[Not yet|Soon|It is still far]," @said {family.call}[2*|
   @how].
 - In [the next seat|the corner|seat seven] sat @mood.a {kind2} with @color.a @odds. "[Is this seat free|Hello|Good @day]," @said
-  {hero}[2*| @how]. "[I am going|We are going] to {land}." "I am {friend}. I am going to {land2}," @said the {kind2}.
+  {hero}[| @how]. "[I am going|We are going] to {land}." "I am {friend}. I am going to {land2}," @said the {kind2}.
 - "What is in {land2}?" @asked {hero}. "[There they have|They have|You can see] @color @beast_many and the biggest {landmark2}
-  in the world," @said {friend}[2*| @how]. "[My {family2} lives there|I was born there]."
+  in the world," @said {friend}[| @how]. "[My {family2} lives there|I was born there]."
 / They played {game} and [shared|ate] the {food}. || They played {game}, and {hero} gave {friend} half of the {food}.
 - {Friend} showed {hero} how to draw {creature.a}.
 - "[Next stop|Here is|This is] {land2}!" [called|cried] the conductor. {Friend} [took|picked up] {friend.his} bag.
