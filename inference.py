@@ -26,7 +26,7 @@ class Sampling:
     min_p: float | None = None  # only tokens at least p times as likely as the most likely one
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}: give 0 for the most likely tokens, or a positive number")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: give a whole number of at least 1, or None")
@@ -63,19 +63,25 @@ def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 @torch.no_grad()
 def generate_tokens(
-    model: GPT, prompts: list[list[int]], eos_id: int, max_new_tokens: int, sampling: Sampling, seed: int, use_cache: bool = True
+    model: GPT,
+    prompts: list[list[int]],
+    eos_id: int,
+    max_new_tokens: list[int],
+    sampling: Sampling,
+    seed: int,
+    use_cache: bool = True,
 ) -> Iterator[list[int | None]]:
     """Continue prompts of any lengths together: yields at each step a token for each prompt, None where there is none.
 
     All rows stand at the same position: the shortest prompt is read at once, then a row that still has prompt left is
     given its next token, and the others the one they have drawn. So there is no padding, which not every block could bear.
-    Row i draws from a stream of its own, seeded with seed + i: the same as on its own with that seed.
+    Row i writes at most max_new_tokens[i] and draws from a stream of its own, seeded with seed + i: as on its own with that seed.
     """
     streams = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     device = next(model.parameters()).device
     position = min(map(len, prompts))
     rows = [prompt[:position] for prompt in prompts]
-    left = [max_new_tokens] * len(prompts)
+    left = list(max_new_tokens)
     cache = Cache() if use_cache else None
     while any(left):
         unread = cache.num_tokens if use_cache else 0
@@ -98,19 +104,19 @@ def generate_tokens(
         yield drawn
 
 
-def room_for_new_tokens(model: GPT, prompts: list[list[int]], max_new_tokens: int | None) -> int:
-    """How many tokens to write at most: what is asked for, or what fits into the context behind the longest prompt."""
+def room_for_new_tokens(model: GPT, prompts: list[list[int]], max_new_tokens: int | None) -> list[int]:
+    """How many tokens to write at most behind each prompt: what is asked for, or what fits into the context."""
     context, longest = model.config.max_seq_len, max(map(len, prompts))
     room = context - longest + 1  # the last token that is drawn need not be read again
     if longest > context:
         raise ValueError(f"the prompt has {longest} tokens, but the model's max_seq_len is {context}: shorten it")
     if max_new_tokens is None:
-        return room
+        return [context - len(prompt) + 1 for prompt in prompts]
     if not 1 <= max_new_tokens <= room:
         raise ValueError(
             f"max_new_tokens={max_new_tokens}: behind {longest} tokens of prompt max_seq_len={context} has room for 1 to {room}"
         )
-    return max_new_tokens
+    return [max_new_tokens] * len(prompts)
 
 
 def stream(
@@ -139,7 +145,7 @@ def stream(
     was_training = model.training
     model.eval()
     try:
-        for drawn in generate_tokens(model, [*tokens], tokenizer.eos_id, room, sampling, seed, use_cache):
+        for drawn in generate_tokens(model, [row.copy() for row in tokens], tokenizer.eos_id, room, sampling, seed, use_cache):
             for row, token in zip(tokens, drawn, strict=True):
                 if token is not None:
                     row.append(token)
@@ -200,5 +206,5 @@ if __name__ == "__main__":
 
     try:
         tyro.cli(main, use_underscores=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: a plugin of the run is not there
         sys.exit(f"error: {error}")
