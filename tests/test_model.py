@@ -61,9 +61,11 @@ def test_logits_gradients_and_size_equal_transformers(config: ModelConfig, refer
     torch.manual_seed(0)
     model = GPT(config, V).eval()
     with torch.no_grad():
-        for weight in model.parameters():  # norms and biases begin at 1 and 0: give them values
+        for weight in model.layers.parameters():  # matrices large enough to matter, norms and biases away from 1 and 0
             if weight.dim() == 1:
                 weight.add_(torch.randn_like(weight) * 0.1)
+            else:
+                weight.normal_(std=(3 * weight.shape[1]) ** -0.5)
     theirs = reference(model)
     tokens = some_tokens(2, 41)
 
@@ -414,6 +416,19 @@ def test_dropout_is_for_training_and_follows_the_seed(attention):
     assert torch.equal(seeded(1), seeded(1))
     assert not torch.allclose(seeded(1), seeded(2))
     torch.testing.assert_close(without(tokens)[0], without.eval()(tokens)[0])
+
+
+def test_dropout_takes_its_share_of_embeddings_and_residual_updates():
+    model = build(replace(TINY, num_layers=1, layers="MLP->+", positions="none", dropout=0.3)).train()
+    seen = {}
+    model.layers[0].register_forward_hook(lambda layer, inputs, output: seen.update(x=inputs[0], y=output))
+    tokens = torch.arange(V).repeat(64, 1)[:, :32]
+    model(tokens)
+    mlp = model.layers[0].branches[0].blocks[0]
+    for dropped, whole in ((seen["x"], model.embedding(tokens)), (seen["y"] - seen["x"], mlp(seen["x"]))):
+        kept = dropped.abs() > 1e-6
+        assert kept.float().mean().item() == pytest.approx(0.7, abs=0.01)
+        torch.testing.assert_close(dropped[kept], whole[kept] / 0.7, atol=1e-5, rtol=1e-4)
 
 
 def test_dropout_keeps_the_expectation_of_attention():
