@@ -263,7 +263,7 @@ WORDS = {
     "crooked|empty|heavy|light|round|tiny|wooden|painted|curly|soft|sticky|woolen|torn|old|new|modern|ancient|paper|glass|copper|velvet",
     "big": "4*big|2*huge|large|giant|enormous|great|mighty",
     "very": "4*very|3*so|really|quite|terribly",
-    "said": "6*said|2*cried|called|answered|exclaimed|replied|whispered|murmured|declared|announced|mumbled|explained",
+    "said": "6*said|2*cried|called|answered|exclaimed|replied|whispered|murmured|declared|announced|mumbled|sighed",
     "asked": "4*asked|wondered|inquired",
     "how": "softly|at last|proudly|politely|shyly|loudly|in surprise|with a wink|bravely|wisely|happily|with a sigh|firmly|seriously|gently|quietly|kindly|warmly|calmly|sweetly|slowly|in a low voice|after a while|with a smile|at once|with a nod",
     "wow": "3*wow|2*oh|look|hooray|goodness|my oh my|yippee|oh boy|gosh|golly",

@@ -93,13 +93,13 @@ morals: hard work pays off|good things come to those who work for them|it feels 
 - But {hero} had [no money|only one penny|just two coins|only three pennies|nothing to pay with]. || But the {toy} cost
   [ten|twelve|twenty|six|nine] [pennies|coins|shells|nuts] and {hero} had only [one|two|three].
 - {Hero.his} {family} had an idea. "[Work for me|Help me today|If you help me], [and you can earn it|and I will pay you],"
-  {family.he} @said[| @how]. || "[If you help me|Help me a little, and|Be a good helper, and] I will pay you," @said
-  {hero.his} {family}[| @how].
+  {family.he} @said[| @how]. || "[If you help me|Help me a little, and|Be a good helper, and] I will pay you," @said {hero.his}
+  {family}[| @how].
 / So {hero} {chore} and {chore2}. || All @day {hero} worked hard. First {hero.he} {chore}, and then {hero.he} {chore2}.
 - || @Saw, but {hero.he} did not stop to play. || {Hero.his} [arms|back|feet|legs|hands] hurt[| and {hero.his} nose was
   [dusty|dirty|hot|wet]], but {hero.he} did not [give up|stop|complain].
-- "You {chore} and you {chore2}. [Well done|Good work|I am proud of you]!" @said {family.call}[| @how]. || @Finally,
-  {hero.his} {family} [gave {hero.him} the money|counted the coins into {hero.his} hand|paid {hero.him}].
+- "You {chore} and you {chore2}. [Well done|Good work|I am proud of you]!" @said {family.call}[| @how]. || @Finally, {hero.his}
+  {family} [gave {hero.him} the money|counted the coins into {hero.his} hand|paid {hero.him}].
 / {Hero} {kind.went} to the [shop|store] and [bought|paid for|came home with] the {toy}. @Hero_was_happy.
 - @Finally, {hero.he} could {use}! || That very @day, {hero.he} began to {use}.
 - || {Family.call} [smiled|laughed|clapped] and gave {hero.him} {gift.a}.
@@ -260,8 +260,8 @@ morals: a shared meal tastes best|there is enough when everyone shares|friends s
   {friend.he} @said[| @how]. || But then @mood.a @beast [came|jumped out of the bushes|ran by] and [ate|took|stole|ran off with]
   the lunch of {friend}! "[Now I have nothing|My lunch is gone|I am so hungry]," {friend.he} @said.
 - {Hero} [looked at|thought about|opened] {hero.his} basket. In it {food.was} {food.a} and {food2.a}. {Hero.he} was @very hungry.
-- "[Here|Take this|Please], you can have the {food}," @said {hero}[| @how]. "I will eat the {food2}." || {Hero} gave the
-  {food} to {friend} and kept the {food2}. "[We can share|Eat up|There is enough]," {hero.he} @said[| @how].
+- "[Here|Take this|Please], you can have the {food}," @said {hero}[| @how]. "I will eat the {food2}." || {Hero} gave the {food}
+  to {friend} and kept the {food2}. "[We can share|Eat up|There is enough]," {hero.he} @said[| @how].
 / @Friend_was_happy. @Friend_thanks.
 - || After lunch they looked at {sight2}. || @Saw.
 - @Fun.
@@ -323,8 +323,8 @@ morals: a smile opens many doors|new friends are everywhere|it is easy to make f
   [played alone|looked @sad|sat on the steps|@did].
 - {Hero} wanted to say hello, but [no word came out|{hero.his} knees shook|{hero.he} did not dare|{hero.his} voice was gone].
   {Hero.he} ran [home|inside|back].
-- "[Everybody is shy sometimes|Just smile|Bring a little present|Just say your name]," @said {hero.his} {family}[| @how].
-  "Take {food.a} to the {kind2}."
+- "[Everybody is shy sometimes|Just smile|Bring a little present|Just say your name]," @said {hero.his} {family}[| @how]. "Take
+  {food.a} to the {kind2}."
 / So {hero} took {food.a} and knocked[| three times| very softly| at the door]. "[Hello|Hi|Good @day], I am {hero}. [This is for
   you|I brought you this]," {hero.he} whispered.
 - "[How nice|How kind|Oh, thank you]! I am {friend}. I [love|like] {food.many}!" @said the {kind2}. "Do you [want to|like to]
@@ -388,8 +388,8 @@ cast: child animal
 morals: you should think before you trade|you miss what you gave away|old toys can be the best ones|new is not always better
 / {Hero} had {toy.a} and {hero.he} [often|always|really] liked to {use}. @When, [3*@mood.a {kind2}|{kind2.a}] named {friend}
   came by with {toy2.a}.
-- "[What @nice.a {toy2}|Your {toy2} {toy2.is} so @nice|I like your {toy2}]!" @said {hero}[| @how]. "Do you want to
-  [trade|swap]? You get my {toy}." {Friend} [nodded|said yes|shook {hero.his} hand|was @happy].
+- "[What @nice.a {toy2}|Your {toy2} {toy2.is} so @nice|I like your {toy2}]!" @said {hero}[| @how]. "Do you want to [trade|swap]?
+  You get my {toy}." {Friend} [nodded|said yes|shook {hero.his} hand|was @happy].
 - {Hero} took the {toy2} home. || {Hero} showed the {toy2} to {hero.his} {family}.
 - For [an hour|a day|two days|a while] {toy2.they} {toy2.was} [fun|exciting|wonderful]. @Saw.
 - But then {hero} wanted to {use}. {Hero.he} [looked around|looked under the bed|opened the box], and [remembered|it came back
@@ -416,8 +416,8 @@ morals: a real treasure is a good friend|adventures are better together|clever e
   They [counted|walked] and [counted|hummed].
 / "The cross must be {spot}," @said {friend}[| @how]. They dug [and dug|a deep hole|with all their might], but there was only
   @nice.a @odds.
-- "[Wait|Look]! The map was upside down," @said {hero}[| @how]. "The treasure is {spot2}!" || Then {hero} turned the map
-  around. "[Not here|Oh no], it is {spot2}!" {hero.he} @said.
+- "[Wait|Look]! The map was upside down," @said {hero}[| @how]. "The treasure is {spot2}!" || Then {hero} turned the map around.
+  "[Not here|Oh no], it is {spot2}!" {hero.he} @said.
 - And there, {spot2}, was a [small|heavy|rusty|wooden|big] chest. In it {toy.was} {toy.a}, @nice.a @odds and {gift.a}.
 - "[I always wanted|I dreamed of] {toy.a}," @said {hero}[| @how]. "Now I can {use}!" "[Take {toy.it}|{Toy.they} {toy.is}
   yours|You have the {toy}]," @said {friend}[| @how]. "I will have the {gift}."
@@ -461,8 +461,7 @@ morals: it is good to ask for help|you should not go too far alone|it helps to s
 - "[I want to go home|I can not find the way home|My {family} waits for me]," @said {hero}[| @how]. "[What did you see on the
   way|What did you see first|Can you tell me what you saw]?" @asked {friend}.
 - {Hero} thought. "First I saw {sight}, and then {sight2}," {hero.he} @said[| @how].
-- "[Then it is easy|Very good|I know the way]," @said {friend}[| @how]. "We must go back to {sight2} first, and then to
-  {sight}."
+- "[Then it is easy|Very good|I know the way]," @said {friend}[| @how]. "We must go back to {sight2} first, and then to {sight}."
 - They [walked|went] to {sight2}, and on to {sight}. {Hero} could see the [roof|smoke|light|door|garden] of {hero.his} home!
 - @Thanks. {Hero} gave {friend} {food.a}[| and {gift.a}].
 - {Hero.his} {family} [hugged {hero.him}|ran to meet {hero.him}|was @very @happy|had been worried].
@@ -474,7 +473,7 @@ morals: you should be happy with what you have|too much of a good thing is bad|g
     what you wish for
 / @When, {hero} found a [magic|strange|glowing|golden|tiny] [stone|lamp|ring|shell|coin|feather] {place.in}. @Wow! A
   [fairy|genie|tiny wizard|talking fish|little elf] came out of it.
-- "You have [three|two|four] wishes," it said[| @how]. "[What do you wish for|Choose well|Think before you speak]!"
+- "You have [three|two|four] wishes," it said[| @how]. "[Choose well|Think before you speak|Be quick|Use them wisely]!"
 - "I wish for {food.a}," @said {hero}[| @how]. [Poof|Pling|Whoosh|Zing]! There {food.was} {food.a}. || First {hero} wished for
   {food.a}. [Poof|Pling|Whoosh|Zing]! There {food.was} {food.a} on @color.a plate.
 - "[More|I want more|Much more]! I wish that everything I touch turns into {food.many}!" cried {hero}.
@@ -503,12 +502,12 @@ morals: a good friend says sorry|words can hurt|it is wrong to laugh at others|w
 - {Friend} [turned red|said nothing|looked at the ground] and [ran away|hid {spot}|went home].
 - At first {hero} [felt big|thought it was funny|played on]. But then {hero.he} [saw|heard] {friend} [cry|weep|sob] {spot}.
   {Hero.his} heart [hurt|felt heavy|sank].
-- "[Why did I say that|What have I done|That was mean of me]?" {hero.he} @asked {hero.his} {family}. "[You can say sorry|It is
+- "[Why did I say that|What have I done|Was that mean of me]?" {hero.he} @asked {hero.his} {family}. "[You can say sorry|It is
   never too late|Words can also heal]," @said {family.call}[| @how].
 / All evening, {hero} [worked|sewed|painted|knitted|drew]. The next day {hero.he} came with {tool3.a} that was {color2} with
   {color3} too! || The next day, {hero} brought {gift.a}, wrapped in {color2} paper with {color3.a} ribbon.
 - "I am sorry, {friend}," @said {hero}[| @how]. "[I like {color2} with {color3} now|It was wrong to laugh|I was mean to you].
-  [Can we be friends again|Will you forgive me|Please do not be sad]?"
+  [Can we be friends again|Will you forgive me|Are you still sad]?"
 - {Friend} [smiled|thought for a moment|wiped {friend.his} eyes]. "[Yes|Of course|I forgive you]," {friend.he} @said[| @how].
 - @Friend_was_happy. || @Saw, and they both laughed, but not at @odds_many.
 - @Fun. || @Hero_was_happy.
@@ -571,10 +570,10 @@ morals: you should not judge others by their looks|big ones can be gentle|a scar
 - "[Please do not eat me|Do not hurt me|I am too small to eat]!" [cried|said|whispered] {hero}.
 - "[Eat you|Hurt you]? I only eat {meal.many}," @said the {kind2}[| @how]. "[Everybody runs away from me|Nobody ever talks to
   me|I have no friends]. My name is {friend}."
-/ {Hero} [looked|saw] that {friend} was crying. || Then {hero} saw that {friend} had a thorn in {friend.his}
+/ {Hero} [looked up and saw|saw] that {friend} was crying. || Then {hero} saw that {friend} had a thorn in {friend.his}
   [foot|paw|nose|tail]. {Hero.he} pulled it out.
-- "[I will be your friend|Do not be sad|I like you], {friend}," @said {hero}[| @how]. "[Do you want to play|Can you play|Let
-  us play] {game}?"
+- "[I will be your friend|Do not be sad|I like you], {friend}," @said {hero}[| @how]. "[Do you want to play|Can you play|Let us
+  play] {game}?"
 - They played {game}, and {friend} [lost on purpose|was very careful|laughed like thunder]. Then {friend} carried {hero} on
   {friend.his} back to {sight}. || {Friend} carried {hero} to {sight}, and there they played {game}.
 - {Hero} told {hero.his} {family} about {friend}. "[The {kind2} is kind|It only eats {meal.many}|We played {game}]!" {hero.he}
@@ -585,8 +584,8 @@ morals: you should not judge others by their looks|big ones can be gentle|a scar
 == shelter from the storm
 cast: child animal
 morals: there is always room for one more|a warm home is for sharing|kindness comes back to you|nobody should be cold and alone
-/ @When, a storm came. The [rain|hail|wind|snow] [beat on|rattled|shook] the [windows|roof|door|shutters], and the
-  [thunder|sky|night] was [loud|black|wild]. {Hero} [sat by the fire|was snug in bed|drank hot cocoa|ate {food.a}] with
+/ @When, a storm came. The [rain|hail|wind|snow] [beat on|rattled|shook] the [windows|roof|door|shutters], and the [thunder was
+  loud|night was black|sky was dark|trees groaned]. {Hero} [sat by the fire|was snug in bed|drank hot cocoa|ate {food.a}] with
   {hero.his} {family}.
 - [Knock, knock, knock|Bang, bang|Tap, tap]! {Hero} opened the door. There stood @mood.a {kind2} with @nice.a @odds. "[My home
   is under water|The wind took my roof|A tree fell on my house|I lost my way]," @said the {kind2}. "[May I come in|Can I stay
@@ -654,17 +653,17 @@ morals: you should read the recipe first|you should do one thing at a time|cooki
 / It was the birthday of {hero}'s {family}. {Hero} wanted to [bake|cook] {dish.a} for {family.him}. [3*@Mood.a
   {kind2}|{Kind2.a}] named {friend} came to help. || @When, {hero} and @mood.a {kind2} named {friend} wanted to surprise
   {hero}'s {family} with {dish.a}.
-- "[We need|First we need|I have] {stuff}, {stuff2} and {stuff3}," @said {hero}[| @how]. They put on @color aprons[| and
-  @color hats].
+- "[We need|First we need|I have] {stuff}, {stuff2} and {stuff3}," @said {hero}[| @how]. They put on @color aprons[| and @color
+  hats].
 - {Friend} [mixed|weighed|washed] the {stuff}, and {hero} [stirred|added|took] the {stuff2}. @Sky.
 - @Then they began to [play {game}|tell jokes|talk about @mood.a @beast], and {hero} did not look. {Hero.he} put in [five
   spoons|a whole cup|a big bowl|two pounds] of [salt|pepper|mustard|chili|vinegar]!
 - They tasted it. "[Yuck|Ugh|Oh no|Pfui]! It [tastes like|is like] [the sea|old socks|fire|soap|mud|a wet @beast]!" @said
   {friend}[| @how]. @Hero_was_sad.
-/ "[We can start again|Let us try again|It was only a mistake]," @said {friend}[| @how]. But there was no {stuff3} left.
+/ "[We can start again|Let us try again|It was only a mistake]," @said {friend}[| @how]. But now they had no more {stuff3}.
   {Hero} {kind.went} to the [shop|market|neighbor] and got {stuff3}[| and @nice.a @odds]. @Saw.
 - This time they [read the recipe|did not play|watched the spoon|were careful]: {stuff}, {stuff2}, {stuff3}, and only a
-  [pinch|bit|little] of salt.
+  [pinch|bit|spoon] of salt.
 - The {dish} [came out of the oven|was done|smelled wonderful]. They put @color [candles|cherries|stars|flowers] on it.
 - "[For me|What a surprise|How lovely]! {Dish.a} with {stuff3}!" @said {hero}'s {family}. "[It is the best I ever had|It tastes
   wonderful|Thank you, my dears]!"
@@ -675,10 +674,10 @@ morals: you should read the recipe first|you should do one thing at a time|cooki
 cast: child penguin bear fox dog puppy rabbit
 morals: even short friendships are worth it|good things come back|memories stay in the heart|winter always returns
 / In the night it had snowed. {Hero} {kind.went} [outside|into the garden|out the door] and [rolled|made|pushed] [a ball|three
-  balls] of snow. @Sky. ||
+  balls] of snow. @Sky.
 - {Hero.he} made it into @nice.a snow @snowman. It had {color2.a} hat, {color3.a} scarf, [eyes of coal|button eyes|eyes of
   stone] and @color.a [carrot|cork|cone|spoon] for a nose.
-- "[I will call you|Your name is|You look like a] {odd_name}," @said {hero}[| @how]. {Hero.he} told it about @mood.a @beast
+- "[I will call you|Your name is|You must be|You are] {odd_name}," @said {hero}[| @how]. {Hero.he} told it about @mood.a @beast
   and about @odds_many.
 - @Saw. Even {odd_name} seemed to smile.
 - But then the days grew warm. {Odd_name} got [smaller|thinner|shorter] and [smaller|thinner|shorter]. "[Do not go|Please
@@ -725,8 +724,8 @@ morals: music is better together|every voice matters|different sounds make the b
   week|until dark|every day].
 / On {weekday}, everybody came {place.to}, even @mood.a @beast and @mood.a @beast. {Helper} [looked out|saw them] and
   [shook|turned pale|wanted to hide]. "[I am scared|I can not do it|There are so many]," {helper.he} @said.
-- "[We are with you|Just look at me|We do it together], {helper}," @said {hero}[| @how]. || {Friend} gave {helper} {gift.a}
-  for luck. "[You can do it|Be brave]," @said {friend}[| @how].
+- "[We are with you|Just look at me|We do it together], {helper}," @said {hero}[| @how]. || {Friend} gave {helper} {gift.a} for
+  luck. "[You can do it|Be brave]," @said {friend}[| @how].
 - {Hero} played the {instrument}, {friend} played the {instrument2}, and {helper} [tapped|banged|shook] the {tool3}. It was
   [wonderful|so pretty|loud and happy|like magic].
 - [Everybody|The crowd|The whole place] [clapped|danced|cheered|stood up]. @Mood.a @beast threw @color
@@ -758,8 +757,8 @@ morals: the world is big and beautiful|friends make the dark bright|the stars be
 cast: child mouse rabbit monkey pig bear kitten puppy
 morals: a tidy room saves time|everything has its place|it is best to clean up right away|a clean room makes a clear head
 / The room of {hero} was a mess. There were {mess} on the floor, {mess2} on the bed, and @color.a @odds hung from the lamp.
-  "[Clean up your room|Please tidy up|What a mess], {hero}," @said {hero.his} {family}[| @how]. "[Later|Tomorrow|I like it
-  this way|Not now]," @said {hero}[| @how].
+  "[Clean up your room|Please tidy up|What a mess], {hero}," @said {hero.his} {family}[| @how]. "[Later|Tomorrow|I like it this
+  way|Not now]," @said {hero}[| @how].
 - @When, [3*@mood.a {kind2}|{kind2.a}] named {friend} [called|knocked|came]. "[Come to|Let us go to|Hurry up, there is a party
   at] the {landmark}! [Bring|Do not forget] your {toy}. We want to {use}."
 - {Hero} looked for the {toy}. {Hero.he} found @color.a @odds, @nice.a @odds and half a sandwich, but no {toy}.
@@ -827,8 +826,8 @@ morals: working together is better than fighting|two can do what one can not|it 
   @beast_many. @Hero_was_sad.
 / "[It was my fault|I am sorry|That was silly of me]," @said {hero}[| @how]. "[No, it was mine|Me too|We were both silly],"
   @said {friend}[| @how].
-- "We need a bridge," @said {hero}[| @how]. "You want to visit the {landmark}, and I want to visit the {landmark2}." "Then
-  [let us build one|we build a new one|come], but a wide one!" @said {friend}[| @how].
+- "We need a bridge," @said {hero}[| @how]. "You want to visit the {landmark}, and I want to visit the {landmark2}." "Then [let
+  us build one|we build a new one|come], but a wide one!" @said {friend}[| @how].
 - {Hero} brought [planks|logs|stones|ropes] and {friend} brought [nails|hammers|branches|vines]. @Mood.a @beast brought @nice.a
   @odds.
 - They painted the new bridge {color2}.
