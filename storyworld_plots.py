@@ -371,7 +371,7 @@ morals: a visit is the best medicine|it is good to care for the sick|a small gif
 - So {hero} {kind.went} to {friend}'s [house|home|door]. {Friend} was in bed with [a cold|a fever|a sore throat|a tummy ache|red
   spots|a bad cough|a broken leg|a toothache]. "[I can not come out|I feel so bad|I am sick]," {friend.he} @said in a
   [weak|hoarse|tiny|sad] voice. "[I will miss|I can not play] {game}."
-- {Hero} [thought|wanted to help|went home and thought]. "What would make {friend} feel better?" {hero.he} @asked {hero.his}
+- {Hero} [thought|wanted to help|went home and thought]. "What would make {friend} feel better?" {hero.he} asked {hero.his}
   {family}. "[Cook some|Make some] soup," @said {family.call}, "and bring {gift.a}."
 / {Hero} and {hero.his} {family} made soup with [carrots|beans|peas|leeks|noodles|rice|mushrooms|onions] and
   [salt|pepper|parsley|butter|garlic|love]. {Hero} carried it very [slowly|carefully]. @Saw[|, but {hero.he} did not stop].
@@ -502,7 +502,7 @@ morals: a good friend says sorry|words can hurt|it is wrong to laugh at others|w
 - {Friend} [turned red|said nothing|looked at the ground] and [ran away|hid {spot}|went home].
 - At first {hero} [felt big|thought it was funny|played on]. But then {hero.he} [saw|heard] {friend} [cry|weep|sob] {spot}.
   {Hero.his} heart [hurt|felt heavy|sank].
-- "[Why did I say that|What have I done|Was that mean of me]?" {hero.he} @asked {hero.his} {family}. "[You can say sorry|It is
+- "[Why did I say that|What have I done|Was that mean of me]?" {hero.he} asked {hero.his} {family}. "[You can say sorry|It is
   never too late|Words can also heal]," @said {family.call}[| @how].
 / All evening, {hero} [worked|sewed|painted|knitted|drew]. The next day {hero.he} came with {tool3.a} that was {color2} with
   {color3} too! || The next day, {hero} brought {gift.a}, wrapped in {color2} paper with {color3.a} ribbon.
@@ -635,7 +635,7 @@ morals: wild things should be free|to love something is to let it go|it is not r
 - The first day, the {bug} [looked for a way out|crawled up the glass|looked out|made little sounds].
 - But the second day, the {bug} [did not move|did not eat|sat still|was quiet]. It did not look so {color2} anymore.
   @Hero_was_sad.
-/ "Why is my {bug} so [sad|still|quiet]?" {hero} @asked {hero.his} {family}. "[How would you feel in a jar|Would you not miss
+/ "Why is my {bug} so [sad|still|quiet]?" {hero} asked {hero.his} {family}. "[How would you feel in a jar|Would you not miss
   your home|Do you think that it wants to go home]?" said {family.call}[| @how]. "[Where did it live|Where did you find it|Do
   you remember where it came from]?"
 - {Hero} thought about {sight} {place.in}. {Hero.he} [took|carried|brought] the jar back {place.to} and put it down {spot}. @Saw.
@@ -683,7 +683,7 @@ morals: even short friendships are worth it|good things come back|memories stay 
 - But then the days grew warm. {Odd_name} got [smaller|thinner|shorter] and [smaller|thinner|shorter]. "[Do not go|Please
   stay|Do not melt], {odd_name}!" cried {hero}.
 - One morning, only {color2.a} hat and {color3.a} scarf lay in a puddle. @Hero_was_sad.
-/ "[Where did {odd_name} go|Is {odd_name} gone forever|Why did {odd_name} leave]?" {hero} @asked {hero.his} {family}.
+/ "[Where did {odd_name} go|Is {odd_name} gone forever|Why did {odd_name} leave]?" {hero} asked {hero.his} {family}.
 - "[{Odd_name} is in the river now|{Odd_name} is water now, and waters the flowers|{Odd_name} went up to the clouds]," @said
   {family.call}, "and [next winter|when it is cold again] {odd_name} will fall from the sky."
 - {Hero} put the {color2} hat and the {color3} scarf [in a box|in a drawer|under {hero.his} bed].
