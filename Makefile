@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
-NOTEBOOKS := $(wildcard *.ipynb)
+EXECUTE := $(RUN) -m nbconvert --to notebook --inplace --execute --log-level WARN \
+	--ExecutePreprocessor.record_timing=False
 
 .DEFAULT_GOAL := help
 .PHONY: help train test lint notebooks clean
@@ -20,9 +21,11 @@ test: $(VENV)/installed-dev  ## run every test, and every notebook small
 lint: $(VENV)/installed-dev  ## check the style with ruff
 	$(RUN) -m ruff check
 
+# The run that train.ipynb leaves is not for git, so it goes to a folder of its own.
 notebooks: $(VENV)/installed-dev  ## run the notebooks and keep their outputs, as people read them on the web
-	$(RUN) -m nbconvert --to notebook --inplace --execute --log-level WARN \
-		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True $(NOTEBOOKS)
+	BASEGPT_RUNS=$(VENV)/notebook_runs $(EXECUTE) train.ipynb
+	$(EXECUTE) $(filter-out train.ipynb,$(wildcard *.ipynb))
+	$(RUN) -m nbconvert --coalesce-streams --log-level WARN *.ipynb
 	$(RUN) -m pytest tests/test_notebooks.py -k committed
 
 clean:  ## remove the virtual environment

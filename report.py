@@ -1,11 +1,9 @@
 """What is shown of a run and what is written about it: curves, tables, samples, the README.md in its folder."""
 
-import re
 import time
 from collections import Counter
-from dataclasses import fields
 
-from config import PRESETS, ModelConfig, TrainConfig
+from command_line import command
 from data import choose_validation, load_data
 from evaluation import evaluate
 from inference import generate
@@ -19,21 +17,24 @@ AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds"}
 def plot_losses(*names: str, by: str = "step", axes=None):
     """Training loss (thin) and validation loss (thick) of runs, in nats per token, by step, tokens or seconds.
 
-    Returns the matplotlib axes. The legend names the data; runs of other tokenizers are better compared in bits per byte.
+    Returns the matplotlib axes. The legend names the data, and the title says so where they differ, as losses do not compare
+    then; runs of other tokenizers are better compared in bits per byte.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     if by not in AXES:
         raise ValueError(f"by={by!r}: it must be one of {', '.join(AXES)}")
     axes = axes or plt.subplots(figsize=(8, 4), layout="constrained")[1]
-    for number, name in enumerate(names):
-        run = Run(name)
-        log = run.log()
-        data = run.load("model.pth", {"data"})["data"]
+    data_sets = {name: Run(name).load("model.pth", {"data"})["data"] for name in names}
+    for number, (name, data) in enumerate(data_sets.items()):
+        log = Run(name).log()
         measured = log.dropna(subset="validation_loss")
         axes.plot(log[by], log["train_loss"], color=f"C{number}", linewidth=0.6, alpha=0.6)
         axes.plot(measured[by], measured["validation_loss"], color=f"C{number}", marker=".", label=f"{name} on {data}")
-    axes.set(xlabel=AXES[by], ylabel="loss (nats per token)", title="training (thin) and validation (thick)")
+    warning = ". Different data: do not compare!" if len(set(data_sets.values())) > 1 else ""
+    axes.set(xlabel=AXES[by], ylabel="loss (nats per token)", title=f"training (thin) and validation (thick){warning}")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.legend()
     return axes
@@ -69,31 +70,6 @@ class LivePlot:
         self.axes.grid(alpha=0.3)
         self.axes.legend()
         self.display.update(self.figure)
-
-
-def command(model_config: ModelConfig, train_config: TrainConfig, name: str) -> str:
-    """The command that trains such a run: the preset, and every option that differs from it."""
-    preset = next((preset for preset, known in PRESETS.items() if known.model == model_config), None)
-    known = PRESETS[preset or "0.5m_short_and_thick"]
-    words = ["python train.py", f"--preset {preset}" if preset else ""]
-    for group, config, default in (("model", model_config, known.model), ("train", train_config, known.train)):
-        for field in fields(config):
-            value = getattr(config, field.name)
-            if value == getattr(default, field.name):
-                continue
-            if isinstance(value, bool):
-                words.append(f"--{group}.{field.name}" if value else f"--{group}.no_{field.name}")
-            else:
-                values = value if field.name in ("betas", "plugins") else [value]
-                words.append(" ".join([f"--{group}.{field.name}", *(quoted(str(value)) for value in values)]))
-    return " ".join(word for word in [*words, f"--name {name}"] if word)
-
-
-def quoted(word: str) -> str:
-    """The word as every shell, cmd on Windows too, reads it: in double quotes where it holds more than safe characters."""
-    if re.fullmatch(r"[\w.:/+@-]+", word):
-        return word
-    return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def table(
@@ -155,7 +131,7 @@ def samples(*names: str, prompts: tuple[str, ...] = PROMPTS, seed: int = 0):
 
 def wrapped(frame):
     """A DataFrame of texts for a notebook: whole, wrapped, from the left and from the top."""
-    text = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap", "max-width": "32em"}
+    text = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap", "max-width": "40em"}
     headings = [{"selector": "th", "props": list((text | {"max-width": "10em"}).items())}]
     return frame.style.set_properties(**text).set_table_styles(headings).set_uuid("wrapped")
 
@@ -182,9 +158,10 @@ def write_report(name: str) -> list[str]:
         f"- best at step {int(best.step):,}: {best.bits_per_byte:.4f} bits per byte, loss {best.validation_loss:.4f} nats per "
         f"token, perplexity {best.perplexity:.2f}, on {len(data.validation[: config.eval_stories])} validation stories",
     ]
+    continued_from = run.load("model.pth", {"continued_from"})["continued_from"]
     told = "\n\n".join("> " + story.replace("\n", "\n>\n> ") for story in stories)
     run.save_text("README.md", README.format(
-        name=name, numbers="\n".join(numbers), stories=told, command=command(run.model_config, config, name)
+        name=name, numbers="\n".join(numbers), stories=told, command=command(run.model_config, config, name, continued_from)
     ))  # fmt: skip
     return stories
 

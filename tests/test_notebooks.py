@@ -1,0 +1,122 @@
+"""Every notebook runs from top to bottom, and is committed as people should read it on a web page."""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+REPOSITORY = Path(__file__).parents[1]
+NOTEBOOKS = sorted(path.stem for path in REPOSITORY.glob("*.ipynb"))
+MACHINE_PATH = re.compile(r"""(?<![\w.:/])(/(home|Users|root|tmp|work|private|var|mnt|opt|usr)/|[A-Z]:\\\\?\w)""")
+
+
+def read(name: str):
+    return nbformat.read(REPOSITORY / f"{name}.ipynb", as_version=4)
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def is_parameters(cell) -> bool:
+    return "parameters" in cell.metadata.get("tags", [])
+
+
+def printed(notebook) -> str:
+    """All that the notebook shows, but pictures."""
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    texts = [text for output in outputs for kind, text in output.get("data", {}).items() if kind.startswith("text/")]
+    return "\n".join([output.get("text", "") for output in outputs] + texts)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a notebook in a copy of the repository, with other parameters, and returns it with its outputs."""
+    copy = tmp_path / "copy"
+    kept = shutil.ignore_patterns(".*", "__pycache__", "tests", "trained_models")
+    shutil.copytree(REPOSITORY, copy, ignore=kept)
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel shows its plots in the notebook
+
+    def run_notebook(name: str, /, **parameters):
+        notebook = read(name)
+        place = next(number for number, cell in enumerate(notebook.cells) if is_parameters(cell))
+        known = {node.id for node in ast.walk(ast.parse(notebook.cells[place].source)) if isinstance(node, ast.Name)}
+        assert parameters.keys() <= known
+        assignments = "\n".join(f"{parameter} = {value!r}" for parameter, value in parameters.items())
+        notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(assignments))
+        return NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(copy)}}).execute()
+
+    return run_notebook
+
+
+def test_train_leaves_a_run_that_can_be_read_and_runs_again(run, corpus, folders):
+    shown = printed(run("train", data=corpus, max_minutes=0.03, eval_every=10))
+    (folder,) = (folders / "runs").iterdir()
+    assert folder.name.startswith("0.5m_short_and_thick_")
+    assert {"model.pth", "log_data.csv", "README.md", "loss.png"} <= {file.name for file in folder.iterdir()}
+    assert "Once upon a time" in shown and "bits per byte on little.txt" in shown
+    run("train", data=corpus, max_minutes=0.01)
+    assert len(list((folders / "runs").iterdir())) == 2
+
+
+def test_inference(run, tiny_run):
+    shown = printed(run("inference", run=tiny_run, prompts=["Tom had", "Lily saw a red"], max_new_tokens=4))
+    assert "the first seed again tells the same story: True" in shown
+    assert "Lily saw a red" in shown
+
+
+def test_model_evaluation_says_which_data_are_not_here(run, tiny_run, corpus, folders):
+    lost = folders / "runs" / "lost"
+    shutil.copytree(folders / "runs" / tiny_run, lost)
+    config = json.loads((lost / "train_config.json").read_text(encoding="utf-8"))
+    (lost / "train_config.json").write_text(json.dumps(config | {"data": "moved/away"}), encoding="utf-8")
+    shown = printed(run("model_evaluation", num_stories=20, data_if_missing=corpus, prompts=("Tom had", "Mia saw")))
+    assert "moved/away" in shown and f"{Path(corpus).name} (not its own)" in shown
+    for told in ("tiny", "lost", "top-1", "top-5", "top-10", "bits per byte", "Mia saw"):
+        assert told in shown
+
+
+def test_build_tokenizer(run, corpus):
+    assert "saved as tokenizers/of_the_test.model" in printed(
+        run("build_tokenizer", data=corpus, num_stories=200, vocab_size=128, name="of_the_test")
+    )
+
+
+def test_testing_modules(run):
+    assert "the shapes are in trace.html" in printed(run("testing_modules", num_layers=2))
+
+
+def test_every_notebook_is_tested():
+    assert NOTEBOOKS == ["build_tokenizer", "inference", "model_evaluation", "testing_modules", "train"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+class TestCommitted:
+    def test_it_chooses_calls_and_looks(self, name):
+        tree = ast.parse("\n".join(cell.source for cell in code_cells(read(name))))
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+
+    def test_its_parameters_stand_at_the_top_in_one_cell(self, name):
+        assert [is_parameters(cell) for cell in code_cells(read(name))][:1] == [True]
+        assert sum(map(is_parameters, read(name).cells)) == 1
+
+    def test_it_was_run_from_top_to_bottom_and_nothing_failed(self, name):
+        cells = code_cells(read(name))
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+        kinds = [output.output_type for cell in cells for output in cell.outputs]
+        assert kinds and "error" not in kinds
+
+    def test_it_is_fit_for_a_web_page(self, name):
+        assert (REPOSITORY / f"{name}.ipynb").stat().st_size < 300_000
+        shown = printed(read(name))
+        assert "Warning" not in shown and "\r" not in shown
+        assert not any("execution" in cell.metadata for cell in code_cells(read(name)))
+
+    def test_it_holds_no_path_of_a_machine(self, name):
+        text = "\n".join(cell.source for cell in read(name).cells) + printed(read(name))
+        assert not MACHINE_PATH.search(text) and str(REPOSITORY) not in text
