@@ -129,7 +129,7 @@ class TrainConfig:
     lr_min: float = 0.0  # learning rate at the end
     warmup_steps: int = 50  # steps from lr_init to lr_max
     final_flat_steps: int = 0  # steps at lr_min at the very end
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # from lr_max to lr_min; wsd decays in the last fifth
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # to lr_min; wsd in the last fifth, constant never
     num_restarts: int = 0  # how often the schedule jumps back to lr_max
     restart_mult: float = 1.0  # each cycle is so much longer than the one before
     seed: int = 0  # decides the first weights, the order of the data and dropout
@@ -155,6 +155,10 @@ class TrainConfig:
         require(
             micro is None or (micro >= 1 and self.batch_size % micro == 0), self, "micro_batch_size",
             f"it must divide batch_size={self.batch_size}: take one of {divisors(self.batch_size)}",
+        )  # fmt: skip
+        require(
+            self.schedule != "constant" or self.final_flat_steps == 0, self, "final_flat_steps",
+            "the constant schedule never comes down: take another schedule, or 0",
         )  # fmt: skip
         for name in ("lr_init", "lr_min"):
             require(getattr(self, name) <= self.lr_max, self, name, f"it may not exceed lr_max={self.lr_max}")

@@ -208,3 +208,5 @@ if __name__ == "__main__":
         tyro.cli(main, use_underscores=True)
     except (ValueError, OSError, ImportError) as error:  # ImportError: a plugin of the run is not there
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # the shell's own code for Ctrl-C

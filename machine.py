@@ -7,7 +7,6 @@ import sys
 import torch
 
 from config import TrainConfig
-from model import GPT
 
 
 def choose_device(device: str) -> torch.device:
@@ -37,12 +36,11 @@ def choose_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def compiled(model: GPT, device: torch.device):
-    """torch.compile(model). Raises ValueError where the CPU has no C++ compiler to do it."""
+def check_compiler(device: torch.device):
+    """Raises ValueError where torch.compile would need a C++ compiler that is not here."""
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise ValueError(f"compile=True needs the C++ compiler {compiler!r}, which is not here: install it, or leave compile off")
-    return torch.compile(model)
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -208,6 +208,7 @@ class MLP(LoggingModule):
 
 
 BLOCKS = {"Attn": Attention, "MLP": MLP, **NORMS}
+SUPPLIED = ("rope", "mask", "cache")  # what a layer can give to a forward that asks for it by name
 
 
 def block_menu(config: ModelConfig) -> dict[str, type[nn.Module]]:
@@ -228,7 +229,10 @@ def block_menu(config: ModelConfig) -> dict[str, type[nn.Module]]:
 
 
 def build_block(name: str, options: dict, config: ModelConfig) -> nn.Module:
-    """The block of that name: each argument of its __init__ is filled from the options, or else from the config."""
+    """The block of that name: each argument of its __init__ is filled from the options, or else from the config.
+
+    Raises ValueError for an unknown name or option, a value that the config would not take, or a need that nothing meets.
+    """
     menu = block_menu(config)
     if name not in menu:
         raise ValueError(f"layers: no block is called {name!r}.{did_you_mean(name, menu)} There are: {', '.join(menu)}")
@@ -239,6 +243,14 @@ def build_block(name: str, options: dict, config: ModelConfig) -> nn.Module:
                 f"layers: {name} has no option {option!r}.{did_you_mean(option, wanted)} There are: {', '.join(wanted)}"
             )
     values = config.block_values | options
+    if menu[name] in BLOCKS.values():  # then the config knows what a value may be
+        replace(config, **{option: value for option, value in options.items() if option in config.block_values})
+    needs = inspect.signature(menu[name].forward).parameters
+    if config.positions == "rope" and "rope" in needs and values["head_dim"] != config.block_values["head_dim"]:
+        raise ValueError(f"layers: {name}(head_dim=...) does not fit RoPE: set the config's head_dim instead")
+    for need, parameter in needs.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty and need not in SUPPLIED:
+            raise ValueError(f"layers: the forward of {name} asks for {need!r}, but a layer supplies only {', '.join(SUPPLIED)}")
     for argument, parameter in wanted.items():
         if argument not in values and parameter.default is parameter.empty:
             raise ValueError(f"layers: {name} needs {argument!r}, which is no field of the config: write {name}({argument}=...)")

@@ -1,11 +1,9 @@
 """What is shown of a run and what is written about it: curves, tables, samples, the README.md in its folder."""
 
-import re
 import time
 from collections import Counter
-from dataclasses import fields
 
-from config import PRESETS, ModelConfig, TrainConfig
+from command_line import command
 from data import choose_validation, load_data
 from evaluation import evaluate
 from inference import generate
@@ -72,31 +70,6 @@ class LivePlot:
         self.axes.grid(alpha=0.3)
         self.axes.legend()
         self.display.update(self.figure)
-
-
-def command(model_config: ModelConfig, train_config: TrainConfig, name: str) -> str:
-    """The command that trains such a run: the preset, and every option that differs from it."""
-    preset = next((preset for preset, known in PRESETS.items() if known.model == model_config), None)
-    known = PRESETS[preset or "0.5m_short_and_thick"]
-    words = ["python train.py", f"--preset {preset}" if preset else ""]
-    for group, config, default in (("model", model_config, known.model), ("train", train_config, known.train)):
-        for field in fields(config):
-            value = getattr(config, field.name)
-            if value == getattr(default, field.name):
-                continue
-            if isinstance(value, bool):
-                words.append(f"--{group}.{field.name}" if value else f"--{group}.no_{field.name}")
-            else:
-                values = value if field.name in ("betas", "plugins") else [value]
-                words.append(" ".join([f"--{group}.{field.name}", *(quoted(str(value)) for value in values)]))
-    return " ".join(word for word in [*words, f"--name {name}"] if word)
-
-
-def quoted(word: str) -> str:
-    """The word as every shell, cmd on Windows too, reads it: in double quotes where it holds more than safe characters."""
-    if re.fullmatch(r"[\w.:/+@-]+", word):
-        return word
-    return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def table(
@@ -185,9 +158,10 @@ def write_report(name: str) -> list[str]:
         f"- best at step {int(best.step):,}: {best.bits_per_byte:.4f} bits per byte, loss {best.validation_loss:.4f} nats per "
         f"token, perplexity {best.perplexity:.2f}, on {len(data.validation[: config.eval_stories])} validation stories",
     ]
+    continued_from = run.load("model.pth", {"continued_from"})["continued_from"]
     told = "\n\n".join("> " + story.replace("\n", "\n>\n> ") for story in stories)
     run.save_text("README.md", README.format(
-        name=name, numbers="\n".join(numbers), stories=told, command=command(run.model_config, config, name)
+        name=name, numbers="\n".join(numbers), stories=told, command=command(run.model_config, config, name, continued_from)
     ))  # fmt: skip
     return stories
 

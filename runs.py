@@ -155,7 +155,10 @@ class Run:
     def _write(self, file: str, content: bytes):
         unfinished = self.folder / f"{file}.unfinished"
         try:
-            unfinished.write_bytes(content)
+            with open(unfinished, "wb") as written:
+                written.write(content)
+                written.flush()
+                os.fsync(written.fileno())
             os.replace(unfinished, self.folder / file)
         except OSError as error:
             unfinished.unlink(missing_ok=True)

@@ -8,10 +8,11 @@ import matplotlib.pyplot as plt
 import pytest
 from conftest import MODEL
 
+from command_line import command, parse
 from config import PRESETS, ModelConfig, TrainConfig
-from report import PROMPTS, command, plot_losses, samples, table, write_report
+from report import PROMPTS, plot_losses, samples, table, write_report
 from runs import Run, load_model
-from train import parse, train
+from train import train
 
 
 @pytest.fixture(autouse=True)

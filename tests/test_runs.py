@@ -223,14 +223,14 @@ class TestNothingIsLost:
     def test_training_onto_a_full_disk_keeps_the_last_checkpoint(self, make_config, monkeypatch):
         """From step 8 on there is no room any more, and step 10 has something to save."""
 
-        def full(path, content):
+        def full(file):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         wanted = r"could not write \S+ of the run 'mine' \(No space left"
         with monkeypatch.context() as patch, pytest.raises(OSError, match=wanted):
             for record in train(MODEL, make_config(), "mine"):
                 if record.step == 8:
-                    patch.setattr(Path, "write_bytes", full)
+                    patch.setattr(os, "fsync", full)
         assert Run("mine").load("checkpoint.pth", {"step"})["step"] == 8
         resumed = list(train(MODEL, make_config(), "mine", resume=True))
         assert [record.step for record in resumed] == list(range(9, 21))

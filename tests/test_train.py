@@ -18,14 +18,17 @@ import pytest
 import torch
 from conftest import MODEL
 
+import checkpoint
 import train as module
+from checkpoint import Record
+from command_line import parse
 from config import PRESETS, TrainConfig, preset, to_json
 from data import load_data
 from evaluation import evaluate
 from report import command, plot_losses, write_report
 from runs import Run, default_name, load_model
 from tokenizer import load_tokenizer
-from train import Record, parse, train
+from train import train
 
 ROOT = Path(__file__).parent.parent
 CLOCK = ["seconds", "tokens_per_second", "peak_memory_mb"]  # what two equal runs differ in
@@ -198,7 +201,7 @@ class TestLog:
             read.append(stories)
             return evaluate(model, tokenizer, stories, **options)
 
-        monkeypatch.setattr(module, "evaluate", spy)
+        monkeypatch.setattr(checkpoint, "evaluate", spy)
         list(train(MODEL, make_config(), "one"))
         list(train(replace(MODEL, dim=8, max_seq_len=16), make_config(seed=3, tokenizer="bpe_tokenizer_256"), "other"))
         whole = [stories for stories in read if len(stories) >= 200]

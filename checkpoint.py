@@ -1,0 +1,141 @@
+"""A training under way: where it stands, and how it is saved and taken up again.
+
+Weights, optimizers, random numbers and a handful of counts are all that is needed to go on bit for bit, because
+the batches are a pure function of the step.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from statistics import fmean
+
+import torch
+
+from data import Data
+from evaluation import Evaluation, evaluate
+from model import GPT
+from runs import Run, load_model, load_weights
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one step yields. A row of log_data.csv is the same, with train_loss and tokens_per_second over its steps."""
+
+    step: int  # steps done
+    tokens: int  # tokens predicted so far
+    seconds: float  # since the first step began, evaluations and compilation included
+    train_loss: float  # nats per token
+    validation_loss: float | None  # nats per token; None between evaluations, as the next two
+    perplexity: float | None  # exp(validation_loss)
+    bits_per_byte: float | None  # of the validation stories
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    tokens_per_second: float  # without evaluations
+    peak_memory_mb: float  # resident memory of the process so far; of the GPU on CUDA
+
+
+@dataclass
+class Training:
+    """All that changes while a model trains, and the files it is kept in."""
+
+    run: Run
+    model: GPT
+    optimizers: list[torch.optim.Optimizer]
+    tokenizer: Tokenizer
+    data: Data
+    validation: list[str]  # the stories that every evaluation scores
+    continued_from: str | None = None  # the run whose weights it began with
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float = math.inf
+    unlogged: list[Record] = field(default_factory=list)  # of the steps since the last row of the log
+    log: list[dict] = field(default_factory=list)
+
+    def start_from(self, name: str):
+        """Begin with the best weights of another run. Raises ValueError where its tokenizer or its architecture is another."""
+        model, tokenizer = load_model(name)
+        if tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(f"the run {name!r} was trained with another tokenizer: give --train.tokenizer {tokenizer.name}")
+        if model.config != self.model.config:
+            raise ValueError(f"the run {name!r} has another architecture: leave the --model options and --preset out")
+        self.model.load_state_dict(model.state_dict())
+        self.continued_from = name
+
+    def evaluate(self) -> Evaluation:
+        """Score the validation stories, and keep the weights in model.pth if they are the best so far."""
+        score = evaluate(self.model, self.tokenizer, self.validation)
+        if score.loss < self.best_loss:
+            self.best_loss = score.loss
+            self.save_model()
+        return score
+
+    def note(self, record: Record, log_every: int):
+        """Keep a record for the log, which has a row for every log_every steps and for every evaluation."""
+        self.unlogged.append(record)
+        if record.validation_loss is not None or record.step % log_every == 0:
+            loss = fmean(record.train_loss for record in self.unlogged)
+            pace = fmean(record.tokens_per_second for record in self.unlogged)
+            self.log.append(asdict(replace(record, train_loss=loss, tokens_per_second=pace)))
+            self.unlogged = []
+
+    def save_model(self):
+        """Write model.pth: the weights, and the tokenizer and the data that they belong to."""
+        self.run.save("model.pth", {
+            "model": self.model.state_dict(), "step": self.step, "loss": self.best_loss,
+            "vocab_size": self.tokenizer.vocab_size, "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "data": self.data.name, "continued_from": self.continued_from,
+        })  # fmt: skip
+
+    def save(self):
+        """Write checkpoint.pth and log_data.csv. Raises FloatingPointError for a broken model, which would replace a good one."""
+        if not math.isfinite(evaluate(self.model, self.tokenizer, self.validation[:8]).loss):
+            raise self.not_finite(self.step)
+        if math.isinf(self.best_loss):
+            self.save_model()
+        self.run.save_log(self.log, [field.name for field in fields(Record)])
+        self.run.save("checkpoint.pth", {
+            "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "best_loss": self.best_loss,
+            "unlogged": [asdict(record) for record in self.unlogged], "data": self.data.fingerprint,
+            "continued_from": self.continued_from, "random_state": random_state(),
+        })  # fmt: skip
+
+    def restore(self):
+        """Take up what `save` wrote. Raises ValueError where it is damaged, or the data are no longer the same."""
+        saved = self.run.load("checkpoint.pth", {"model", "optimizers", "step", "random_state"})
+        if saved["data"] != self.data.fingerprint:
+            raise ValueError(f"the data of the run {self.run.name!r} have changed since: restore them, or train anew")
+        load_weights(self.model, saved["model"], "checkpoint.pth", self.run.name)
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.step, self.tokens, self.seconds, self.best_loss = (saved[key] for key in ("step", "tokens", "seconds", "best_loss"))
+        self.continued_from = saved["continued_from"]
+        self.unlogged = [Record(**values) for values in saved["unlogged"]]
+        self.log = [row for row in self.run.log_rows() if int(row["step"]) <= self.step]
+        set_random_state(saved["random_state"])
+
+    def not_finite(self, step: int) -> FloatingPointError:
+        learning_rate = self.optimizers[0].param_groups[0]["lr"]
+        return FloatingPointError(
+            f"the loss is no longer finite at step {step:,}, with a learning rate of {learning_rate:.2g}. Lower "
+            f"--train.lr_max, or raise --train.warmup_steps. The last checkpoint of {self.run.name!r} is as it was"
+        )
+
+
+def random_state() -> dict[str, torch.Tensor | list[torch.Tensor]]:
+    """The state of torch's random numbers on every device there is."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor | list[torch.Tensor]]):
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])

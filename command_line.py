@@ -1,0 +1,99 @@
+"""The command line of train.py, both ways: read into configs, and written for configs."""
+
+import argparse
+import ast
+import re
+from dataclasses import dataclass, fields
+
+from config import PRESETS, Layers, ModelConfig, Preset, TrainConfig, preset
+from runs import Run
+
+
+@dataclass(frozen=True)
+class Arguments:
+    preset: str = "0.5m_short_and_thick"  # a named architecture; the options below change it
+    name: str | None = None  # of the run folder in trained_models/; by default the preset and the time
+    resume: bool = False  # go on with the run called --name where it was stopped
+    continue_from: str | None = None  # begin with the best weights of this run
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def read_layers(text: str) -> Layers:
+    """A layer string as it is; a list or a tuple of them as Python writes it. Raises ValueError where that cannot be read."""
+    if text[:1] not in ("[", "("):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except SyntaxError as error:
+        raise ValueError(f"layers={text!r} cannot be read ({error.msg}): write lists and tuples as in Python") from error
+
+
+def parse(words: list[str]) -> Arguments:
+    """The command line as Arguments. The preset, or the run to go on with, gives the values of all that is not named."""
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def layers(info):
+        if info.type != Layers:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1, metavar="STR", is_instance=lambda value: isinstance(value, str | list | tuple),
+            instance_from_str=lambda texts: read_layers(texts[0]),
+            str_from_instance=lambda value: [str(value)],
+        )  # fmt: skip
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--name")
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--continue_from", "--continue-from")
+    early, _ = first.parse_known_args(words)
+    chosen = preset(early.preset or Arguments.preset)
+    if early.preset and (early.resume or early.continue_from):
+        raise ValueError("--resume and --continue_from keep the architecture of the run: leave --preset out")
+    if early.resume and early.name is None:
+        raise ValueError("--resume needs the name of the run to go on with: add --name")
+    if early.resume:
+        chosen = Preset(Run(early.name).model_config, Run(early.name).train_config)
+    elif early.continue_from:
+        old = Run(early.continue_from)
+        chosen = Preset(old.model_config, TrainConfig(tokenizer=old.train_config.tokenizer))
+    arguments = tyro.cli(
+        Arguments, args=words, default=Arguments(model=chosen.model, train=chosen.train), use_underscores=True,
+        registry=registry, description="Train a tiny language model.",
+    )  # fmt: skip
+    if early.resume and (arguments.model, arguments.train) != chosen:
+        raise ValueError("--resume goes on with the options of the run: leave the others out, or use --continue_from")
+    return arguments
+
+
+def command(model_config: ModelConfig, train_config: TrainConfig, name: str, continued_from: str | None = None) -> str:
+    """The command that trains such a run: the preset or the run it began with, and every option that differs from that."""
+    if continued_from is not None:
+        known = Preset(model_config, TrainConfig(tokenizer=train_config.tokenizer))
+        words = ["python train.py", f"--continue_from {continued_from}"]
+    else:
+        named = next((named for named, known in PRESETS.items() if known.model == model_config), None)
+        known = PRESETS[named or Arguments.preset]
+        words = ["python train.py", *([f"--preset {named}"] if named else [])]
+    for group, config, default in (("model", model_config, known.model), ("train", train_config, known.train)):
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if value == getattr(default, field.name):
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{group}.{field.name}" if value else f"--{group}.no_{field.name}")
+            else:
+                values = value if field.name in ("betas", "plugins") else [value]
+                words.append(" ".join([f"--{group}.{field.name}", *(quoted(str(value)) for value in values)]))
+    return " ".join([*words, f"--name {name}"])
+
+
+def quoted(word: str) -> str:
+    """The word as every shell, cmd on Windows too, reads it: in double quotes where it holds more than safe characters."""
+    if re.fullmatch(r"[\w.:/+@-]+", word):
+        return word
+    return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
