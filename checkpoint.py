@@ -84,7 +84,7 @@ class Training:
         self.run.save("model.pth", {
             "model": self.model.state_dict(), "step": self.step, "loss": self.best_loss,
             "vocab_size": self.tokenizer.vocab_size, "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "data": self.data.name, "continued_from": self.continued_from,
+            "data": self.data.name, "validation_stories": len(self.validation), "continued_from": self.continued_from,
         })  # fmt: skip
 
     def save(self):

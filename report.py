@@ -4,7 +4,7 @@ import time
 from collections import Counter
 
 from command_line import command
-from data import choose_validation, load_data
+from data import choose_validation
 from evaluation import evaluate
 from inference import generate
 from runs import Run, load_model
@@ -148,21 +148,17 @@ def write_report(name: str) -> list[str]:
     plt.close(axes.figure)  # or a notebook would show it
     log, config = run.log(), run.train_config
     last, best = log.iloc[-1], log.loc[log["validation_loss"].idxmin()]
-    data = load_data(
-        config.data, tokenizer, model.config.max_seq_len, packing=config.packing, max_stories=config.max_stories
-    )
+    saved = run.load("model.pth", {"data", "validation_stories", "continued_from"})
     numbers = [
         f"- {model.num_parameters():,} parameters, {model.num_parameters(embeddings=False):,} without embeddings",
-        f"- trained on {data.name} with {config.tokenizer}: {int(last.step):,} steps, {int(last.tokens):,} tokens, "
+        f"- trained on {saved['data']} with {config.tokenizer}: {int(last.step):,} steps, {int(last.tokens):,} tokens, "
         f"{last.seconds / 60:.1f} minutes",
         f"- best at step {int(best.step):,}: {best.bits_per_byte:.4f} bits per byte, loss {best.validation_loss:.4f} nats per "
-        f"token, perplexity {best.perplexity:.2f}, on {len(data.validation[: config.eval_stories])} validation stories",
+        f"token, perplexity {best.perplexity:.2f}, on {saved['validation_stories']} validation stories",
     ]
-    continued_from = run.load("model.pth", {"continued_from"})["continued_from"]
     told = "\n\n".join("> " + story.replace("\n", "\n>\n> ") for story in stories)
-    run.save_text("README.md", README.format(
-        name=name, numbers="\n".join(numbers), stories=told, command=command(run.model_config, config, name, continued_from)
-    ))  # fmt: skip
+    again = command(run.model_config, config, name, saved["continued_from"])
+    run.save_text("README.md", README.format(name=name, numbers="\n".join(numbers), stories=told, command=again))
     return stories
 
 

@@ -180,11 +180,17 @@ def ctrl_c_finishes_the_step():
         signal.signal(signal.SIGINT, previous)
 
 
+def shown_path(path: Path) -> Path:
+    """The path as one would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def main():
     """Train from the command line with a progress bar, then tell three stories and say what to do next."""
     arguments = parse(sys.argv[1:])
     name = arguments.name or default_name(arguments.continue_from or arguments.preset)
     run, config = Run(name), arguments.train
+    python = shown_path(Path(sys.executable)) if sys.prefix != sys.base_prefix else "python"
     bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed} done, {remaining} left{postfix}", leave=True)
     seen = ""
     for record in train(arguments.model, config, name, resume=arguments.resume, continue_from=arguments.continue_from):
@@ -194,15 +200,13 @@ def main():
         bar.set_postfix_str(f"step {record.step:,}, loss {record.train_loss:.3f}{seen}, {record.tokens_per_second:,.0f} tokens/s")
     bar.close()
     if not is_finished(record.step, record.seconds, config):
-        print(f"stopped after {record.step:,} steps and saved. To go on:\n  python train.py --name {name} --resume")
+        print(f"stopped after {record.step:,} steps and saved. To go on:\n  {python} train.py --name {name} --resume")
         return
     for story in write_report(name):
         print(f"\n{story}")
-    curve = run.folder / "loss.png"
-    curve = curve.relative_to(Path.cwd()) if curve.is_relative_to(Path.cwd()) else curve
     print(f"""
-{record.bits_per_byte:.3f} bits per byte after {record.step:,} steps. Loss curve: {curve}
-More stories:         python inference.py {name} "Once upon a time"
+{record.bits_per_byte:.3f} bits per byte after {record.step:,} steps. Loss curve: {shown_path(run.folder / "loss.png")}
+More stories:         {python} inference.py {name} "Once upon a time"
 Compare with others:  open model_evaluation.ipynb""")
 
 
