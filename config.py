@@ -28,7 +28,7 @@ class ModelConfig:
     num_heads: int = 4  # query heads
     num_kv_heads: int = 2  # key and value heads; fewer than num_heads is grouped-query attention, 1 is multi-query
     head_dim: int | None = None  # width of a head; None is dim / num_heads
-    max_seq_len: int = 256  # the context: how many tokens the model reads at once
+    max_seq_len: int = 512  # the context: how many tokens the model reads at once; most stories have fewer
     positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"  # how the model knows where a token stands
     rope_theta: float = 10_000.0  # base of RoPE's wavelengths; more for longer contexts
     norm: Literal["RMSNorm", "LayerNorm", "CosineNorm"] = "RMSNorm"  # what `Norm` in the layer string stands for
@@ -111,8 +111,8 @@ class TrainConfig:
     tokenizer: str = "bpe_tokenizer_1024"  # a name in tokenizers/, a path, or hf:name for one from Hugging Face
     max_stories: int | None = 200_000  # read only so many training stories of the source; None is all
     packing: Literal["packed", "padded"] = "packed"  # several stories a row, or one a row and padding behind it
-    mask_stories: bool = False  # keep a story from attending to its neighbours in the row
-    batch_size: int = 16  # sequences a step
+    mask_stories: bool = True  # keep a story from attending to its neighbours in the row
+    batch_size: int = 4  # sequences a step; small ones learn most in little time
     micro_batch_size: int | None = None  # sequences that go through the model at once; None is batch_size. Less takes less memory
     max_steps: int | None = None  # stop after so many steps, or after max_minutes, whichever comes first
     max_minutes: float | None = 4.0  # stop after so many minutes of training, evaluations included
@@ -272,7 +272,7 @@ PRESETS: dict[str, Preset] = {
     "0.5m_tall_and_skinny": Preset(ModelConfig(dim=64, num_layers=10, num_heads=2, num_kv_heads=1, mlp_dim=240)),
     "1m": Preset(ModelConfig(num_layers=5, mlp_dim=480)),
     "2m": Preset(ModelConfig(dim=192, num_layers=4, num_heads=6, mlp_dim=864)),
-    "5m": Preset(ModelConfig(dim=256, num_layers=6, num_heads=8, mlp_dim=1152)),
+    "5m": Preset(ModelConfig(dim=256, num_layers=6, num_heads=8, mlp_dim=1152), TrainConfig(lr_max=2e-3)),
     "gpt2_like": Preset(
         ModelConfig(
             num_layers=4, num_kv_heads=4, positions="learned", norm="LayerNorm", norm_bias=True, linear_bias=True,

@@ -114,7 +114,9 @@ def prepare(
     run = Run(name)
     if not resume:
         run.check_is_new()
-    elif (model_config, train_config) != (run.model_config, run.train_config):
+    elif train_config.data == "auto":  # what that came to is written in the run folder
+        train_config = replace(train_config, data=run.train_config.data)
+    if resume and (model_config, train_config) != (run.model_config, run.train_config):
         raise ValueError(f"the run {name!r} can only be resumed with the configs in its folder. To change them: continue_from")
     torch.manual_seed(train_config.seed)
     tokenizer = load_tokenizer(train_config.tokenizer)
