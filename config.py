@@ -116,9 +116,9 @@ class TrainConfig:
     micro_batch_size: int | None = None  # sequences that go through the model at once; None is batch_size. Less takes less memory
     max_steps: int | None = None  # stop after so many steps, or after max_minutes, whichever comes first
     max_minutes: float | None = 4.0  # stop after so many minutes of training, evaluations included
-    eval_every: int = 100  # steps between two looks at the validation stories
+    eval_every: int = 250  # steps between two looks at the validation stories
     eval_stories: int = 256  # how many whole validation stories are scored, always the same ones
-    checkpoint_every: int = 100  # steps between two checkpoints
+    checkpoint_every: int = 250  # steps between two checkpoints
     optimizer: Literal["AdamW", "Muon"] = "AdamW"  # Muon is for the hidden matrices; AdamW does the rest
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's memory of gradients and of their squares
     eps: float = 1e-8  # AdamW's guard against dividing by zero

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -180,8 +181,8 @@ def _tokenise(source: Source, tokenizer, max_stories: int | None, folder: Path, 
                                  "Take it out of the stories or use another tokenizer")
             if len(replacement) == 1 and (replaced := int((tokens == replacement[0]).sum())):
                 skipped[f"characters replaced that {tokenizer.name} does not know"] += replaced
-            tokens.tofile(tokens_file)
-            lengths.tofile(lengths_file)
+            tokens_file.write(tokens)  # not tofile: it does not tell that the disk is full
+            lengths_file.write(lengths)
             num_stories, num_tokens = num_stories + len(encoded), num_tokens + len(tokens)
             bar.update(len(stories))
     if not num_stories:
@@ -216,15 +217,15 @@ def _write_rows(lengths: np.ndarray, capacity: int, packing: str, folder: Path, 
             pieces = np.array(list(itertools.chain.from_iterable(rows)), np.int64)  # (pieces, 3): story, start, length
             written = np.empty(len(pieces), PIECE)
             written["start"], written["length"] = starts[pieces[:, 0]] + pieces[:, 1], pieces[:, 2]
-            written.tofile(pieces_file)
+            pieces_file.write(written)
             counts = np.fromiter(map(len, rows), np.uint64, len(rows))
-            (num_pieces + np.cumsum(counts) - counts).astype("<u8").tofile(first_file)
+            first_file.write((num_pieces + np.cumsum(counts) - counts).astype("<u8"))
             reached = np.zeros(len(sizes), np.int64)
             np.maximum.at(reached, pieces[:, 0], pieces[:, 1] + pieces[:, 2])
             left_out += int((sizes - reached).sum())
             filled += int(pieces[:, 2].sum())
             offset, num_rows, num_pieces = offset + int(sizes.sum()), num_rows + len(rows), num_pieces + len(pieces)
-        np.array([num_pieces], "<u8").tofile(first_file)
+        first_file.write(np.array([num_pieces], "<u8"))
     return {"rows": num_rows, "wasted": 1 - filled / (num_rows * capacity), "left_out": left_out / offset}
 
 
@@ -240,8 +241,9 @@ def _entry(folder: Path, build: Callable[[Path], dict]) -> tuple[dict, bool]:
         say(f"the cache entry {folder} is damaged ({problem}): building it again")
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob("building-*"):
-        if time.time() - left.stat().st_mtime > 24 * 60 * 60:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has finished and taken its own away
+            if time.time() - left.stat().st_mtime > 24 * 60 * 60:
+                shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent, ignore_cleanup_errors=True) as name:
         draft = Path(name, folder.name)
         draft.mkdir()

@@ -127,8 +127,7 @@ class Attention(LoggingModule):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads={num_kv_heads}: it must divide num_heads={num_heads}, in the options of Attn, too")
+        assert num_heads % num_kv_heads == 0
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.w_q = linear(dim, num_heads * head_dim, bias=linear_bias)
         self.w_k = linear(dim, num_kv_heads * head_dim, bias=linear_bias)

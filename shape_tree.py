@@ -11,6 +11,7 @@ from torch import nn
 from shape_comments import shapes_in
 
 FAILED_INSIDE = "failed"  # the problem of a call whose failure is told further in
+NUMBERS = r"\d+(?:(?:–|, )\d+)*"  # in a name: 3, or 0–2, 5 once calls are drawn together
 LONGEST_PERIOD = 64  # nodes: of the repetitions that are searched
 
 
@@ -89,7 +90,7 @@ def look(node: Call | Line) -> tuple:
         return node.source, node.where, node.seen, node.problem, node.times
     children = tuple(look(child) for child in node.children)
     size = (node.parameters + node.shared) // node.times
-    name = re.sub(r"[\d–, ]+", "#", node.name)
+    name = re.sub(NUMBERS, "#", node.name)
     return name, node.kind, node.given, node.needs, node.returned, size, node.problem, node.times, children
 
 
@@ -103,7 +104,7 @@ def merge(nodes: list[Call | Line]) -> Call | Line:
 
 def joined_name(names: list[str]) -> str:
     """['layers.0', 'layers.1', 'layers.2']  becomes  'layers.0–2'"""
-    parts = [re.split(r"([\d–, ]+)", name) for name in dict.fromkeys(names)]
+    parts = [re.split(f"({NUMBERS})", name) for name in dict.fromkeys(names)]
     for i in range(1, len(parts[0]), 2):
         spans = [span.partition("–") for part in parts for span in part[i].split(", ")]
         runs: list[list[int]] = []

@@ -42,6 +42,8 @@ class Source:
     def stories(self, split: str, skipped: Counter) -> Iterator[str]:
         """Stripped, non-empty stories; what is skipped is counted. SEPARATOR inside a text starts another story."""
         for text in self.splits[split]():
+            if not isinstance(text, str | None):
+                raise ValueError(f"{self.name}: the column of the stories holds {text!r:.40}. It has to be strings")
             stories = [story for part in (text or "").split(SEPARATOR) if (story := part.strip())]
             if not stories:
                 skipped["null rows skipped" if text is None else "empty rows skipped"] += 1
@@ -160,6 +162,10 @@ def _load_dataset(repo: str):
         return datasets.load_dataset(repo)
     except (datasets.exceptions.DatasetsError, EmptyDatasetError, ValueError) as error:
         raise ValueError(f"`datasets` can't read {repo}: {first_line(error)}. {cure}") from error
+    except OSError:
+        raise
+    except Exception as error:  # of the hub's clients for HTTP and Xet: many types, one cure
+        raise ConnectionError(f"the download of {repo} broke off ({first_line(error)}). Try it again. {cure}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
 

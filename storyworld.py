@@ -21,6 +21,7 @@ import functools
 import math
 import random
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -346,4 +347,7 @@ def grade(path: Path):
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError) as error:
+        sys.exit(f"storyworld.py: {error}")

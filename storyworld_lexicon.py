@@ -363,7 +363,7 @@ def build_tables() -> dict[str, dict[Entity | None, Table]]:
         toy = toys[name.rstrip("*").replace(" ", "_")] = thing("toy", name)
         uses[toy] = Table([Entity("use", use.strip(), {}) for use in what_for.split(";")])
     toys_of = {group: Table([toys[name] for name in listed.split()]) for group, listed in TOYS_OF.items()}
-    company = Table(children * 1 + animals)
+    company = Table(children + animals)
     animal_company = {kind: Table([other for other in animals if other is not kind]) for kind in animals}
     tables = {
         "kind": {None: Table(list(kinds.values()))},

@@ -355,10 +355,11 @@ def main(
     _check_vocab_size(vocab_size)
     stories = list(islice(read_stories(data, split="train"), num_stories))
     tokenizer = train_tokenizer(stories, vocab_size, name, progress=True)
+    path = tokenizer.save(overwrite)
     print("merges learned:", " ".join(repr(left + right) for left, right in tokenizer.merges))
     print(f"bytes per token: {tokenizer.bytes_per_token(stories[:2000]):.3f} (its first {min(2000, len(stories))} stories)")
-    print(f"characters replaced by {REPLACEMENT}: {count_replacements(stories)}")
-    print(f"saved as {tokenizer.save(overwrite)}")
+    print(f"characters replaced by U+FFFD: {count_replacements(stories)}")
+    print(f"saved as {path}")
 
 
 if __name__ == "__main__":

@@ -144,9 +144,9 @@ def test_impossible_models_are_named(knobs, words):
     [
         ({"batch_size": 0}, ["batch_size=0", "at least 1"]),
         ({"batch_size": 16.0}, ["batch_size=16.0", "int"]),
-        ({"micro_batch_size": 5}, ["micro_batch_size=5", "batch_size=16", "[1, 2, 4, 8, 16]"]),
-        ({"micro_batch_size": 0}, ["micro_batch_size=0", "batch_size=16"]),
-        ({"micro_batch_size": 32}, ["micro_batch_size=32", "batch_size=16"]),
+        ({"batch_size": 16, "micro_batch_size": 5}, ["micro_batch_size=5", "batch_size=16", "[1, 2, 4, 8, 16]"]),
+        ({"batch_size": 16, "micro_batch_size": 0}, ["micro_batch_size=0", "batch_size=16"]),
+        ({"batch_size": 16, "micro_batch_size": 32}, ["micro_batch_size=32", "batch_size=16"]),
         ({"max_steps": None, "max_minutes": None}, ["max_steps=None", "max_minutes"]),
         ({"max_steps": 0}, ["max_steps=0", "positive"]),
         ({"max_minutes": -1.0}, ["max_minutes=-1.0", "positive"]),
