@@ -165,7 +165,7 @@ def _load_dataset(repo: str):
     except OSError:
         raise
     except Exception as error:  # of the hub's clients for HTTP and Xet: many types, one cure
-        raise ConnectionError(f"the download of {repo} broke off ({first_line(error)}). Try it again. {cure}") from error
+        raise ConnectionError(f"{repo} could not be downloaded from the hub ({first_line(error)}). Try again. {cure}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
 

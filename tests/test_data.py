@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import data
+import sources
 from data import load_data, read_stories, story_ids
 from packing import pack, shuffled
 
@@ -428,8 +429,6 @@ def test_a_story_of_one_megabyte(tmp_path):
 
 
 def test_large_files_are_hashed_once(tmp_path, monkeypatch):
-    import sources
-
     path = tmp_path / "large.txt"
     path.write_bytes(b"a" * (64 * 2**20 + 1))
     first = sources._file_digest(path, tmp_path / "cache")
@@ -456,6 +455,7 @@ def _broken_inside(path):
     ("a.parquet", lambda path: write_parquet(path, one=["a"], two=["b"], three=[1]),
      r"a.parquet has no column called 'text', and 2 columns of strings. The columns are: one, two, three. Rename"),
     ("a.jsonl", lambda path: path.write_text('{"n": 1}\n'), "0 columns of strings. The columns are: n"),
+    ("a.parquet", lambda path: write_parquet(path, text=[7, 8]), "a.parquet: the column of the stories holds 7. It has to be"),
     ("a.txt", lambda path: path.touch(), "a.txt is empty. "),
     ("a.txt", lambda path: path.write_text("\n\n \n"), "a.txt has 0 train stories, too few"),
     ("a.txt", lambda path: path.write_text("only one"), "a.txt has 1 train stories, too few"),
@@ -503,6 +503,18 @@ def test_bad_arguments(folder, tmp_path, change, message):
 def test_a_folder_that_the_library_can_not_read(tmp_path):
     with pytest.raises(ValueError, match=r"`datasets` can't read .*doesn.t contain any data files. Train on the built-in"):
         next(read_stories(f"hub:{tmp_path}"))
+
+
+def test_a_download_that_breaks_off_counts_as_a_hub_that_can_not_be_reached(monkeypatch):
+    import datasets
+
+    def break_off(repo):
+        raise RuntimeError("Server disconnected without sending a response.")  # the clients' errors share no base but Exception
+
+    monkeypatch.setattr(sources, "_check_hub", lambda repo, cure: None)
+    monkeypatch.setattr(datasets, "load_dataset", break_off)
+    with pytest.raises(ConnectionError, match=r"no-owner/no-name could not be downloaded .*\(Server disconnected .* Try again"):
+        next(read_stories("hub:no-owner/no-name"))
 
 
 def test_null_rows_of_validation_are_counted_too(folder, tmp_path, capsys):

@@ -142,6 +142,20 @@ def test_equal_layers_are_folded_and_different_ones_are_not(capsys, tokens):
     assert [row(text, name)[0] for name in ("layers.0–1", "layers.2", "layers.3–4")] == ["layers.0–1", "layers.2", "layers.3–4"]
 
 
+def test_calls_of_a_module_with_a_space_in_its_name_are_folded(capsys):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.arms = nn.ModuleDict({"left, 1 of 2": nn.Linear(3, 3)})
+
+        def forward(self, x):
+            for arm in [self.arms["left, 1 of 2"]] * 2:
+                x = arm(x)
+            return x
+
+    assert "arms.left, 1 of 2  Linear × 2" in shown(capsys, Twice(), torch.ones(2, 3))
+
+
 def test_a_tile_of_layers_is_folded_over_the_depth(capsys, tokens):
     model = Model(num_layers=6)
     model.layers[2], model.layers[5] = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
