@@ -4,6 +4,7 @@ Weights, optimizers, random numbers and a handful of counts are all that is need
 the batches are a pure function of the step.
 """
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean
@@ -44,7 +45,9 @@ class Training:
     tokenizer: Tokenizer
     data: Data
     validation: list[str]  # the stories that every evaluation scores
+    batch_size: int
     continued_from: str | None = None  # the run whose weights it began with
+    first_batch: int = 0  # where in the stream of batches it began: behind those that the earlier run has read
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -60,7 +63,8 @@ class Training:
         if model.config != self.model.config:
             raise ValueError(f"the run {name!r} has another architecture: leave the --model options and --preset out")
         self.model.load_state_dict(model.state_dict())
-        self.continued_from = name
+        rows_read = Run(name).load("model.pth", {"rows_read"})["rows_read"]
+        self.continued_from, self.first_batch = name, math.ceil(rows_read / self.batch_size)
 
     def evaluate(self) -> Evaluation:
         """Score the validation stories, and keep the weights in model.pth if they are the best so far."""
@@ -84,7 +88,9 @@ class Training:
         self.run.save("model.pth", {
             "model": self.model.state_dict(), "step": self.step, "loss": self.best_loss,
             "vocab_size": self.tokenizer.vocab_size, "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "data": self.data.name, "validation_stories": len(self.validation), "continued_from": self.continued_from,
+            "data": self.data.name, "rows_read": (self.first_batch + self.step) * self.batch_size,
+            "validation_stories": len(self.validation), "validation_fingerprint": fingerprint(self.validation),
+            "continued_from": self.continued_from,
         })  # fmt: skip
 
     def save(self):
@@ -98,7 +104,7 @@ class Training:
             "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "best_loss": self.best_loss,
             "unlogged": [asdict(record) for record in self.unlogged], "data": self.data.fingerprint,
-            "continued_from": self.continued_from, "random_state": random_state(),
+            "continued_from": self.continued_from, "first_batch": self.first_batch, "random_state": random_state(),
         })  # fmt: skip
 
     def restore(self):
@@ -110,7 +116,7 @@ class Training:
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.step, self.tokens, self.seconds, self.best_loss = (saved[key] for key in ("step", "tokens", "seconds", "best_loss"))
-        self.continued_from = saved["continued_from"]
+        self.continued_from, self.first_batch = saved["continued_from"], saved["first_batch"]
         self.unlogged = [Record(**values) for values in saved["unlogged"]]
         self.log = [row for row in self.run.log_rows() if int(row["step"]) <= self.step]
         set_random_state(saved["random_state"])
@@ -121,6 +127,11 @@ class Training:
             f"the loss is no longer finite at step {step:,}, with a learning rate of {learning_rate:.2g}. Lower "
             f"--train.lr_max, or raise --train.warmup_steps. The last checkpoint of {self.run.name!r} is as it was"
         )
+
+
+def fingerprint(stories: list[str]) -> str:
+    """Equal for the same stories in the same order: losses on them can be compared."""
+    return hashlib.sha256("\0".join(stories).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def random_state() -> dict[str, torch.Tensor | list[torch.Tensor]]:

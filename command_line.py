@@ -3,7 +3,7 @@
 import argparse
 import ast
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from config import PRESETS, Layers, ModelConfig, Preset, TrainConfig, preset
 from runs import Run
@@ -60,7 +60,7 @@ def parse(words: list[str]) -> Arguments:
         chosen = Preset(Run(early.name).model_config, Run(early.name).train_config)
     elif early.continue_from:
         old = Run(early.continue_from)
-        chosen = Preset(old.model_config, TrainConfig(tokenizer=old.train_config.tokenizer))
+        chosen = continued(old.model_config, old.train_config)
     arguments = tyro.cli(
         Arguments, args=words, default=Arguments(model=chosen.model, train=chosen.train), use_underscores=True,
         registry=registry, description="Train a tiny language model.",
@@ -70,10 +70,19 @@ def parse(words: list[str]) -> Arguments:
     return arguments
 
 
-def command(model_config: ModelConfig, train_config: TrainConfig, name: str, continued_from: str | None = None) -> str:
+def continued(model_config: ModelConfig, train_config: TrainConfig) -> Preset:
+    """What --continue_from begins with: the architecture, data and tokenizer of the run, all else as in its preset."""
+    fresh = next((known.train for known in PRESETS.values() if known.model == model_config), TrainConfig())
+    kept = {name: getattr(train_config, name) for name in ("data", "max_stories", "tokenizer")}
+    return Preset(model_config, replace(fresh, **kept))
+
+
+def command(
+    model_config: ModelConfig, train_config: TrainConfig, name: str | None = None, continued_from: str | None = None
+) -> str:
     """The command that trains such a run: the preset or the run it began with, and every option that differs from that."""
     if continued_from is not None:
-        known = Preset(model_config, TrainConfig(tokenizer=train_config.tokenizer))
+        known = continued(model_config, train_config)
         words = ["python train.py", f"--continue_from {continued_from}"]
     else:
         named = next((named for named, known in PRESETS.items() if known.model == model_config), None)
@@ -89,7 +98,7 @@ def command(model_config: ModelConfig, train_config: TrainConfig, name: str, con
             else:
                 values = value if field.name in ("betas", "plugins") else [value]
                 words.append(" ".join([f"--{group}.{field.name}", *(quoted(str(value)) for value in values)]))
-    return " ".join([*words, f"--name {name}"])
+    return " ".join(words + ([f"--name {name}"] if name else []))
 
 
 def quoted(word: str) -> str:

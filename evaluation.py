@@ -88,7 +88,7 @@ def evaluate(model: GPT, tokenizer, stories: list[str], batch_size: int = 32, to
         targets = torch.tensor([piece.targets + [IGNORE] * (width - len(piece.targets)) for piece in batch])
         logits, _ = model(inputs.to(device))
         losses = F.cross_entropy(logits.transpose(1, 2), targets.to(device), ignore_index=IGNORE, reduction="none")
-        nats.index_add_(0, torch.tensor([piece.story for piece in batch]), losses.sum(dim=1).double().cpu())
+        nats.index_add_(0, torch.tensor([piece.story for piece in batch]), losses.sum(dim=1).cpu().double())
         scored = targets != IGNORE
         if top_k:
             best = logits.topk(max(top_k), dim=-1).indices.cpu() == targets[..., None]

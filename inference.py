@@ -44,7 +44,8 @@ def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    logits = logits / sampling.temperature
+    below_best = logits - logits.amax(dim=-1, keepdim=True)  # so that no small temperature overflows
+    logits = (below_best.double() / sampling.temperature).type_as(logits)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)

@@ -10,25 +10,24 @@ from config import TrainConfig
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of that name. Raises ValueError for one that this machine does not have."""
+    """The device of that name, or the best there is. Raises ValueError for one that this machine does not have."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device!r} cannot be used here ({reason}): take --train.device cpu, or auto") from error
+        raise ValueError(f"device={device!r} cannot be used here ({reason}): take --train.device cpu") from error
     return torch.device(device)
 
 
-def choose_dtype(config: TrainConfig) -> torch.dtype:
+def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """The type of matrix products under autocast.
 
     On a CPU with bfloat16 units, bfloat16 pays once the casts are fused by compile; step by step it is no faster.
     """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    device = choose_device(config.device)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -26,13 +26,14 @@ def plot_losses(*names: str, by: str = "step", axes=None):
     if by not in AXES:
         raise ValueError(f"by={by!r}: it must be one of {', '.join(AXES)}")
     axes = axes or plt.subplots(figsize=(8, 4), layout="constrained")[1]
-    data_sets = {name: Run(name).load("model.pth", {"data"})["data"] for name in names}
-    for number, (name, data) in enumerate(data_sets.items()):
-        log = Run(name).log()
+    scored_on = set()
+    for number, name in enumerate(names):
+        saved, log = Run(name).load("model.pth", {"data", "validation_fingerprint"}), Run(name).log()
+        scored_on.add(saved["validation_fingerprint"])
         measured = log.dropna(subset="validation_loss")
         axes.plot(log[by], log["train_loss"], color=f"C{number}", linewidth=0.6, alpha=0.6)
-        axes.plot(measured[by], measured["validation_loss"], color=f"C{number}", marker=".", label=f"{name} on {data}")
-    warning = ". Different data: do not compare!" if len(set(data_sets.values())) > 1 else ""
+        axes.plot(measured[by], measured["validation_loss"], color=f"C{number}", marker=".", label=f"{name} on {saved['data']}")
+    warning = ". Different data: do not compare!" if len(scored_on) > 1 else ""
     axes.set(xlabel=AXES[by], ylabel="loss (nats per token)", title=f"training (thin) and validation (thick){warning}")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
@@ -43,11 +44,11 @@ def plot_losses(*names: str, by: str = "step", axes=None):
 class LivePlot:
     """The losses of a run while it trains, for a notebook: `plot.add(record)` after every step draws now and then."""
 
-    def __init__(self, seconds_between: float = 2.0):
+    def __init__(self, name: str, seconds_between: float = 2.0):
         import matplotlib.pyplot as plt
         from IPython.display import display
 
-        self.seconds_between, self.drawn_at, self.records = seconds_between, 0.0, []
+        self.name, self.seconds_between, self.drawn_at, self.records = name, seconds_between, 0.0, []
         self.figure, self.axes = plt.subplots(figsize=(8, 4), layout="constrained")
         plt.close(self.figure)  # or the notebook would show it a second time
         self.display = display(self.figure, display_id=True)
@@ -66,7 +67,8 @@ class LivePlot:
         last = self.records[-1]
         self.axes.set(xlabel="steps", ylabel="loss (nats per token)")
         pace = f"{last.tokens_per_second:,.0f} tokens/s"
-        self.axes.set_title(f"{last.seconds:.0f} s, {pace}, learning rate {last.learning_rate:.2g}")
+        data = Run(self.name).load("model.pth", {"data"})["data"]
+        self.axes.set_title(f"{data}: {last.seconds:.0f} s, {pace}, learning rate {last.learning_rate:.2g}")
         self.axes.grid(alpha=0.3)
         self.axes.legend()
         self.display.update(self.figure)
@@ -137,10 +139,15 @@ def wrapped(frame):
 
 
 def write_report(name: str) -> list[str]:
-    """Write README.md and loss.png into a run's folder, and return the three stories that the README shows."""
+    """Write README.md and loss.png into a run's folder, and return the three stories that the README shows.
+
+    Raises ValueError for a run that was stopped before its validation stories were scored for the first time.
+    """
     import matplotlib.pyplot as plt
 
     run = Run(name)
+    if run.log()["validation_loss"].isna().all():
+        raise ValueError(f"the run {name!r} was stopped before it was evaluated: go on with it by resume, and report then")
     model, tokenizer = load_model(name)
     stories = generate(model, tokenizer, list(PROMPTS))
     axes = plot_losses(name)
@@ -157,7 +164,7 @@ def write_report(name: str) -> list[str]:
         f"token, perplexity {best.perplexity:.2f}, on {saved['validation_stories']} validation stories",
     ]
     told = "\n\n".join("> " + story.replace("\n", "\n>\n> ") for story in stories)
-    again = command(run.model_config, config, name, saved["continued_from"])
+    again = command(run.model_config, config, continued_from=saved["continued_from"])
     run.save_text("README.md", README.format(name=name, numbers="\n".join(numbers), stories=told, command=again))
     return stories
 

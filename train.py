@@ -9,6 +9,7 @@ B batch, T time, V vocabulary.
 
 import itertools
 import math
+import shutil
 import signal
 import sys
 import threading
@@ -46,7 +47,8 @@ def train(
     """
     training = prepare(model_config, train_config, name, resume, continue_from)
     model, tokenizer, data, optimizers = training.model, training.tokenizer, training.data, training.optimizers
-    device, dtype = choose_device(train_config.device), choose_dtype(train_config)
+    device = next(model.parameters()).device
+    dtype = choose_dtype(train_config, device)
     forward = torch.compile(model) if train_config.compile else model
     micro_batch_size = train_config.micro_batch_size or train_config.batch_size
     began = time.perf_counter() - training.seconds
@@ -60,7 +62,7 @@ def train(
             for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = learning_rate
 
-            batch = data.batch(training.step, train_config.batch_size, train_config.seed)  # (B, T + 1)
+            batch = data.batch(training.first_batch + training.step, train_config.batch_size, train_config.seed)  # (B, T + 1)
             stories = story_ids(batch, tokenizer.bos_id, tokenizer.eos_id)  # (B, T + 1)
             no_target = (batch[:, 1:] == tokenizer.pad_id) | (stories[:, 1:] != stories[:, :-1])  # nothing tells the next story
             targets = batch[:, 1:].masked_fill(no_target, IGNORE)  # (B, T)
@@ -96,7 +98,7 @@ def train(
                 )
                 training.seconds = time.perf_counter() - began
             training.note(record, LOG_EVERY)
-            if finished or stop_asked.is_set() or training.step % train_config.checkpoint_every == 0:
+            if finished or training.step % train_config.checkpoint_every == 0:
                 training.save()
             try:
                 yield record
@@ -129,7 +131,8 @@ def prepare(
         packing=train_config.packing, max_stories=train_config.max_stories,
     )  # fmt: skip
     optimizers = build_optimizers(model, train_config)
-    training = Training(run, model, optimizers, tokenizer, data, data.validation[: train_config.eval_stories])
+    validation = data.validation[: train_config.eval_stories]
+    training = Training(run, model, optimizers, tokenizer, data, validation, train_config.batch_size)
     if resume:
         training.restore()
         if is_finished(training.step, training.seconds, train_config):
@@ -142,7 +145,11 @@ def prepare(
     if train_config.data == "auto":
         train_config = replace(train_config, data=data.name)
     run.create(model_config, train_config)
-    training.save()
+    try:
+        training.save()
+    except BaseException:  # a full disk or Ctrl-C: a folder without a checkpoint could be neither resumed nor made again
+        shutil.rmtree(run.folder)
+        raise
     return training
 
 
@@ -193,17 +200,23 @@ def main():
     name = arguments.name or default_name(arguments.continue_from or arguments.preset)
     run, config = Run(name), arguments.train
     python = shown_path(Path(sys.executable)) if sys.prefix != sys.base_prefix else "python"
-    bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed} done, {remaining} left{postfix}", leave=True)
-    seen = ""
+    bar, seen = None, ""
     for record in train(arguments.model, config, name, resume=arguments.resume, continue_from=arguments.continue_from):
+        if bar is None:  # only now, so that what is said before stands on lines of its own
+            bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}|{postfix}")
         if record.bits_per_byte is not None:
             seen = f", {record.bits_per_byte:.3f} bits/byte"
-        bar.n = min(1.0, progress(record.step, record.seconds, config))
-        bar.set_postfix_str(f"step {record.step:,}, loss {record.train_loss:.3f}{seen}, {record.tokens_per_second:,.0f} tokens/s")
+        done = min(1.0, progress(record.step, record.seconds, config))
+        left = tqdm.format_interval(record.seconds * (1 - done) / done)
+        pace = f"{record.tokens_per_second:,.0f} tokens/s"
+        bar.n = done
+        bar.set_postfix_str(f"{left} left, step {record.step:,}, loss {record.train_loss:.3f}{seen}, {pace}")
     bar.close()
     if not is_finished(record.step, record.seconds, config):
         print(f"stopped after {record.step:,} steps and saved. To go on:\n  {python} train.py --name {name} --resume")
         return
+    if config.max_steps and record.step < config.max_steps:
+        print(f"the {config.max_minutes:g} minutes were over after {record.step:,} of {config.max_steps:,} steps")
     for story in write_report(name):
         print(f"\n{story}")
     print(f"""

@@ -139,7 +139,7 @@ class TestWriteReport:
         for said in (
             "# tiny", "loss.png", "trained on little.txt with bpe_tokenizer_128: 20 steps",
             f"{log['bits_per_byte'].min():.4f} bits", "on 200 validation stories",
-            command(MODEL, make_config(), "tiny"), "inference.py tiny",
+            command(MODEL, make_config()), "inference.py tiny",
         ):  # fmt: skip
             assert said in readme
         assert plt.get_fignums() == []
