@@ -97,7 +97,8 @@ def open_source(source: str) -> Source:
 
 def _unknown_source(source: str) -> Source:
     menu = ["auto", *HUB_NAMES, "storyworld"]
-    if close := difflib.get_close_matches(source, menu, n=1):
+    is_path = "/" in source or "\\" in source
+    if not is_path and (close := difflib.get_close_matches(source, menu, n=1)):
         raise ValueError(f"no data source is called {source!r}. Did you mean {close[0]!r}? There are: {', '.join(menu)}, "
                          "hub:owner/name, or a local folder or file")
     hint = f", or hub:{source} for a data set of the Hugging Face hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
@@ -113,7 +114,7 @@ def _storyworld_source(source: str) -> Source:
         raise ValueError(f"{source!r} should be storyworld:COUNT with COUNT at least 2, for instance storyworld:50000")
     counts = {"train": int(count), "validation": min(int(count), 3000)}
     splits = {split: lambda split=split: storyworld.stories(split, counts[split]) for split in counts}
-    code = [file.read_bytes() for file in sorted(Path(storyworld.__file__).parent.glob("storyworld*.py"))]
+    code = [file.read_bytes().replace(b"\r\n", b"\n") for file in sorted(Path(storyworld.__file__).parent.glob("storyworld*.py"))]
     return Source("storyworld", splits, lambda cache_dir: digest("storyworld", count, *code), counts["train"])
 
 
@@ -159,6 +160,7 @@ def _load_dataset(repo: str):
             return Cache(dataset_name=repo.split("/")[-1], repo_id=repo, version="auto", hash="auto").as_dataset()
         except (ValueError, FileNotFoundError):  # not cached, or the download was broken off
             _check_hub(repo, cure)
+        say(f"downloading {repo} from the Hugging Face hub, once, into {datasets.config.HF_DATASETS_CACHE}")
         return datasets.load_dataset(repo)
     except (datasets.exceptions.DatasetsError, EmptyDatasetError, ValueError) as error:
         raise ValueError(f"`datasets` can't read {repo}: {first_line(error)}. {cure}") from error
@@ -194,7 +196,10 @@ def _check_hub(repo: str, cure: str) -> None:
 
 def _local_source(path: Path) -> Source:
     """A file is all training; of a folder's files the names say the split, as on the hub: train-00000-of-00001.parquet."""
-    inside = [file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    inside = [
+        file for file in path.rglob("*")
+        if not any(part.startswith(".") for part in file.relative_to(path).parts) and not ABOUT.match(file.name)
+    ]  # fmt: skip
     files = [path] if path.is_file() else sorted(file for file in inside if file.suffix.lower() in READERS)
     kinds = ", ".join(READERS)
     if not files:
@@ -285,6 +290,7 @@ def _read_txt(path: Path) -> Iterator[str]:
         story.append(rest)
 
 
+ABOUT = re.compile(r"(readme|licen[cs]e).*\.txt$|(dataset_infos?|state)\.json$", re.IGNORECASE)  # not stories
 READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_jsonl, ".txt": _read_txt}
 
 

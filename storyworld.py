@@ -314,13 +314,14 @@ def stories(split: str, count: int) -> Iterator[str]:
             yield text
 
 
-def main(count: int = 3, seed: int = 0, score: Path | None = None):
+def main(count: int = 3, seed: int = 0, score: Path | None = None, show_entropy: bool = False):
     """Tells stories with the bits they carry, or grades the stories of a file.
 
     Args:
         count: how many stories to tell
         seed: another seed, other stories
         score: a text file with stories separated by empty lines, to be graded instead
+        show_entropy: also compute the bits that a story of this world carries on average; takes ten seconds
     """
     if score is not None:
         grade(score)
@@ -330,7 +331,8 @@ def main(count: int = 3, seed: int = 0, score: Path | None = None):
         story = sample(rng)
         bits = -story.log_prob / math.log(2)
         print(f"{story.text}\n[{bits:.1f} bits, {bits / len(story.text.encode()):.3f} bits per byte]\n")
-    print(f"The entropy of this world is {entropy() / math.log(2):.1f} bits per story.")
+    if show_entropy:
+        print(f"The entropy of this world is {entropy() / math.log(2):.1f} bits per story.")
 
 
 def grade(path: Path):
@@ -348,6 +350,6 @@ if __name__ == "__main__":
     import tyro
 
     try:
-        tyro.cli(main)
+        tyro.cli(main, use_underscores=True)
     except (ValueError, OSError) as error:
         sys.exit(f"storyworld.py: {error}")

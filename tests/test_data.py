@@ -392,6 +392,12 @@ def test_local_files_of_every_kind_give_the_same_stories(tmp_path):
         assert list(read_stories(str(tmp_path / name))) == stories, name
 
 
+def test_files_about_the_stories_are_not_read(tmp_path):
+    for name, text in {"stories.txt": "One day.\n\nTwo days.", "README.txt": "Read me.", "dataset_info.json": "{"}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert list(read_stories(str(tmp_path))) == ["One day.", "Two days."]
+
+
 def test_names_of_files_say_the_split(tmp_path, capsys):
     for name in ("data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet", "training_valid.parquet",
                  "x_test.parquet", ".hidden/train.parquet", "licence.parquet"):

@@ -74,9 +74,9 @@ def test_model_evaluation_says_which_data_are_not_here(run, tiny_run, corpus, fo
     lost = folders / "runs" / "lost"
     shutil.copytree(folders / "runs" / tiny_run, lost)
     config = json.loads((lost / "train_config.json").read_text(encoding="utf-8"))
-    (lost / "train_config.json").write_text(json.dumps(config | {"data": "moved/away"}), encoding="utf-8")
+    (lost / "train_config.json").write_text(json.dumps(config | {"data": "moved/tinystories"}), encoding="utf-8")
     shown = printed(run("model_evaluation", num_stories=20, data_if_missing=corpus, prompts=("Tom had", "Mia saw")))
-    assert "moved/away" in shown and f"{Path(corpus).name} (not its own)" in shown
+    assert "moved/tinystories" in shown and f"{Path(corpus).name} (not its own)" in shown
     for told in ("tiny", "lost", "top-1", "top-5", "top-10", "bits per byte", "Mia saw"):
         assert told in shown
 
