@@ -115,7 +115,7 @@ class TrainConfig:
     batch_size: int = 4  # sequences a step; small ones learn most in little time
     micro_batch_size: int | None = None  # sequences that go through the model at once; None is batch_size. Less takes less memory
     max_steps: int | None = None  # stop after so many steps, or after max_minutes, whichever comes first
-    max_minutes: float | None = 4.0  # stop after so many minutes of training, evaluations included
+    max_minutes: float | None = 3.5  # stop after so many minutes of training, evaluations included
     eval_every: int = 250  # steps between two looks at the validation stories
     eval_stories: int = 256  # how many whole validation stories are scored, always the same ones
     checkpoint_every: int = 250  # steps between two checkpoints

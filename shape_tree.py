@@ -171,7 +171,7 @@ def long_notes(node: Call | Line) -> Iterator[str]:
 def as_text(calls: list[Call]) -> str:
     """The calls as a tree with aligned columns, as wide as the terminal."""
     rows = [Row("", "shapes", right="parameters"), *text_rows(fold(calls), indent=None)]
-    width = min(shutil.get_terminal_size((116, 24)).columns, 160)
+    width = min(shutil.get_terminal_size((104, 24)).columns, 160)
     columns = [row for row in rows if not row.whole]
     right_width = max(len(row.right) for row in columns)
     wanted = [len(row.middle) if row.right else min(len(row.middle + row.meaning) - right_width - 2, 38) for row in columns]
