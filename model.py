@@ -20,34 +20,32 @@ from tools import LoggingModule
 IGNORE = -100  # a target that the loss leaves out, such as padding; cross_entropy's own default
 
 
-class RMSNorm(LoggingModule):
-    """x / rms(x), with a learned gain (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).  (..., D) → (..., D)"""
+class Norm(LoggingModule):
+    """What the norms share: a learned gain, and a learned shift where it is asked for."""
 
     def __init__(self, dim: int, norm_affine: bool = True, norm_bias: bool = False, norm_eps: float = 1e-5):
         super().__init__()
         self.eps = norm_eps
         self.weight = nn.Parameter(torch.ones(dim)) if norm_affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if norm_bias else None
+
+
+class RMSNorm(Norm):
+    """x / rms(x), with a learned gain (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).  (..., D) → (..., D)"""
 
     def forward(self, x):
         normed = F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return normed if self.bias is None else normed + self.bias
 
 
-class LayerNorm(LoggingModule):
+class LayerNorm(Norm):
     """(x - mean) / std, with a learned gain and shift (Ba et al. 2016, arXiv 1607.06450, equation 4).  (..., D) → (..., D)"""
-
-    def __init__(self, dim: int, norm_affine: bool = True, norm_bias: bool = False, norm_eps: float = 1e-5):
-        super().__init__()
-        self.eps = norm_eps
-        self.weight = nn.Parameter(torch.ones(dim)) if norm_affine else None
-        self.bias = nn.Parameter(torch.zeros(dim)) if norm_bias else None
 
     def forward(self, x):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
-class CosineNorm(LoggingModule):
+class CosineNorm(Norm):
     """x / |x|, a vector of length 1, with a learned gain: the dot product of two is their cosine.  (..., D) → (..., D)
 
     As the normalisation of nGPT (Loshchilov et al. 2024, arXiv 2410.01131, section 2.1). The gain begins at sqrt(D), so
@@ -55,10 +53,9 @@ class CosineNorm(LoggingModule):
     """
 
     def __init__(self, dim: int, norm_affine: bool = True, norm_bias: bool = False, norm_eps: float = 1e-5):
-        super().__init__()
-        self.eps = norm_eps
-        self.weight = nn.Parameter(torch.full((dim,), math.sqrt(dim))) if norm_affine else None
-        self.bias = nn.Parameter(torch.zeros(dim)) if norm_bias else None
+        super().__init__(dim, norm_affine, norm_bias, norm_eps)
+        if norm_affine:
+            nn.init.constant_(self.weight, math.sqrt(dim))
 
     def forward(self, x):
         normed = F.normalize(x, dim=-1, eps=self.eps)

@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import pytest
+from errors import one_line_error
 
 from config import PRE_NORM, PRESETS, SANDWICH_NORM, ModelConfig, TrainConfig, from_json, layer_steps, preset, to_json
 from model import GPT
@@ -14,16 +15,6 @@ from model import GPT
 VOCAB_SIZE = 1027  # bpe_tokenizer_1024 with bos, eos and pad
 PARALLEL = [PRE_NORM, "Norm->MLP(mlp_dim=64)->+"]
 NAN, INF = float("nan"), float("inf")
-
-
-def one_line_error(call, *words, error=ValueError):
-    """The call must raise an error of one line that holds all the words."""
-    with pytest.raises(error) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 @pytest.mark.parametrize("name", PRESETS)

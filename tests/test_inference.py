@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import references
 import torch
+from errors import one_line_error
 from torch import nn
 
 from config import ModelConfig, TrainConfig, preset
@@ -49,15 +50,6 @@ def build(config: ModelConfig, vocab_size: int) -> GPT:
 @pytest.fixture(scope="module")
 def model(tokenizer):
     return build(TINY, tokenizer.vocab_size)
-
-
-def one_line_error(call, *words):
-    with pytest.raises(ValueError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 OPTIONS = [{"temperature": 0.0}, {"temperature": 1.2, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "seed": 11}]

@@ -9,6 +9,7 @@ import pytest
 import references
 import torch
 import torch.nn.functional as F
+from errors import one_line_error
 from torch import nn
 
 from config import PRESETS, SANDWICH_NORM, ModelConfig, preset
@@ -277,15 +278,6 @@ def test_the_mlp(activation, formula, gated):
     mlp, x = MLP(24, 48, activation, gated, linear_bias=True), torch.randn(2, 3, 24)
     hidden = formula(mlp.w_gate(x)) * mlp.w_in(x) if gated else formula(mlp.w_in(x))
     torch.testing.assert_close(mlp(x), mlp.w_out(hidden))
-
-
-def one_line_error(call, *words, error=ValueError):
-    with pytest.raises(error) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 @pytest.mark.parametrize(
