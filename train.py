@@ -203,14 +203,14 @@ def main():
     bar, seen = None, ""
     for record in train(arguments.model, config, name, resume=arguments.resume, continue_from=arguments.continue_from):
         if bar is None:  # only now, so that what is said before stands on lines of its own
-            bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}|{postfix}")
+            bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {desc}")
         if record.bits_per_byte is not None:
             seen = f", {record.bits_per_byte:.3f} bits/byte"
         done = min(1.0, progress(record.step, record.seconds, config))
         left = tqdm.format_interval(record.seconds * (1 - done) / done)
         pace = f"{record.tokens_per_second:,.0f} tokens/s"
         bar.n = done
-        bar.set_postfix_str(f"{left} left, step {record.step:,}, loss {record.train_loss:.3f}{seen}, {pace}")
+        bar.set_description_str(f"{left} left, step {record.step:,}, loss {record.train_loss:.3f}{seen}, {pace}")
     bar.close()
     if not is_finished(record.step, record.seconds, config):
         print(f"stopped after {record.step:,} steps and saved. To go on:\n  {python} train.py --name {name} --resume")
