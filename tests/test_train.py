@@ -25,6 +25,7 @@ from command_line import parse
 from config import PRESETS, TrainConfig, preset, to_json
 from data import load_data
 from evaluation import evaluate
+from inference import generate
 from report import command, plot_losses, write_report
 from runs import Run, default_name, load_model
 from tokenizer import load_tokenizer
