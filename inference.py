@@ -121,32 +121,23 @@ def room_for_new_tokens(model: GPT, prompts: list[list[int]], max_new_tokens: in
 
 
 def stream(
-    model: GPT,
-    tokenizer,
-    prompts: list[str],
-    *,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    seed: int = 0,
-    use_cache: bool = True,
-) -> Iterator[list[str]]:
+    model: GPT, tokenizer, prompts: list[str], *,
+    max_new_tokens: int | None = None, seed: int = 0, use_cache: bool = True, **sampling,
+) -> Iterator[list[str]]:  # fmt: skip
     """The stories as they grow: yields, after every token, the text of each prompt with what has been written so far.
 
-    A story ends at eos, after max_new_tokens, or where the context is full. Raises ValueError for a prompt that is
-    longer than the context and for sampling options that make no sense.
+    A story ends at eos, after max_new_tokens, or where the context is full. How tokens are drawn (temperature=0.5, top_k=40, ...)
+    is said as in Sampling. Raises ValueError for a prompt that is longer than the context and for options that make no sense.
     """
     if not prompts:
         raise ValueError("there is no prompt: give at least one, such as 'Once upon a time'")
-    sampling = Sampling(temperature, top_k, top_p, min_p)
+    drawing = Sampling(**sampling)
     tokens = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     room = room_for_new_tokens(model, tokens, max_new_tokens)
     was_training = model.training
     model.eval()
     try:
-        for drawn in generate_tokens(model, [row.copy() for row in tokens], tokenizer.eos_id, room, sampling, seed, use_cache):
+        for drawn in generate_tokens(model, [row.copy() for row in tokens], tokenizer.eos_id, room, drawing, seed, use_cache):
             for row, token in zip(tokens, drawn, strict=True):
                 if token is not None:
                     row.append(token)
