@@ -54,6 +54,8 @@ class LivePlot:
         self.display = display(self.figure, display_id=True)
 
     def add(self, record):
+        if not self.records:
+            self.data = Run(self.name).load("model.pth", {"data"})["data"]
         self.records.append(record)
         if time.monotonic() - self.drawn_at > self.seconds_between or record.validation_loss is not None:
             self.drawn_at = time.monotonic()
@@ -67,8 +69,7 @@ class LivePlot:
         last = self.records[-1]
         self.axes.set(xlabel="steps", ylabel="loss (nats per token)")
         pace = f"{last.tokens_per_second:,.0f} tokens/s"
-        data = Run(self.name).load("model.pth", {"data"})["data"]
-        self.axes.set_title(f"{data}: {last.seconds:.0f} s, {pace}, learning rate {last.learning_rate:.2g}")
+        self.axes.set_title(f"{self.data}: {last.seconds:.0f} s, {pace}, learning rate {last.learning_rate:.2g}")
         self.axes.grid(alpha=0.3)
         self.axes.legend()
         self.display.update(self.figure)

@@ -15,6 +15,7 @@ import csv
 import io
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -63,8 +64,12 @@ class Run:
         """Make the folder and write the two configs. Raises ValueError where a run of that name exists."""
         self.check_is_new()
         self.folder.mkdir(parents=True)
-        self.save_text("model_config.json", to_json(model_config))
-        self.save_text("train_config.json", to_json(train_config))
+        try:
+            self.save_text("model_config.json", to_json(model_config))
+            self.save_text("train_config.json", to_json(train_config))
+        except OSError:
+            shutil.rmtree(self.folder)
+            raise
 
     def path(self, file: str) -> Path:
         """The path of a file that must be there. Raises FileNotFoundError that names the run or the file that is missing."""
@@ -162,10 +167,9 @@ class Run:
             os.replace(unfinished, self.folder / file)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
-            raise OSError(
-                f"could not write {file} of the run {self.name!r} ({error.strerror}). What was saved before is still there: "
-                f"make room and go on with --name {self.name} --resume"
-            ) from error
+            kept = (self.folder / "checkpoint.pth").exists()
+            cure = f"go on with --name {self.name} --resume: what was saved before is still there" if kept else "start again"
+            raise OSError(f"could not write {file} of the run {self.name!r} ({error.strerror}): make room and {cure}") from error
 
 
 def load_model(name: str, device: str = "cpu"):

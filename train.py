@@ -165,7 +165,7 @@ def progress(step: int, seconds: float, config: TrainConfig) -> float:
 
 
 def expected_steps(step: int, seconds: float, config: TrainConfig) -> float:
-    """How many steps the budget holds, judged by the pace so far. With max_steps alone that is exact."""
+    """How many steps the budget holds, judged by the pace so far. With max_steps alone it is max_steps, up to rounding."""
     pace = progress(step, seconds, config)
     return step / pace if pace else config.max_steps or math.inf
 

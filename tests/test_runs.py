@@ -91,13 +91,13 @@ def truncated(path):
 
 
 def state_of_another_architecture(path):
-    content = torch.load(path)
+    content = torch.load(path, weights_only=True)
     content["model"] = {name: weight[..., :3] for name, weight in content["model"].items()}
     torch.save(content, path)
 
 
 def weights_that_are_none(path):
-    torch.save(torch.load(path) | {"model": 5}, path)
+    torch.save(torch.load(path, weights_only=True) | {"model": 5}, path)
 
 
 def change_json(**changes):
@@ -234,6 +234,21 @@ class TestNothingIsLost:
         assert Run("mine").load("checkpoint.pth", {"step"})["step"] == 8
         resumed = list(train(MODEL, make_config(), "mine", resume=True))
         assert [record.step for record in resumed] == list(range(9, 21))
+
+    @pytest.mark.parametrize("files", [0, 1, 2, 3])
+    def test_a_disk_that_is_full_from_the_start_leaves_no_run(self, make_config, monkeypatch, files):
+        """There is room for so many files: the two configs, and the first weights."""
+        room = iter(range(files))
+
+        def full(file):
+            if next(room, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left \S+ \S+: make room and start again"):
+            patch.setattr(os, "fsync", full)
+            next(train(MODEL, make_config(), "mine"))
+        assert not Run("mine").folder.exists()
+        assert next(train(MODEL, make_config(), "mine")).step == 1
 
     def test_a_kill_at_any_moment_leaves_a_whole_file(self):
         run = Run("mine")
