@@ -10,14 +10,15 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
+import kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig, did_you_mean, layer_steps
+from losses import IGNORE, chunked_cross_entropy
 from tools import LoggingModule
-
-IGNORE = -100  # a target that the loss leaves out, such as padding; cross_entropy's own default
 
 
 class Norm(LoggingModule):
@@ -76,7 +77,7 @@ def rope_table(max_seq_len: int, head_dim: int, rope_theta: float) -> tuple[Tens
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn channels k and k + head_dim / 2 by the angle of their position.  (B, num_heads, T, head_dim) → the same
 
-    rope holds cosines and sines, each (1, T, head_dim / 2), or (B, 1, T, head_dim / 2) where rows differ in positions.
+    rope holds cosines and sines, each (1, T, head_dim / 2).
     """
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
@@ -93,6 +94,13 @@ def causal_mask(T: int, S: int, device) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
+def first_of_story(story_ids: Tensor) -> Tensor:
+    """Where the story of each token begins in its row.  (B, T) → (B, T)"""
+    places = torch.arange(story_ids.shape[1], device=story_ids.device)
+    begins = F.pad(story_ids[:, 1:] != story_ids[:, :-1], (1, 0))
+    return torch.where(begins, places, 0).cummax(dim=1).values
+
+
 def linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
     """nn.Linear that begins as GPT-2's (Radford et al. 2019): weights of standard deviation 0.02, no bias."""
     layer = nn.Linear(in_features, out_features, bias=bias)
@@ -106,7 +114,8 @@ class Attention(LoggingModule):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245).  (B, T, D) → (B, T, D)
 
     num_kv_heads = num_heads is multi-head attention, 1 is multi-query attention. Scores, softmax and weighted sum are
-    written out for attention="plain" and for a soft cap; else torch's fused kernel does the same without keeping them.
+    written out for attention="plain" and for a soft cap; "sdpa" is torch's fused kernel and "kernel" our own for the CPU
+    (kernels.cpp), which do the same without keeping them. "auto" is sdpa until train.py has measured which is faster.
     """
 
     def __init__(
@@ -132,12 +141,20 @@ class Attention(LoggingModule):
         self.w_out = linear(num_heads * head_dim, dim, bias=linear_bias)
         self.q_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
         self.k_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
-        self.fused = attention == "auto" and attention_soft_cap is None
+        self.backend = attention
         self.soft_cap = attention_soft_cap
         self.dropout = dropout
 
-    def forward(self, x, *, mask=None, rope=None, cache=None):
-        """mask (T, S) or (B, 1, T, S) is True where a token may look, None is causal; rope is what `apply_rope` takes."""
+    def forward(self, x, *, mask=None, first=None, rope=None, cache=None):
+        """mask (T, S) or (B, 1, T, S) is True where a token may look, None is causal; first (B, T) is the same as numbers:
+        the first token that each one may look at, None is 0; rope is what `apply_rope` takes."""
+        B, T, D = x.shape
+        q, k, v = self.project(x, rope)
+        mixed = self.mix(q, k, v, mask, first, cache)
+        return self.w_out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+    def project(self, x, rope):
+        """Queries (B, num_heads, T, head_dim), and keys and values (B, num_kv_heads, T, head_dim)."""
         B, T, D = x.shape
         q = self.w_q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, num_heads, T, head_dim)
         k = self.w_k(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, num_kv_heads, T, head_dim)
@@ -146,16 +163,20 @@ class Attention(LoggingModule):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
+        return q, k, v
+
+    def mix(self, q, k, v, mask, first, cache):
+        """Each query's average of the values, by the fastest way there is.  (B, num_heads, T, head_dim)"""
         if cache is not None:
             if cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
             cache["k"], cache["v"] = k, v
-        if self.fused:
-            dropout, causal = self.dropout if self.training else 0.0, mask is None
-            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=True)
-        else:
-            mixed = self.attend(q, k, v, causal_mask(T, T, x.device) if mask is None else mask)
-        return self.w_out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+        dropout = self.dropout if self.training else 0.0
+        if self.backend == "plain" or self.soft_cap is not None:
+            return self.attend(q, k, v, causal_mask(q.shape[2], k.shape[2], q.device) if mask is None else mask)
+        if self.backend == "kernel" and cache is None and not dropout:
+            return kernels.attention(q, k, v, first)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=True)
 
     def attend(self, q, k, v, mask):
         """Scores, softmax and weighted sum.  q (B, num_heads, T, head_dim), k and v (B, num_kv_heads, S, head_dim) → as q"""
@@ -204,16 +225,17 @@ class MLP(LoggingModule):
 
 
 BLOCKS = {"Attn": Attention, "MLP": MLP, **NORMS}
-SUPPLIED = ("rope", "mask", "cache")  # what a layer can give to a forward that asks for it by name
+# What a layer can give to a forward that asks for it by name: see GPT.forward, which makes them.
+SUPPLIED = ("rope", "mask", "first", "cache", "tokens", "shared")
 
 
 def block_menu(config: ModelConfig) -> dict[str, type[nn.Module]]:
-    """Every block that the layer string may name: the base model's, `Norm`, and the plugins'.
+    """Every block that the layer string may name: the base model's, `Norm`, those of modules/, and the plugins'.
 
     Raises ImportError for a plugin that cannot be imported, ValueError for one without BLOCKS or with a name that is taken.
     """
     menu = {"Norm": NORMS[config.norm], **BLOCKS}
-    for plugin in config.plugins:
+    for plugin in ("modules", *config.plugins):
         blocks = getattr(importlib.import_module(plugin), "BLOCKS", None)
         if blocks is None:
             raise ValueError(f"the plugin {plugin!r} has no BLOCKS. Give it one, such as BLOCKS = {{'MyBlock': MyBlock}}")
@@ -224,7 +246,7 @@ def block_menu(config: ModelConfig) -> dict[str, type[nn.Module]]:
     return menu
 
 
-def build_block(name: str, options: dict, config: ModelConfig) -> nn.Module:
+def build_block(name: str, options: dict, config: ModelConfig, vocab_size: int) -> nn.Module:
     """The block of that name: each argument of its __init__ is filled from the options, or else from the config.
 
     Raises ValueError for an unknown name or option, a value that the config would not take, or a need that nothing meets.
@@ -238,7 +260,7 @@ def build_block(name: str, options: dict, config: ModelConfig) -> nn.Module:
             raise ValueError(
                 f"layers: {name} has no option {option!r}.{did_you_mean(option, wanted)} There are: {', '.join(wanted)}"
             )
-    values = config.block_values | options
+    values = config.block_values | {"vocab_size": vocab_size} | options
     if menu[name] in BLOCKS.values():  # then the config knows what a value may be
         replace(config, **{option: value for option, value in options.items() if option in config.block_values})
     needs = inspect.signature(menu[name].forward).parameters
@@ -259,14 +281,15 @@ class Steps(LoggingModule):
     (B, T, D) → (B, T, D). Each block is given those of the `needs` that its forward names.
     """
 
-    def __init__(self, layer: str, config: ModelConfig, num_residuals: int):
+    def __init__(self, layer: str, config: ModelConfig, vocab_size: int, num_residuals: int):
         super().__init__()
         self.steps = [name for name, _ in layer_steps(layer)]
-        self.blocks = nn.ModuleList(build_block(*step, config) for step in layer_steps(layer) if step[0] not in "+|")
+        steps = [step for step in layer_steps(layer) if step[0] not in "+|"]
+        self.blocks = nn.ModuleList(build_block(*step, config, vocab_size) for step in steps)
         self.needs = [set(inspect.signature(block.forward).parameters) for block in self.blocks]
         self.dropout = config.dropout
         for block in self.blocks:
-            scale_residual_output(block, num_residuals)
+            scale_residual_output(block, 0.0 if config.zero_init else num_residuals**-0.5)
 
     def forward(self, x, *, cache=None, **needs):
         skip = x
@@ -285,15 +308,15 @@ class Steps(LoggingModule):
         return x
 
 
-def scale_residual_output(block: nn.Module, num_residuals: int):
+def scale_residual_output(block: nn.Module, scale: float):
     """Shrink a block's last matrix, called w_out, so that the sum of all residual updates does not grow with the depth.
 
-    1 / sqrt(number of residual updates), as in GPT-2 (Radford et al. 2019, section 2.3).
+    By 1 / sqrt(number of residual updates), as in GPT-2 (Radford et al. 2019, section 2.3); by 0 for zero_init.
     """
     if hasattr(block, "w_out"):
         weight = block.w_out if isinstance(block.w_out, nn.Parameter) else block.w_out.weight
         with torch.no_grad():
-            weight.mul_(num_residuals**-0.5)
+            weight.mul_(scale)
 
 
 class Layer(LoggingModule):
@@ -303,10 +326,10 @@ class Layer(LoggingModule):
     have steps of their own, as the dense and the expert branch of Snowflake Arctic.
     """
 
-    def __init__(self, layer: str | list[str], config: ModelConfig, num_residuals: int):
+    def __init__(self, layer: str | list[str], config: ModelConfig, vocab_size: int, num_residuals: int):
         super().__init__()
         layer = [layer] if isinstance(layer, str) else layer
-        self.branches = nn.ModuleList(Steps(branch, config, num_residuals) for branch in layer)
+        self.branches = nn.ModuleList(Steps(branch, config, vocab_size, num_residuals) for branch in layer)
 
     def forward(self, x, **needs):
         if len(self.branches) == 1:
@@ -342,20 +365,30 @@ class GPT(LoggingModule):
         self.dropout = config.dropout
         branches = [branch for layer in config.depth_layers for branch in ([layer] if isinstance(layer, str) else layer)]
         num_residuals = sum(layer_steps(branch).count(("+", {})) for branch in branches)
-        self.layers = nn.ModuleList(Layer(layer, config, max(1, num_residuals)) for layer in config.depth_layers)
-        self.norm = build_block("Norm", {}, config)
+        self.layers = nn.ModuleList(Layer(layer, config, vocab_size, max(1, num_residuals)) for layer in config.depth_layers)
+        self.norm = build_block("Norm", {}, config, vocab_size)
         self.head = linear(config.dim, vocab_size, bias=False)
         for table in (self.embedding, self.position_embedding):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
+        elif config.zero_init:
+            nn.init.zeros_(self.head.weight)
+        self.checkpoint_layers = False  # compute each layer again on the way back instead of keeping what is inside
+        self.loss_chunk = None  # how many tokens go through head and loss at once in training; None is all
 
-    def forward(self, tokens, targets=None, *, story_ids=None, cache=None):
-        """Logits (B, T, V), and the mean loss in nats where targets are given (else None).
+    def forward(self, tokens, targets=None, *, story_ids=None, window=None, cache=None):
+        """Logits (B, T, V), and the mean loss in nats where targets are given (else None). No logits with a loss_chunk.
 
         tokens (B, T) of integers; targets (B, T), IGNORE where there is nothing to predict; story_ids (B, T) number the
-        stories packed into a row, which then do not see each other; cache is a Cache of the tokens before these.
+        stories packed into a row, which then do not see each other; window is how many tokens back a token may look,
+        itself included; cache is a Cache of the tokens before these.
+
+        The blocks may ask for: rope, the cosines and sines of the positions; mask and first, which tokens each one may look
+        at (see Attention); cache, a dict of its own that lasts from call to call; tokens; shared, a dict that is empty at the
+        first layer, for what layers tell later ones.
+
         Raises ValueError where the tokens go beyond max_seq_len.
         """
         B, T = tokens.shape
@@ -364,11 +397,17 @@ class GPT(LoggingModule):
         if S > self.config.max_seq_len:
             raise ValueError(f"{S} tokens do not fit into max_seq_len={self.config.max_seq_len}: give the model fewer")
         mask = causal_mask(T, S, tokens.device) if start else None  # None is causal, too
-        positions = torch.arange(start, S, device=tokens.device)  # (T,)
+        first = None
+        places = positions = torch.arange(start, S, device=tokens.device)  # (T,)
         if story_ids is not None:
             assert cache is None, "stories in a row are for training, a cache for generating"
-            mask = causal_mask(T, S, tokens.device) & (story_ids[:, None, :, None] == story_ids[:, None, None, :])  # (B, 1, T, S)
-            positions = mask.sum(dim=-1)[:, 0] - 1  # (B, T) counted from the beginning of the story
+            first = first_of_story(story_ids)  # (B, T)
+            positions = places - first  # (B, T) counted from the beginning of the story
+        if window is not None and window < S:
+            assert cache is None, "a window is for training"
+            first = (places - window + 1).clamp(min=0).expand(B, T) if first is None else first.maximum(places - window + 1)
+        if first is not None:
+            mask = causal_mask(T, S, tokens.device) & (places >= first[..., None])[:, None]  # (B, 1, T, S)
 
         x = self.embedding(tokens) * self.embedding_scale  # (B, T, config.dim)
         if self.config.positions == "learned":
@@ -377,14 +416,21 @@ class GPT(LoggingModule):
             x = x + self.sinusoids[positions]
         rope = None
         if self.config.positions == "rope":
-            rope = self.rope_cos[positions].unsqueeze(-3), self.rope_sin[positions].unsqueeze(-3)
+            rope = self.rope_cos[None, start:S], self.rope_sin[None, start:S]  # it sees distances alone: no need for positions
         x = F.dropout(x, self.dropout, self.training)
+        needs = {"rope": rope, "mask": mask, "first": first, "tokens": tokens, "shared": {}}
         for layer in self.layers:
-            x = layer(x, rope=rope, mask=mask, cache=None if cache is None else cache.blocks)
+            if self.checkpoint_layers and self.training:
+                x = checkpoint(layer, x, use_reentrant=False, **needs)
+            else:
+                x = layer(x, cache=None if cache is None else cache.blocks, **needs)
         if cache is not None:
             cache.num_tokens = S
 
-        logits = soft_cap(self.head(self.norm(x)), self.config.logit_soft_cap).float()  # (B, T, vocab_size)
+        x = self.norm(x)
+        if targets is not None and self.loss_chunk and self.training:
+            return None, chunked_cross_entropy(x, self.head.weight, targets, self.config.logit_soft_cap, self.loss_chunk)
+        logits = soft_cap(self.head(x), self.config.logit_soft_cap).float()  # (B, T, vocab_size)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)

@@ -24,7 +24,13 @@ VARIANTS = {
     "qk_norm": replace(TINY, qk_norm=True, norm="CosineNorm", num_kv_heads=1),
     "soft_caps": replace(TINY, attention_soft_cap=2.0, logit_soft_cap=0.5),
     "parallel": replace(TINY, layers=["Norm->Attn->+->Norm->MLP->+", "Norm->Attn->+"]),
-}
+    "modules": replace(
+        TINY, zero_init=True, tied_embeddings=False, layers=(
+            "Bigram(size=64)->Norm->|->Shortcut->Norm->ShortConv->ValueAttn->+->Norm->MLP->+",
+            "Shortcut->|->Norm->ValueAttn(qk_norm=True)->+->Norm->ShortConv(width=3)->MLP->+",
+        ),
+    ),
+}  # fmt: skip
 
 
 def randomised(model: GPT, seed: int = 0) -> GPT:
@@ -187,7 +193,7 @@ def test_the_loss_ignores_what_is_not_to_be_predicted_and_micro_batches_add_up()
 
 def steps(layer: str, config: ModelConfig = TINY) -> Steps:
     torch.manual_seed(0)
-    return randomised(Steps(layer, config, num_residuals=1))
+    return randomised(Steps(layer, config, V, num_residuals=1))
 
 
 def by_hand(layer: str, x: torch.Tensor, blocks: list[Callable]) -> torch.Tensor:
@@ -229,7 +235,7 @@ def test_the_layer_string_means_what_it_says(layer):
 def test_a_list_of_strings_is_branches_side_by_side():
     x = torch.randn(2, 5, 24)
     torch.manual_seed(0)
-    layer = randomised(Layer(["Norm->MLP->+->Norm->MLP->+", "Norm->MLP(gated=False)->+"], TINY, 1))
+    layer = randomised(Layer(["Norm->MLP->+->Norm->MLP->+", "Norm->MLP(gated=False)->+"], TINY, V, 1))
     n1, m1, n2, m2 = layer.branches[0].blocks
     n3, m3 = layer.branches[1].blocks
     dense = m1(n1(x)) + m2(n2(x + m1(n1(x))))
@@ -452,6 +458,38 @@ def test_fused_attention_equals_the_written_out_one():
         fused, plain = (Attention(24, 4, num_kv_heads, 8, attention=attention) for attention in ("auto", "plain"))
         plain.load_state_dict(fused.state_dict())
         torch.testing.assert_close(fused(x), plain(x), atol=1e-6, rtol=1e-5)
+
+
+def test_a_model_that_begins_at_zero_adds_nothing_and_knows_nothing():
+    model = GPT(replace(TINY, zero_init=True, tied_embeddings=False), V)
+    logits, loss = model(some_tokens(2, 9), some_tokens(2, 9, seed=1))
+    assert not logits.any() and loss.item() == pytest.approx(math.log(V))
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_a_window_is_how_far_back_a_token_may_look(window):
+    model, tokens = build(replace(TINY, num_layers=1)), some_tokens(2, 24)
+    stories = torch.tensor([[0] * 10 + [1] * 14, [0] * 24])
+    seen, _ = model(tokens, story_ids=stories, window=window)
+    for row, place, first in ((0, 23, 24 - window), (0, 11, max(10, 12 - window)), (1, 7, 8 - window)):
+        alone, _ = model(tokens[row : row + 1, first : place + 1])
+        torch.testing.assert_close(seen[row, place], alone[0, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing_and_chunks_of_the_loss_change_nothing_but_the_memory():
+    """Against the model that keeps everything."""
+    tokens, stories = some_tokens(3, 21), torch.tensor([[0] * 8 + [1] * 12]).expand(3, 20)
+    targets = tokens[:, 1:].masked_fill(some_tokens(3, 20, seed=2) < 20, IGNORE)
+    for config in (VARIANTS["modules"], VARIANTS["soft_caps"]):
+        model = build(config).train()
+        gradients = []
+        for model.checkpoint_layers, model.loss_chunk in ((False, None), (True, None), (False, 7), (True, 64)):
+            model.zero_grad()
+            _, loss = model(tokens[:, :-1], targets, story_ids=stories)
+            loss.backward()
+            gradients.append([loss.detach(), *(weight.grad for weight in model.parameters())])
+        for other in gradients[1:]:
+            torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=1e-4)
 
 
 def test_rope_sees_distances_only():

@@ -1,0 +1,60 @@
+"""The loss of a language model without the logits of all tokens at once.
+
+N tokens, D model dim, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a target that the loss leaves out, such as padding; cross_entropy's own default
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, soft_cap: float | None, chunk: int) -> Tensor:
+    """The mean cross-entropy of logits = soft_cap(hidden @ weight.T), in nats; hidden (..., D), weight (V, D), targets (...).
+
+    Only the logits of `chunk` tokens exist at a time, which fit into the cache of the processor; their gradient is worked
+    out at once, so that they need not be kept or computed again. Cross-entropy and its gradient: softmax(logits) - onehot.
+    """
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, soft_cap, chunk)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, soft_cap, chunk):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        total = torch.zeros((), device=device)
+        num_targets = (targets != IGNORE).sum()
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        with torch.autocast(device, enabled=False):
+            weight = weight.to(dtype)
+            for rows in torch.arange(len(hidden)).split(chunk):
+                rows = slice(rows[0], rows[-1] + 1)
+                x, wanted = hidden[rows].to(dtype), targets[rows, None]
+                scored = wanted != IGNORE
+                wanted = wanted.where(scored, 0)
+                logits = (x @ weight.T).float()  # (chunk, V)
+                if soft_cap is not None:
+                    logits = logits.div_(soft_cap).tanh_()
+                    slope = 1 - logits.square()
+                    logits = logits.mul_(soft_cap)
+                highest = logits.amax(dim=1, keepdim=True)
+                right = logits.gather(1, wanted)
+                grad = logits.sub_(highest).exp_()
+                normaliser = grad.sum(dim=1, keepdim=True)
+                total += ((normaliser.log() + highest - right) * scored).sum()
+                grad.mul_(scored / normaliser).scatter_add_(1, wanted, -scored.float())
+                if soft_cap is not None:
+                    grad.mul_(slope)
+                grad = grad.to(dtype)
+                grad_hidden[rows] = grad @ weight
+                grad_weight += grad.T @ x
+        ctx.save_for_backward(grad_hidden, grad_weight, num_targets)
+        return total / num_targets
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight, num_targets = ctx.saved_tensors
+        scale = grad_loss / num_targets
+        return grad_hidden * scale, grad_weight * scale, None, None, None

@@ -1,0 +1,8 @@
+"""The menu of blocks beside those of the base model: one family a file, each with its BLOCKS.
+
+They plug in as an experiment does, by name in the layer string; see model.py for what a block may ask for.
+"""
+
+from modules import convolution, embeddings, values
+
+BLOCKS = convolution.BLOCKS | embeddings.BLOCKS | values.BLOCKS
