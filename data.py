@@ -52,15 +52,15 @@ class Data:
         self._pieces = np.asarray(np.memmap(rows_dir / "pieces.bin", PIECE, "r"))
         self._first = np.asarray(np.memmap(rows_dir / "first.bin", "<u8", "r"))
 
-    def batch(self, index: int, batch_size: int, seed: int):
-        """The index-th batch of the endless shuffled stream of rows: a LongTensor (batch_size, T + 1).
+    def batch(self, first: int, batch_size: int, seed: int):
+        """So many rows of the endless shuffled stream of rows, from the first-th on: a LongTensor (batch_size, T + 1).
 
         A pure function of its arguments; pad_id stands where there is no token. The stream goes through all rows once an
         epoch, each epoch in another order; a batch may hold the end of one epoch and the beginning of the next.
         """
         import torch
 
-        places = np.arange(index * batch_size, (index + 1) * batch_size, dtype=np.uint64)
+        places = np.arange(first, first + batch_size, dtype=np.uint64)
         epoch, position = np.divmod(places, np.uint64(self.num_rows))
         batch = np.full((batch_size, self._capacity), self._pad_id, np.int64)
         for line, row in zip(batch, shuffled(position, self.num_rows, seed, epoch).tolist(), strict=True):

@@ -1,19 +1,21 @@
-"""How weights are moved: the optimizers, and the learning rate over a run."""
+"""How weights are moved: the optimizers, the average of the weights, and the learning rate over a run."""
 
 import itertools
 import math
+from collections import defaultdict
 
 import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from config import TrainConfig
 from model import GPT
 
 
 def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon (Jordan et al. 2024) for the hidden matrices and AdamW for the rest.
+    """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
 
-    Weight decay pulls on matrices alone: not on norms, biases and embeddings. Muon's updates are scaled to the size of
-    AdamW's, so that both take the same learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    Weight decay pulls on matrices alone: not on norms, biases and embeddings.
     """
     tables = {id(table.weight) for table in model.modules() if isinstance(table, torch.nn.Embedding)}
     matrices, rest = [], []
@@ -22,17 +24,78 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     groups = [{"params": rest, "weight_decay": 0.0}]
     optimizers = []
     if config.optimizer == "Muon":
-        hidden = [weight for weight in matrices if weight.ndim == 2 and weight is not model.head.weight]
+        linears = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+        hidden = [weight for weight in matrices if id(weight) in linears and weight is not model.head.weight]
         hidden_ids = {id(weight) for weight in hidden}
         matrices = [weight for weight in matrices if id(weight) not in hidden_ids]
-        optimizers.append(torch.optim.Muon(
-            hidden, lr=config.lr_max, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw",
-        ))  # fmt: skip
+        optimizers.append(Muon(hidden, config.lr_max, config.weight_decay))
     groups.append({"params": matrices, "weight_decay": config.weight_decay})
     optimizers.append(torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr_max, betas=config.betas, eps=config.eps, fused=True,
     ))  # fmt: skip
     return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update is turned into the nearest orthogonal matrix (Jordan et al. 2024).
+
+    torch.optim.Muon takes the matrices one after the other, which costs a third of a step where models and batches are small.
+    Here matrices of one shape go together. Updates are scaled to the size of AdamW's, so that both take the same learning
+    rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    """
+
+    def __init__(self, weights: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    by_shape[weight.shape].append(weight)
+            for (rows, columns), weights in by_shape.items():
+                gradients = [weight.grad for weight in weights]
+                momenta = [self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in weights]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's look ahead
+                updates = orthogonalise(torch.stack(ahead))
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, list(updates.unbind()), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
+
+
+# The five polynomials a x + b x^3 + c x^5 that bring singular values from [0.001, 1] to 1 fastest (Amsel et al. 2025, arXiv
+# 2505.16932, appendix; they call it Polar Express).
+POLYNOMIALS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T: all singular values become 0.9 to 1.1, or less where they were tiny.
+
+    (number, rows, columns) → the same
+    """
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalise(matrices.mT).mT
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-7)
+    for a, b, c in POLYNOMIALS:
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def average_of_weights(model: GPT, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights, which forgets its beginning faster: `decay` is the share it keeps a step."""
+
+    def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor):
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + num_averaged.item()) / (10 + num_averaged.item())))
+
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=False)
 
 
 def scheduled_learning_rate(step: int, num_steps: float, config: TrainConfig) -> float:
@@ -58,3 +121,20 @@ def scheduled_learning_rate(step: int, num_steps: float, config: TrainConfig) ->
     else:
         height = min(1.0, (1 - done) / 0.2)
     return config.lr_min + (config.lr_max - config.lr_min) * height
+
+
+def growing_batch_size(done: float, config: TrainConfig) -> int:
+    """The sequences of a step: batch_size_start, doubled in equal times, batch_size from half of the run on.
+
+    Small batches learn most in little time, larger ones find better weights in the end. done: the share of the run that is over.
+    """
+    start = config.batch_size_start or config.batch_size
+    doublings = math.ceil(math.log2(config.batch_size / start))
+    return min(config.batch_size, start * 2 ** int(2 * done * doublings))
+
+
+def growing_window(done: float, config: TrainConfig, max_seq_len: int) -> int | None:
+    """How many tokens back a token may look: from window_start on it grows evenly until half of the run. None is all."""
+    if config.window_start is None or done >= 0.5:
+        return None
+    return config.window_start + int((max_seq_len - config.window_start) * 2 * done)

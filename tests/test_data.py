@@ -161,14 +161,14 @@ def test_the_shuffle_looks_random():
 
 def test_batch_is_a_function_of_its_arguments_and_goes_through_all_rows_once_an_epoch(folder, tmp_path):
     opened = load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
-    batch = opened.batch(5, 32, seed=1)
+    batch = opened.batch(160, 32, seed=1)
     assert batch.shape == (32, 65)
     assert batch.dtype == torch.long
     again = load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
-    assert torch.equal(batch, again.batch(5, 32, seed=1))
-    assert not torch.equal(batch, opened.batch(5, 32, seed=2))
+    assert torch.equal(batch, again.batch(160, 32, seed=1))
+    assert not torch.equal(batch, opened.batch(160, 32, seed=2))
     epoch = sorted(opened.batch(0, opened.num_rows, seed=1).tolist())
-    small = torch.cat([opened.batch(index, 7, seed=1) for index in range(-(-2 * opened.num_rows // 7))])
+    small = torch.cat([opened.batch(7 * index, 7, seed=1) for index in range(-(-2 * opened.num_rows // 7))])
     assert sorted(small[:opened.num_rows].tolist()) == epoch
     assert sorted(small[opened.num_rows:2 * opened.num_rows].tolist()) == epoch
     assert small[:opened.num_rows].tolist() != small[opened.num_rows:2 * opened.num_rows].tolist()

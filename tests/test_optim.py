@@ -11,7 +11,15 @@ from torch.optim import lr_scheduler
 
 from config import ModelConfig, TrainConfig
 from model import GPT
-from optim import build_optimizers, scheduled_learning_rate
+from optim import (
+    Muon,
+    average_of_weights,
+    build_optimizers,
+    growing_batch_size,
+    growing_window,
+    orthogonalise,
+    scheduled_learning_rate,
+)
 
 
 def ours(num_steps, **options):
@@ -128,3 +136,64 @@ class TestGroups:
             assert by_muon == hidden
         for group in optimizers[-1].param_groups:
             assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
+
+
+class TestMuon:
+    @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8)])
+    def test_updates_are_nearly_orthogonal_in_the_directions_of_the_gradient(self, shape):
+        """Against U V^T of torch's singular value decomposition."""
+        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+        ours = orthogonalise(matrices)
+        singular = torch.linalg.svdvals(ours)
+        assert singular.min() > 0.7 and singular.max() < 1.3
+        cosine = (ours * (u @ vh)).sum(dim=(1, 2)) / ours.norm(dim=(1, 2)) / (u @ vh).norm(dim=(1, 2))
+        assert cosine.min() > 0.99
+
+    def test_steps_are_those_of_torch_up_to_its_bfloat16(self):
+        weights = [torch.randn(24, 8), torch.randn(24, 8), torch.randn(8, 8)]
+        gradients = [torch.randn_like(weight) for weight in weights]
+        moved = []
+        for make in (
+            lambda ws: Muon(ws, lr=0.1, weight_decay=0.1),
+            lambda ws: torch.optim.Muon(ws, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        ):
+            trained = [torch.nn.Parameter(weight.clone()) for weight in weights]
+            optimizer = make(trained)
+            for _ in range(3):
+                for weight, gradient in zip(trained, gradients, strict=True):
+                    weight.grad = gradient.clone()
+                optimizer.step()
+            moved.append([weight.detach() - before for weight, before in zip(trained, weights, strict=True)])
+        for ours, theirs in zip(*moved, strict=True):
+            assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.98
+            assert ours.norm() == pytest.approx(theirs.norm().item(), rel=0.2)
+
+
+def test_the_average_of_weights_is_the_recurrence():
+    model = torch.nn.Linear(3, 2)
+    average = average_of_weights(model, decay=0.5)
+    expected = None
+    for step in range(6):
+        with torch.no_grad():
+            model.weight.normal_()
+        average.update_parameters(model)
+        keep = min(0.5, (1 + step) / (10 + step))
+        expected = model.weight.clone() if expected is None else keep * expected + (1 - keep) * model.weight
+    torch.testing.assert_close(average.module.weight, expected)
+
+
+class TestWarmUps:
+    def test_the_batch_doubles_until_half_of_the_run(self):
+        config = TrainConfig(batch_size=16, batch_size_start=4)
+        sizes = [growing_batch_size(done / 100, config) for done in range(101)]
+        assert [size for size, _ in itertools.groupby(sizes)] == [4, 8, 16]
+        assert sizes[24] == 4 and sizes[25] == 8 and sizes[50] == 16
+        assert growing_batch_size(0.0, TrainConfig(batch_size=16)) == 16
+
+    def test_the_window_grows_until_half_of_the_run(self):
+        config = TrainConfig(window_start=32)
+        windows = [growing_window(done / 100, config, 256) for done in range(101)]
+        assert windows[0] == 32 and windows[25] == 144 and windows[49] < 256 and set(windows[50:]) == {None}
+        assert windows[:50] == sorted(windows[:50])
+        assert growing_window(0.0, TrainConfig(), 256) is None
