@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from data import Data
 from evaluation import Evaluation, evaluate
 from model import GPT
+from probe import Choices
 from runs import Run, load_model, load_weights
 from tokenizer import Tokenizer
 
@@ -45,9 +47,10 @@ class Training:
     tokenizer: Tokenizer
     data: Data
     validation: list[str]  # the stories that every evaluation scores
-    batch_size: int
+    average: AveragedModel | None = None  # of the weights, where it is to be scored and kept instead of the last ones
+    choices: Choices | None = None  # what was found to be the fastest way on this machine
     continued_from: str | None = None  # the run whose weights it began with
-    first_batch: int = 0  # where in the stream of batches it began: behind those that the earlier run has read
+    rows: int = 0  # of the stream of rows that are read, those of the earlier run too
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -63,16 +66,26 @@ class Training:
         if model.config != self.model.config:
             raise ValueError(f"the run {name!r} has another architecture: leave the --model options and --preset out")
         self.model.load_state_dict(model.state_dict())
-        rows_read = Run(name).load("model.pth", {"rows_read"})["rows_read"]
-        self.continued_from, self.first_batch = name, math.ceil(rows_read / self.batch_size)
+        self.continued_from, self.rows = name, Run(name).load("model.pth", {"rows_read"})["rows_read"]
+        if self.average is not None:
+            self.average.module.load_state_dict(model.state_dict())
+
+    @property
+    def best_model(self) -> GPT:
+        """The model to score and to keep: with averaged weights, where they are averaged."""
+        return self.model if self.average is None else self.average.module
 
     def evaluate(self) -> Evaluation:
         """Score the validation stories, and keep the weights in model.pth if they are the best so far."""
-        score = evaluate(self.model, self.tokenizer, self.validation)
+        score = self.score(self.best_model, self.validation)
         if score.loss < self.best_loss:
             self.best_loss = score.loss
             self.save_model()
         return score
+
+    def score(self, model: GPT, stories: list[str]) -> Evaluation:
+        with torch.compiler.set_stance("force_eager"):  # else every length of a story would be compiled
+            return evaluate(model, self.tokenizer, stories)
 
     def note(self, record: Record, log_every: int):
         """Keep a record for the log, which has a row for every log_every steps and for every evaluation."""
@@ -86,16 +99,16 @@ class Training:
     def save_model(self):
         """Write model.pth: the weights, and the tokenizer and the data that they belong to."""
         self.run.save("model.pth", {
-            "model": self.model.state_dict(), "step": self.step, "loss": self.best_loss,
+            "model": self.best_model.state_dict(), "step": self.step, "loss": self.best_loss,
             "vocab_size": self.tokenizer.vocab_size, "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "data": self.data.name, "rows_read": (self.first_batch + self.step) * self.batch_size,
+            "data": self.data.name, "rows_read": self.rows,
             "validation_stories": len(self.validation), "validation_fingerprint": fingerprint(self.validation),
             "continued_from": self.continued_from,
         })  # fmt: skip
 
     def save(self):
         """Write checkpoint.pth and log_data.csv. Raises FloatingPointError for a broken model, which would replace a good one."""
-        if not math.isfinite(evaluate(self.model, self.tokenizer, self.validation[:8]).loss):
+        if not math.isfinite(self.score(self.model, self.validation[:8]).loss):
             raise self.not_finite(self.step)
         if math.isinf(self.best_loss):
             self.save_model()
@@ -104,19 +117,22 @@ class Training:
             "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "best_loss": self.best_loss,
             "unlogged": [asdict(record) for record in self.unlogged], "data": self.data.fingerprint,
-            "continued_from": self.continued_from, "first_batch": self.first_batch, "random_state": random_state(),
+            "average": self.average and self.average.state_dict(), "choices": self.choices and asdict(self.choices),
+            "continued_from": self.continued_from, "rows": self.rows, "random_state": random_state(),
         })  # fmt: skip
 
     def restore(self):
         """Take up what `save` wrote. Raises ValueError where it is damaged, or the data are no longer the same."""
-        saved = self.run.load("checkpoint.pth", {"model", "optimizers", "step", "random_state"})
+        saved = self.run.load("checkpoint.pth", {"model", "optimizers", "step", "choices", "random_state"})
         if saved["data"] != self.data.fingerprint:
             raise ValueError(f"the data of the run {self.run.name!r} have changed since: restore them, or train anew")
         load_weights(self.model, saved["model"], "checkpoint.pth", self.run.name)
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.step, self.tokens, self.seconds, self.best_loss = (saved[key] for key in ("step", "tokens", "seconds", "best_loss"))
-        self.continued_from, self.first_batch = saved["continued_from"], saved["first_batch"]
+        self.continued_from, self.rows, self.choices = saved["continued_from"], saved["rows"], Choices(**saved["choices"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
         self.unlogged = [Record(**values) for values in saved["unlogged"]]
         self.log = [row for row in self.run.log_rows() if int(row["step"]) <= self.step]
         set_random_state(saved["random_state"])

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import re
+import sys
 from dataclasses import dataclass, fields, replace
 
 from config import PRESETS, Layers, ModelConfig, Preset, TrainConfig, preset
@@ -70,6 +71,14 @@ def parse(words: list[str]) -> Arguments:
     return arguments
 
 
+def parse_or_exit(words: list[str]) -> Arguments:
+    """As parse, but a mistake ends the program with its one line."""
+    try:
+        return parse(words)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
 def continued(model_config: ModelConfig, train_config: TrainConfig) -> Preset:
     """What --continue_from begins with: the architecture, data and tokenizer of the run, all else as in its preset."""
     fresh = next((known.train for known in PRESETS.values() if known.model == model_config), TrainConfig())
@@ -93,7 +102,7 @@ def command(
             value = getattr(config, field.name)
             if value == getattr(default, field.name):
                 continue
-            if isinstance(value, bool):
+            if field.type is bool:
                 words.append(f"--{group}.{field.name}" if value else f"--{group}.no_{field.name}")
             else:
                 values = value if field.name in ("betas", "plugins") else [value]

@@ -40,9 +40,10 @@ class ModelConfig:
     gated: bool = True  # multiply the hidden layer with a second one (SwiGLU, GeGLU)
     linear_bias: bool = False  # attention and MLP matrices add a bias
     qk_norm: bool = False  # normalise queries and keys: steadier at high learning rates
-    attention: Literal["auto", "plain"] = "auto"  # plain writes the scores out, to look at them; auto is torch's fused kernel
+    attention: Literal["auto", "kernel", "sdpa", "plain"] = "auto"  # our CPU kernel, torch's, or written out; auto is the fastest
     attention_soft_cap: float | None = None  # squash attention scores into +-cap with tanh, as in Grok and Gemma 2
     logit_soft_cap: float | None = None  # squash the output logits into +-cap with tanh
+    zero_init: bool = False  # blocks add nothing at first: the last matrix of each, and an untied head, begin at zero
     tied_embeddings: bool = True  # the output head is the token embedding, transposed
     embedding_scale: float | Literal["sqrt(dim)"] = 1.0  # embeddings are multiplied by this on their way in
     dropout: float = 0.0  # share of embeddings, attention weights and residual updates dropped in training
@@ -113,7 +114,11 @@ class TrainConfig:
     packing: Literal["packed", "padded"] = "packed"  # several stories a row, or one a row and padding behind it
     mask_stories: bool = True  # keep a story from attending to its neighbours in the row
     batch_size: int = 4  # sequences a step; small ones learn most in little time
-    micro_batch_size: int | None = None  # sequences that go through the model at once; None is batch_size. Less takes less memory
+    batch_size_start: int | None = None  # sequences a step at first, doubled up to batch_size by half of the run; None is off
+    window_start: int | None = None  # how far back a token may look at first; grows to all by half of the run; None is off
+    micro_batch_size: int | Literal["auto"] | None = "auto"  # sequences that go through the model at once; None is batch_size
+    loss_chunk: int | None = 256  # tokens whose logits exist at once; None is all, which takes more memory and time
+    gradient_checkpointing: bool = False  # keep less of the way forward and compute it again: less memory, a third more time
     max_steps: int | None = None  # stop after so many steps, or after max_minutes, whichever comes first
     max_minutes: float | None = 3.5  # stop after so many minutes of training, evaluations included
     eval_every: int = 250  # steps between two looks at the validation stories
@@ -124,6 +129,7 @@ class TrainConfig:
     eps: float = 1e-8  # AdamW's guard against dividing by zero
     weight_decay: float = 0.1  # pull towards zero; not on norms, biases and embeddings
     grad_clip: float | None = 1.0  # longest gradient; None does not clip
+    weight_averaging: float | None = None  # keep an average of the weights, which forgets all but this share a step; None is off
     lr_init: float = 0.0  # learning rate before the warm-up
     lr_max: float = 4e-3  # learning rate after it
     lr_min: float = 0.0  # learning rate at the end
@@ -134,8 +140,9 @@ class TrainConfig:
     restart_mult: float = 1.0  # each cycle is so much longer than the one before
     seed: int = 0  # decides the first weights, the order of the data and dropout
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is the best there is
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto is bfloat16 where the machine is fast at it
-    compile: bool = False  # torch.compile: pays in long runs; needs a C++ compiler on the CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto is what the machine is faster at
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto is where the time it takes is won back within the run
+    threads: int | Literal["auto"] = "auto"  # of the CPU; auto is what is fastest
 
     def __post_init__(self):
         check_types(self)
@@ -143,7 +150,7 @@ class TrainConfig:
             require(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
         for name in ("warmup_steps", "final_flat_steps", "num_restarts", "weight_decay", "lr_init", "lr_min", "seed"):
             require(getattr(self, name) >= 0, self, name, "give a number of at least 0")
-        for name in ("max_stories", "max_steps", "max_minutes", "grad_clip"):
+        for name in ("max_stories", "max_steps", "max_minutes", "grad_clip", "loss_chunk", "window_start"):
             value = getattr(self, name)
             require(value is None or value > 0, self, name, "give a positive number, or None")
         for name in ("lr_max", "eps", "restart_mult"):
@@ -151,9 +158,17 @@ class TrainConfig:
         require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "give two numbers from 0 to below 1")
         require(self.eval_stories >= 200, self, "eval_stories", "fewer than 200 cannot tell models apart")
         require(self.max_steps or self.max_minutes, self, "max_steps", "give max_steps or max_minutes, or it never ends")
+        require(self.threads == "auto" or self.threads >= 1, self, "threads", "give a whole number of at least 1, or auto")
+        average = self.weight_averaging
+        require(average is None or 0 < average < 1, self, "weight_averaging", "give a share between 0 and 1, or None")
+        start = self.batch_size_start
+        require(
+            start is None or (1 <= start <= self.batch_size and (self.batch_size / start).is_integer()), self, "batch_size_start",
+            f"it must divide batch_size={self.batch_size}: take one of {divisors(self.batch_size)}",
+        )  # fmt: skip
         micro = self.micro_batch_size
         require(
-            micro is None or (micro >= 1 and self.batch_size % micro == 0), self, "micro_batch_size",
+            micro in (None, "auto") or (micro >= 1 and self.batch_size % micro == 0), self, "micro_batch_size",
             f"it must divide batch_size={self.batch_size}: take one of {divisors(self.batch_size)}",
         )  # fmt: skip
         require(
@@ -247,7 +262,8 @@ def check_types(config: ModelConfig | TrainConfig):
         value = getattr(config, name)
         require(not isinstance(value, float) or math.isfinite(value), config, name, "give a finite number")
         try:
-            if isinstance(value, bool) and annotation is not bool:  # which Python would take for 0 or 1
+            is_switch = annotation is bool or bool in get_args(annotation)
+            if isinstance(value, bool) and not is_switch:  # which Python would take for 0 or 1
                 raise TypeCheckError("a switch is no number")
             check_type(value, annotation, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as error:

@@ -1,12 +1,12 @@
-"""What this machine can do: device, number format, compiler, memory."""
+"""What this machine has: device, compiler, memory."""
 
 import os
 import shutil
 import sys
+from pathlib import Path
 
+import psutil
 import torch
-
-from config import TrainConfig
 
 
 def choose_device(device: str) -> torch.device:
@@ -21,20 +21,6 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The type of matrix products under autocast.
-
-    On a CPU with bfloat16 units, bfloat16 pays once the casts are fused by compile; step by step it is no faster.
-    """
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and config.compile and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
 def check_compiler(device: torch.device):
     """Raises ValueError where torch.compile would need a C++ compiler that is not here."""
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
@@ -46,10 +32,26 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if sys.platform == "win32":
-        import psutil
-
         return psutil.Process().memory_info().peak_wset / 2**20
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux, bytes on macOS
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that a training may still take: what is free, within the limits of this process and of its container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [psutil.virtual_memory().available]
+    if sys.platform != "win32":
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            free.append(limit - psutil.Process().memory_info().vms)
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        limit, used = Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used)
+        if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+            free.append(int(limit.read_text()) - int(used.read_text()))
+    return max(0, min(free))

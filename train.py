@@ -7,11 +7,17 @@
 B batch, T time, V vocabulary.
 """
 
+import sys
+
+if __name__ == "__main__":  # before torch is imported, so that --help and slips of the pen are answered at once
+    from command_line import parse_or_exit
+
+    ARGUMENTS = parse_or_exit(sys.argv[1:])
+
 import itertools
 import math
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,13 +28,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import probe
 from checkpoint import Record, Training
-from command_line import parse
+from command_line import Arguments
 from config import ModelConfig, TrainConfig
 from data import load_data, story_ids
-from machine import check_compiler, choose_device, choose_dtype, peak_memory_mb
+from machine import choose_device, peak_memory_mb
 from model import GPT, IGNORE
-from optim import build_optimizers, scheduled_learning_rate
+from optim import average_of_weights, build_optimizers, growing_batch_size, growing_window, scheduled_learning_rate
 from report import write_report
 from runs import Run, default_name
 from tokenizer import load_tokenizer
@@ -48,13 +55,12 @@ def train(
     training = prepare(model_config, train_config, name, resume, continue_from)
     model, tokenizer, data, optimizers = training.model, training.tokenizer, training.data, training.optimizers
     device = next(model.parameters()).device
-    dtype = choose_dtype(train_config, device)
-    forward = torch.compile(model) if train_config.compile else model
-    micro_batch_size = train_config.micro_batch_size or train_config.batch_size
     began = time.perf_counter() - training.seconds
+    use_bfloat16 = training.choices.dtype == "bfloat16"
     finished = False
 
     with ctrl_c_finishes_the_step() as stop_asked:
+        probe.apply(training.choices, model)
         while not finished and not stop_asked.is_set():
             step_began = time.perf_counter()
             num_steps = expected_steps(training.step, training.seconds, train_config)
@@ -62,17 +68,21 @@ def train(
             for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = learning_rate
 
-            batch = data.batch(training.first_batch + training.step, train_config.batch_size, train_config.seed)  # (B, T + 1)
+            done = progress(training.step, training.seconds, train_config)
+            batch_size = growing_batch_size(done, train_config)
+            window = growing_window(done, train_config, model_config.max_seq_len)
+            batch = data.batch(training.rows, batch_size, train_config.seed)  # (B, T + 1)
+            training.rows += batch_size
             stories = story_ids(batch, tokenizer.bos_id, tokenizer.eos_id)  # (B, T + 1)
             no_target = (batch[:, 1:] == tokenizer.pad_id) | (stories[:, 1:] != stories[:, :-1])  # nothing tells the next story
             targets = batch[:, 1:].masked_fill(no_target, IGNORE)  # (B, T)
             num_targets = (targets != IGNORE).sum().item()
             train_loss = 0.0
-            for rows in torch.arange(train_config.batch_size).split(micro_batch_size):
+            for rows in torch.arange(batch_size).split(training.choices.micro_batch_size):
                 inputs, wanted = batch[rows, :-1].to(device), targets[rows].to(device)
                 ids = stories[rows, :-1].to(device) if train_config.mask_stories else None
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    _, loss = forward(inputs, wanted, story_ids=ids)
+                with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
+                    _, loss = model(inputs, wanted, story_ids=ids, window=window)
                 loss = loss * ((wanted != IGNORE).sum() / num_targets)  # so that micro-batches add up to the batch's mean
                 loss.backward()
                 train_loss += loss.item()
@@ -83,6 +93,8 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            if training.average is not None:
+                training.average.update_parameters(model)
 
             now = time.perf_counter()
             training.step, training.tokens, training.seconds = training.step + 1, training.tokens + num_targets, now - began
@@ -124,15 +136,15 @@ def prepare(
     tokenizer = load_tokenizer(train_config.tokenizer)
     device = choose_device(train_config.device)
     model = GPT(model_config, tokenizer.vocab_size).to(device)
-    if train_config.compile:
-        check_compiler(device)
+    model.loss_chunk, model.checkpoint_layers = train_config.loss_chunk, train_config.gradient_checkpointing
     data = load_data(
         train_config.data, tokenizer, model_config.max_seq_len,
         packing=train_config.packing, max_stories=train_config.max_stories,
     )  # fmt: skip
     optimizers = build_optimizers(model, train_config)
     validation = data.validation[: train_config.eval_stories]
-    training = Training(run, model, optimizers, tokenizer, data, validation, train_config.batch_size)
+    average = average_of_weights(model, train_config.weight_averaging) if train_config.weight_averaging else None
+    training = Training(run, model, optimizers, tokenizer, data, validation, average)
     if resume:
         training.restore()
         if is_finished(training.step, training.seconds, train_config):
@@ -142,6 +154,9 @@ def prepare(
         return training
     if continue_from is not None:
         training.start_from(continue_from)
+    began = time.perf_counter()
+    training.choices = probe.choose(model, train_config, device)
+    training.seconds = time.perf_counter() - began
     if train_config.data == "auto":
         train_config = replace(train_config, data=data.name)
     run.create(model_config, train_config)
@@ -194,9 +209,8 @@ def shown_path(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def main():
+def main(arguments: Arguments):
     """Train from the command line with a progress bar, then tell three stories and say what to do next."""
-    arguments = parse(sys.argv[1:])
     name = arguments.name or default_name(arguments.continue_from or arguments.preset)
     run, config = Run(name), arguments.train
     python = shown_path(Path(sys.executable)) if sys.prefix != sys.base_prefix else "python"
@@ -227,8 +241,8 @@ Compare with others:  open model_evaluation.ipynb""")
 
 if __name__ == "__main__":
     try:
-        main()
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:  # ImportError: a plugin that is not there
+        main(ARGUMENTS)
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:  # ImportError: a missing plugin
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # before the first step, or for a second time
         sys.exit(130)  # the shell's own code for Ctrl-C

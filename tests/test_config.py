@@ -166,7 +166,7 @@ def test_impossible_models_are_named(knobs, words):
         ({"seed": -1}, ["seed=-1", "at least 0"]),
         ({"dtype": "bf16"}, ["dtype='bf16'", "bfloat16"]),
         ({"packing": "pack"}, ["packing='pack'", "Did you mean 'packed'"]),
-        ({"compile": 1}, ["compile=1", "bool"]),
+        ({"compile": 1}, ["compile=1", "bool", "auto"]),
     ],
 )  # fmt: skip
 def test_impossible_trainings_are_named(knobs, words):

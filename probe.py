@@ -1,0 +1,360 @@
+"""How this machine trains a model fastest: number format, attention, rows at a time, threads and compile, by measurement.
+
+A few seconds of training steps on made-up tokens tell. What they told is kept in the cache folder, one file for each
+machine, architecture and batch size. Whatever is chosen is compared with the plain way first.
+
+B batch, T time, V vocabulary.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import kernels
+import torch
+from torch import Tensor
+
+from config import ModelConfig, TrainConfig, divisors, from_json, to_json
+from data import default_cache_dir
+from machine import available_memory, check_compiler
+from model import GPT
+from sources import say
+
+MEASURE_SECONDS = 0.2  # for one way of doing it, after a step to warm up
+SHORT_RUN = 20  # seconds: a run that is over by then is not worth the measuring
+COMPILE_SHARE = 0.1  # of a run that trying out torch.compile may take
+STORY_TOKENS = 200  # the made-up stories are as long as those of TinyStories
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How a machine trains a model."""
+
+    dtype: str  # of matrix products: float32 or bfloat16
+    attention: str  # kernel, sdpa or plain
+    micro_batch_size: int  # sequences that go through the model at once
+    threads: int  # of the CPU
+    compile: bool  # each layer by torch.compile
+
+    def __str__(self):
+        attention = {"kernel": "our attention kernel", "sdpa": "torch's attention", "plain": "attention written out"}
+        return (
+            f"{self.dtype}, {attention[self.attention]}, {self.micro_batch_size} rows at a time, "
+            f"{self.threads} thread{'s' * (self.threads > 1)}, {'compiled' if self.compile else 'not compiled'}"
+        )
+
+
+def choose(model: GPT, config: TrainConfig, device: torch.device) -> Choices:
+    """The fastest way to train this model that fits into memory; what the configs prescribe is kept.
+
+    Says in one line what it chose and why. Raises MemoryError where nothing fits, ValueError for a prescribed way that is not
+    to be had here.
+    """
+    if config.compile is True:
+        check_compiler(device)
+    if model.config.attention == "kernel":
+        kernels.build()
+    path = default_cache_dir() / f"probe-{key(model, config, device)}.json"
+    known = remembered(path)
+    model = copy.deepcopy(model)
+    with undisturbed():
+        if "eager" not in known:
+            first = first_guess(model, config, device)
+            seconds = seconds_per_token(model, config, first, device)
+            if expected_seconds(seconds, model, config) < SHORT_RUN:
+                return replace(first, compile=config.compile is True)
+            known = measure(model, config, device, first)
+        if "compiled" not in known and compile_is_worth_trying(known, model, config, device):
+            known["compiled"] = measure_compiled(model, config, known, trial_seconds(known, model, config))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(known), encoding="utf-8")
+    os.replace(partial, path)
+    return decide(known, model, config)
+
+
+def remembered(path: Path) -> dict[str, Any]:
+    """What was measured before; nothing where that is not there or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def key(model: GPT, config: TrainConfig, device: torch.device) -> str:
+    """Equal for what is measured alike."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    prescribed = [getattr(config, field) for field in ("batch_size", "mask_stories", "loss_chunk", "gradient_checkpointing",
+                                                       "dtype", "micro_batch_size", "threads")]  # fmt: skip
+    machine = [torch.__version__, device.type, name, torch.get_num_threads(), kernels.fingerprint()]
+    what = json.dumps([machine, to_json(model.config), model.vocab_size, prescribed])
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else f"{platform.processor()} {platform.machine()}"
+
+
+@contextmanager
+def undisturbed():
+    """Leaves random numbers and the number of threads as they were."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def attentions(model: GPT) -> list:
+    return [block for block in model.modules() if hasattr(block, "backend")]
+
+
+def apply(choices: Choices, model: GPT):
+    """Train the model in this way from now on."""
+    torch.set_num_threads(choices.threads)
+    for block in attentions(model):
+        block.backend = choices.attention
+    if choices.compile:
+        for layer in model.layers:  # one by one, as all that are alike share what is compiled
+            layer.compile(dynamic=False)
+
+
+def first_guess(model: GPT, config: TrainConfig, device: torch.device) -> Choices:
+    """What does well on most machines, with the most rows at a time that fit into memory, up to 8.
+
+    Raises MemoryError where nothing fits.
+    """
+    sizes = micro_batch_sizes(model, config, device)
+    return Choices(
+        dtype="float32" if config.dtype == "auto" else config.dtype,
+        attention="sdpa" if model.config.attention == "auto" else model.config.attention,
+        micro_batch_size=next((size for size in sizes if size <= 8), sizes[-1]),
+        threads=torch.get_num_threads() if config.threads == "auto" else config.threads, compile=False,
+    )  # fmt: skip
+
+
+def micro_batch_sizes(model: GPT, config: TrainConfig, device: torch.device) -> list[int]:
+    """The rows that may go through the model at once, from many to few."""
+    sizes = [config.micro_batch_size or config.batch_size]
+    if config.micro_batch_size == "auto":
+        sizes = list(reversed(divisors(config.batch_size)))
+    weights, row = memory_needed(model, config, device)
+    free = available_memory(device)
+    fitting = [size for size in sizes if weights + row * size < free]
+    if not fitting:
+        raise MemoryError(
+            f"training this model needs about {(weights + row * sizes[-1]) / 2**20:,.0f} MB, but only {free / 2**20:,.0f} MB "
+            "are free: take a smaller model, a smaller --model.max_seq_len, or --train.gradient_checkpointing"
+        )
+    return fitting
+
+
+def measure(model: GPT, config: TrainConfig, device: torch.device, best: Choices) -> dict[str, Any]:
+    """The fastest way without compile, found one choice after the other, and all that was timed on the way."""
+    timed: dict[Choices, float] = {}
+
+    def fastest(candidates: list[Choices]) -> Choices:
+        for choices in candidates:
+            if choices not in timed:
+                timed[choices] = seconds_per_token(model, config, choices, device)
+        return min(candidates, key=timed.__getitem__)
+
+    notes = []
+    if device.type == "cpu" and config.threads == "auto":
+        best = fastest([replace(best, threads=threads) for threads in {best.threads, max(1, best.threads // 2)}])
+    if device.type == "cpu" and model.config.attention == "auto":
+        try:
+            kernels.build()
+            best = fastest([replace(best, attention=attention) for attention in ("sdpa", "kernel")])
+        except kernels.BuildError as error:
+            notes.append(str(error))
+    if config.dtype == "auto":
+        best = fastest([replace(best, dtype=dtype) for dtype in ("float32", "bfloat16")])
+    sizes = [size for size in micro_batch_sizes(model, config, device) if size <= 32]
+    best = fastest([best, *(replace(best, micro_batch_size=size) for size in sizes)])
+    if wrong := difference(model, best, device):
+        plain = replace(best, attention="plain", dtype="float32")
+        say(f"{best} gives other numbers than the plain way ({wrong}), so that is taken instead. Please report it")
+        best, timed[plain] = plain, seconds_per_token(model, config, plain, device)
+    return {
+        "eager": asdict(best), "seconds_per_token": timed[best], "notes": notes,
+        "timed": [[asdict(choices), seconds] for choices, seconds in timed.items()],
+    }  # fmt: skip
+
+
+def steps_of(model: GPT, config: TrainConfig, rows: int, device: torch.device):
+    """A function that goes through the model forward and back once, on made-up tokens of so many rows."""
+    T = model.config.max_seq_len
+    tokens = torch.randint(model.vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    stories = (torch.arange(T, device=device) // STORY_TOKENS).expand(rows, T) if config.mask_stories else None
+
+    def step(dtype: str) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            _, loss = model(tokens[:, :-1], tokens[:, 1:], story_ids=stories)
+        loss.backward()
+        return loss.item()  # waits for the device
+
+    return step
+
+
+def seconds_per_token(model: GPT, config: TrainConfig, choices: Choices, device: torch.device) -> float:
+    """The best of a few micro-batches forward and back."""
+    apply(replace(choices, compile=False), model)
+    step = steps_of(model, config, choices.micro_batch_size, device)
+    step(choices.dtype)
+    times, until = [], time.perf_counter() + MEASURE_SECONDS
+    while len(times) < 2 or time.perf_counter() < until:
+        began = time.perf_counter()
+        step(choices.dtype)
+        times.append(time.perf_counter() - began)
+    return min(times) / (choices.micro_batch_size * model.config.max_seq_len)
+
+
+def memory_needed(model: GPT, config: TrainConfig, device: torch.device) -> tuple[float, float]:
+    """Bytes: of weights, gradients and two moments of each; of what a row keeps for the way back, and half as much in passing."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        steps_of(model, config, 1, device)("float32")
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return 4 * weights, 1.5 * sum(kept.values())
+
+
+def difference(model: GPT, choices: Choices, device: torch.device) -> str:
+    """How logits and gradients differ from the plain way in float32, or nothing where that is within rounding."""
+    trial = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in trial.parameters():  # so that nothing is zero, and each block has a say
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(device), alpha=0.02)
+    T = min(model.config.max_seq_len, 2 * STORY_TOKENS)
+    tokens = torch.randint(model.vocab_size, (2, T + 1), generator=torch.Generator().manual_seed(1)).to(device)
+    stories = (torch.arange(T, device=device) // (T // 2)).expand(2, T)
+    trial.eval()
+
+    def run(way: Choices) -> tuple[Tensor, Tensor]:
+        for block in attentions(trial):
+            block.backend = way.attention
+        trial.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=way.dtype == "bfloat16"):
+            logits, loss = trial(tokens[:, :-1], tokens[:, 1:], story_ids=stories)
+        loss.backward()
+        return logits.detach().flatten(), torch.cat([weight.grad.flatten() for weight in trial.parameters()])
+
+    if choices.compile:
+        for layer in trial.layers:
+            layer.compile(dynamic=False)
+    ours = run(choices)
+    with torch.compiler.set_stance("force_eager"):
+        plain = run(replace(choices, attention="plain", dtype="float32"))
+    for name, mine, reference in zip(("logits", "gradients"), ours, plain, strict=True):
+        off = ((mine - reference).norm() / reference.norm()).item()
+        if not off < (1e-3 if choices.dtype == "float32" else 0.1):
+            return f"{name} are off by {off:.1%}"
+    return ""
+
+
+def expected_seconds(seconds_per_token: float, model: GPT, config: TrainConfig) -> float:
+    """How long the run will take without compile."""
+    tokens = (config.max_steps or math.inf) * config.batch_size * model.config.max_seq_len
+    return min(tokens * seconds_per_token, 60 * (config.max_minutes or math.inf))
+
+
+def trial_seconds(known: dict, model: GPT, config: TrainConfig) -> float:
+    return COMPILE_SHARE * expected_seconds(known["seconds_per_token"], model, config)
+
+
+def compile_is_worth_trying(known: dict, model: GPT, config: TrainConfig, device: torch.device) -> bool:
+    if config.compile != "auto" or trial_seconds(known, model, config) < 20:  # no compile on a CPU takes less
+        return False
+    try:
+        check_compiler(device)
+    except ValueError:
+        return False
+    return True
+
+
+def measure_compiled(model: GPT, config: TrainConfig, known: dict, limit: float) -> dict[str, Any]:
+    """The same with torch.compile, tried in a process of its own that is given up after so many seconds."""
+    dtypes = [known["eager"]["dtype"]] if config.dtype != "auto" or not bfloat16_is_fast() else ["bfloat16"]
+    question = {
+        "model": to_json(model.config), "train": to_json(config), "vocab_size": model.vocab_size,
+        "choices": known["eager"] | {"compile": True, "dtype": dtypes[0]},
+    }  # fmt: skip
+    began = time.perf_counter()
+    try:
+        answer = subprocess.run(
+            [sys.executable, __file__], input=json.dumps(question), capture_output=True, text=True, timeout=limit,
+            cwd=os.getcwd(), env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"failed": f"compile was given up after {limit:.0f} s"}
+    if answer.returncode:
+        return {"failed": f"compile failed: {(answer.stderr.strip().splitlines() or ['no message'])[-1]}"}
+    return json.loads(answer.stdout.splitlines()[-1]) | {"compile_seconds": time.perf_counter() - began}
+
+
+def bfloat16_is_fast() -> bool:
+    """Are matrix products faster in bfloat16 than in float32?"""
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix, times = torch.ones(1024, 1024, dtype=dtype), []
+        for _ in range(4):
+            began = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - began)
+        best[dtype] = min(times)
+    return best[torch.bfloat16] < 0.8 * best[torch.float32]
+
+
+def answer_question():
+    """What the process of its own does: compile, measure, compare."""
+    question = json.loads(sys.stdin.read())
+    config, choices = from_json(TrainConfig, question["train"]), Choices(**question["choices"])
+    model = GPT(from_json(ModelConfig, question["model"]), question["vocab_size"])
+    model.loss_chunk = config.loss_chunk
+    device = torch.device("cpu")
+    apply(choices, model)
+    seconds = seconds_per_token(model, config, choices, device)
+    print(json.dumps({"choices": asdict(choices), "seconds_per_token": seconds, "wrong": difference(model, choices, device)}))
+
+
+def decide(known: dict, model: GPT, config: TrainConfig) -> Choices:
+    """Compile or not, by what is known and by how long the run is. Says so."""
+    eager, compiled = Choices(**known["eager"]), known.get("compiled", {})
+    speed = 1 / known["seconds_per_token"]
+    reason = "; ".join(known["notes"])
+    if config.compile is True:
+        chosen = replace(eager, compile=True)
+    elif "choices" not in compiled:
+        chosen, reason = eager, "; ".join(known["notes"] + ([compiled["failed"]] if "failed" in compiled else []))
+    else:
+        run, lost = expected_seconds(known["seconds_per_token"], model, config), compiled["compile_seconds"]
+        pays = not compiled["wrong"] and (run - lost) / compiled["seconds_per_token"] > run * speed
+        chosen = Choices(**compiled["choices"]) if pays else eager
+        gain = known["seconds_per_token"] / compiled["seconds_per_token"]
+        reason = f"compile, {lost:.0f} s, for {gain:.2f} times the speed" + ", does not pay" * (not pays)
+        speed = speed * gain if pays else speed
+    say(f"this machine: {chosen}, about {speed:,.0f} tokens/s" + (f" ({reason})" if reason else ""))
+    return chosen
+
+
+if __name__ == "__main__":
+    answer_question()

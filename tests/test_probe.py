@@ -1,0 +1,132 @@
+"""Promises of probe.py: it measures, keeps what it learned, falls back in words, and never changes what is trained."""
+
+import json
+import os
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import MODEL
+from errors import one_line_error
+
+import probe
+from config import TrainConfig
+from data import default_cache_dir
+from model import GPT, Attention
+
+CPU = torch.device("cpu")
+LONG = TrainConfig(max_minutes=60.0, threads=1, compile=False, batch_size=4)
+FOUND = {
+    "eager": {"dtype": "float32", "attention": "sdpa", "micro_batch_size": 4, "threads": 1, "compile": False},
+    "seconds_per_token": 1e-4, "notes": [], "timed": [],
+}  # fmt: skip
+COMPILED = {"choices": FOUND["eager"] | {"compile": True}, "seconds_per_token": 5e-5, "wrong": "", "compile_seconds": 30.0}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT(MODEL, 50)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Measurements that are read from a table instead of the clock."""
+    monkeypatch.setattr(probe, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(probe, "SHORT_RUN", 0)
+
+
+def test_what_was_measured_is_kept_and_said_in_one_line(model, measured, capsys, monkeypatch):
+    first = probe.choose(model, LONG, CPU)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "this machine: float" in said[0] and "tokens/s" in said[0]
+    monkeypatch.setattr(probe, "measure", lambda *_: pytest.fail("measured again"))
+    assert probe.choose(model, LONG, CPU) == first
+    with pytest.raises(pytest.fail.Exception):  # another shape is another question
+        probe.choose(GPT(replace(MODEL, dim=32), 50), LONG, CPU)
+
+
+def test_the_fastest_is_taken_of_what_is_not_prescribed(model, measured, monkeypatch):
+    def seconds(model, config, choices, device):
+        slow = (choices.attention != "kernel") + (choices.dtype != "bfloat16") + (choices.micro_batch_size != 2)
+        return 1e-4 * (1 + slow)
+
+    monkeypatch.setattr(probe, "seconds_per_token", seconds)
+    chosen = probe.choose(model, LONG, CPU)
+    assert (chosen.attention, chosen.dtype, chosen.micro_batch_size, chosen.compile) == ("kernel", "bfloat16", 2, False)
+    prescribed = replace(LONG, dtype="float32", micro_batch_size=4)
+    chosen = probe.choose(GPT(replace(MODEL, attention="plain"), 50), prescribed, CPU)
+    assert (chosen.attention, chosen.dtype, chosen.micro_batch_size) == ("plain", "float32", 4)
+
+
+def test_the_probe_leaves_no_trace(model, measured):
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    random, threads = torch.get_rng_state(), torch.get_num_threads()
+    probe.choose(model, LONG, CPU)
+    assert torch.equal(torch.get_rng_state(), random) and torch.get_num_threads() == threads
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_a_run_that_is_soon_over_is_not_measured(model, monkeypatch):
+    monkeypatch.setattr(probe, "measure", lambda *_: pytest.fail("measured"))
+    assert probe.choose(model, replace(LONG, max_steps=60, max_minutes=None), CPU).attention == "sdpa"
+
+
+@pytest.mark.parametrize("minutes, compiles", [(0.6, False), (10.0, True)])
+def test_compile_is_taken_where_the_run_is_long_enough(model, minutes, compiles, capsys):
+    config = replace(LONG, compile="auto", max_minutes=minutes)
+    assert probe.decide(FOUND | {"compiled": COMPILED}, model, config).compile == compiles
+    assert ("does not pay" in capsys.readouterr().err) != compiles
+
+
+def test_compile_that_computes_something_else_is_not_taken(model):
+    config = replace(LONG, compile="auto", max_minutes=60.0)
+    assert not probe.decide(FOUND | {"compiled": COMPILED | {"wrong": "logits are off by 3%"}}, model, config).compile
+
+
+def test_compile_that_takes_too_long_or_fails_is_given_up(model, monkeypatch):
+    config = replace(LONG, compile="auto", micro_batch_size=1)
+    began = time.perf_counter()
+    assert probe.measure_compiled(model, config, FOUND, limit=1.0) == {"failed": "compile was given up after 1 s"}
+    assert time.perf_counter() - began < 10
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    failed = probe.measure_compiled(model, config, FOUND, limit=120.0)["failed"]
+    assert failed.startswith("compile failed: ") and "\n" not in failed
+
+
+def test_another_result_than_the_plain_way_is_found_and_not_taken(model, measured, monkeypatch, capsys):
+    right = probe.Choices("float32", "sdpa", 4, 1, False)
+    assert probe.difference(model, right, CPU) == ""
+    assert probe.difference(model, replace(right, dtype="bfloat16"), CPU) == ""
+
+    def broken(self, q, k, v, mask, first, cache):
+        return self.attend(q, k, v, mask) * (1.0 if self.backend == "plain" else 1.01)
+
+    monkeypatch.setattr(Attention, "mix", broken)
+    assert "off by" in probe.difference(model, right, CPU)
+    assert probe.choose(model, LONG, CPU).attention == "plain"
+    assert "other numbers than the plain way" in capsys.readouterr().err
+
+
+def test_rows_at_a_time_are_what_fits_into_memory(model, monkeypatch):
+    weights, row = probe.memory_needed(model, LONG, CPU)
+    kept = 4 * 4 * model.num_parameters()
+    assert weights == kept and row > 4 * 48 * 16 * 4
+    monkeypatch.setattr(probe, "available_memory", lambda _: weights + 2.5 * row)
+    assert probe.micro_batch_sizes(model, LONG, CPU) == [2, 1]
+    monkeypatch.setattr(probe, "available_memory", lambda _: weights)
+    one_line_error(
+        lambda: probe.choose(model, LONG, CPU), "MB", "smaller model", "--train.gradient_checkpointing", error=MemoryError
+    )
+
+
+def test_a_damaged_memory_is_measured_anew(model, measured):
+    chosen = probe.choose(model, LONG, CPU)
+    (path,) = default_cache_dir().glob("probe-*.json")
+    path.write_text("{", encoding="utf-8")
+    assert probe.choose(model, LONG, CPU).threads == chosen.threads
+    assert "eager" in json.loads(path.read_text(encoding="utf-8"))
+    assert not [name for name in os.listdir(path.parent) if name.endswith(str(os.getpid()))]
