@@ -7,7 +7,7 @@ EXECUTE := $(RUN) -m nbconvert --to notebook --inplace --execute --log-level WAR
 	--ExecutePreprocessor.record_timing=False
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint notebooks clean
+.PHONY: help train test lint bench notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -e 's/:.*## /#/' | awk -F'#' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -20,6 +20,10 @@ test: $(VENV)/installed-dev  ## run every test, and every notebook small
 
 lint: $(VENV)/installed-dev  ## check the style with ruff
 	$(RUN) -m ruff check
+
+bench: $(VENV)/installed-dev  ## short versions of the benchmarks
+	$(RUN) benchmarks/train_speed.py --short
+	$(RUN) benchmarks/time_to_loss.py --minutes 1 --seeds 0 --data auto --longest_story 1000
 
 # The run that train.ipynb leaves is not for git, so it goes to a folder of its own.
 notebooks: $(VENV)/installed-dev  ## run the notebooks and keep their outputs, as people read them on the web

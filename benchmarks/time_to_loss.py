@@ -1,0 +1,356 @@
+"""How long a preset takes to a loss, and how low it comes in a given time, over several seeds.
+
+    python benchmarks/time_to_loss.py --preset speedrun --minutes 10 --seeds 0 1 2 --at 1.03 0.64 --save speedrun
+    python benchmarks/time_to_loss.py --minutes 5 --seeds 0 1 2 3 4 --ablate all --results ablations.jsonl
+
+Bits per byte on whole validation stories of at most 700 bytes, against the seconds since train() was called. Every run has a
+process of its own and finds nothing that an earlier one has compiled or measured; only the tokens lie ready. The curve is
+what the run itself scores on its way, at most 300 of the stories; in the end model.pth is scored on all of them.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice, pairwise
+from pathlib import Path
+from statistics import fmean, median
+
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ablations import ABLATIONS, changed
+from train_speed import HERE, describe_machine, in_new_process, save_page, show, table
+
+from config import Preset, did_you_mean, preset
+from data import choose_validation, load_data, open_source, story_hash
+from tokenizer import load_tokenizer
+
+UNCHANGED = "unchanged"
+SECONDS_PER_EVALUATION = 15
+MAX_EVALUATED = 300
+
+
+@dataclass(frozen=True)
+class Arguments:
+    preset: str = "speedrun"
+    minutes: float = 10.0  # of a run, from the call of train() on
+    seeds: tuple[int, ...] = (0, 1, 2)
+    data: str = "tinystories"  # any source that training takes
+    longest_story: int | None = 700  # leave out validation stories of more bytes; None takes all
+    set: tuple[str, ...] = ()  # changes of the preset in every run, such as train.lr_max=1e-2 model.zero_init=False
+    at: tuple[float, ...] = (1.03, 0.64)  # bits per byte whose time is told
+    ablate: tuple[str, ...] = ()  # names in ablations.py to compare with the preset, or all
+    results: Path | None = None  # a .jsonl file that a run is added to at once; those it holds are not run again
+    save: str | None = None  # write tables and curves to benchmarks/SAVE.md and SAVE.png
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: a line of the results."""
+
+    change: str  # a name in ablations.py, or UNCHANGED
+    seed: int
+    settings: dict  # all that decides what it comes to
+    eval_every: int
+    steps: int
+    tokens: int
+    seconds: float  # from the call of train() until it was done
+    tokens_per_second: float  # median of the steps, without evaluations
+    curve: list[list[float]]  # [seconds, bits per byte] of each evaluation
+    bits_per_byte: float  # of model.pth on all stories; inf where the loss was no longer finite
+
+
+def main(arguments: Arguments):
+    check_early(arguments)
+    base = base_preset(arguments)
+    presets = {UNCHANGED: base}
+    for name, change in chosen_ablations(arguments.ablate).items():
+        presets[name] = changed(base, change)
+        if presets[name] == base:
+            print(f"{name} is left out: it changes nothing in this preset", file=sys.stderr)
+            del presets[name]
+    results = run_missing(arguments, presets)
+
+    lines = show([
+        describe_machine(),
+        f"{', '.join([arguments.preset, *arguments.set])}: {arguments.minutes:g} minutes on {arguments.data}",
+        "", *time_table([result for result in results if result.change == UNCHANGED], arguments.at),
+    ])  # fmt: skip
+    if arguments.ablate:
+        lines += show(["", *ablation_table(results, list(presets))])
+    if arguments.save:
+        path = HERE / f"{arguments.save}.md"
+        draw(results, arguments.at, path.with_suffix(".png"))
+        save_page(path, [*lines, "", f"![curves]({path.stem}.png)"])
+
+
+def check_early(arguments: Arguments):
+    """What is missing is better missed now than after hours. Raises OSError or ImportError."""
+    if arguments.results:
+        arguments.results.touch()
+    if arguments.save and not (page := HERE / f"{arguments.save}.md").parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {page.parent} to save to: make it, or take another name")
+    if arguments.ablate:
+        import scipy.stats  # noqa: F401
+
+
+def run_missing(arguments: Arguments, presets: dict[str, Preset]) -> list[Result]:
+    """The results of each preset with each seed: those of the file, and those of the runs that it lacks."""
+    with tempfile.TemporaryDirectory(prefix="time_to_loss-") as folder:
+        fingerprint = write_stories(arguments, presets.values(), Path(folder))
+        presets = {name: with_train(chosen, data=str(Path(folder, "stories"))) for name, chosen in presets.items()}
+        settings = {name: settings_of(chosen, fingerprint) for name, chosen in presets.items()}
+        jobs = [(name, seed) for seed in arguments.seeds for name in presets]
+        results = read_results(arguments.results, settings)
+        eval_every = None
+        for name, seed in jobs:
+            if (name, seed) in results:
+                continue
+            eval_every = eval_every or choose_eval_every(arguments, presets[UNCHANGED], results, Path(folder))
+            chosen = with_train(presets[name], seed=seed, eval_every=eval_every)
+            result = Result(name, seed, settings[name], eval_every, **in_new_process(run, chosen, name, Path(folder)))
+            results[name, seed] = result
+            if arguments.results:
+                with open(arguments.results, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(result)) + "\n")
+            said = f"{result.bits_per_byte:.4f} bits per byte after {result.steps:,} steps, {result.seconds:.0f} s"
+            print(f"{name}, seed {seed}: {said}", file=sys.stderr, flush=True)
+    return [results[job] for job in jobs]
+
+
+def chosen_ablations(names: Iterable[str]) -> dict[str, list[str]]:
+    """The changes of these names, or all. Raises ValueError for a name that is none."""
+    if "all" in names:
+        return ABLATIONS
+    for name in names:
+        if name not in ABLATIONS:
+            raise ValueError(f"no ablation is called {name!r}.{did_you_mean(name, ABLATIONS)} There are: {', '.join(ABLATIONS)}")
+    return {name: ABLATIONS[name] for name in names}
+
+
+def base_preset(arguments: Arguments) -> Preset:
+    """What every run begins with: the preset with the budget and the changes of the command line."""
+    chosen = preset(arguments.preset)
+    evaluated = min(MAX_EVALUATED, chosen.train.eval_stories)
+    budget = with_train(chosen, max_steps=None, max_minutes=arguments.minutes, eval_stories=evaluated)
+    return changed(budget, arguments.set)
+
+
+def with_train(chosen: Preset, **values) -> Preset:
+    return Preset(chosen.model, replace(chosen.train, **values))
+
+
+def write_stories(arguments: Arguments, presets: Iterable[Preset], folder: Path) -> str:
+    """Write the training stories and the validation stories that are short enough as a source of its own into folder/stories.
+
+    Returns a digest of them. Raises ValueError where no validation story is short enough.
+    """
+    source = open_source(arguments.data)
+    validation = choose_validation(source, Counter())
+    longest = arguments.longest_story or math.inf
+    lengths = {story: len(story.encode(errors="replace")) for story in validation}
+    short = [story for story in validation if lengths[story] <= longest]
+    if not short:
+        shortest = min(lengths.values())
+        raise ValueError(f"no validation story has {longest} bytes or fewer: give a --longest_story of {shortest} or more")
+    held_out = set(map(story_hash, validation))
+    limits = [chosen.train.max_stories for chosen in presets]
+    training = (story for story in source.stories("train", Counter()) if story_hash(story) not in held_out)
+    (folder / "stories").mkdir()
+    for split, stories in (("train", islice(training, None if None in limits else max(limits))), ("validation", short)):
+        with open(folder / "stories" / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": story}) + "\n" for story in stories)
+    print(f"{len(short):,} of {len(validation):,} validation stories have at most {longest} bytes", file=sys.stderr)
+    return open_source(str(folder / "stories")).fingerprint(folder / "cache")
+
+
+def settings_of(chosen: Preset, fingerprint: str) -> dict:
+    """All that decides what a run comes to, but for the seed, as JSON gives it back."""
+    ignored = {"data": fingerprint, "seed": None, "eval_every": None}
+    return json.loads(json.dumps({"model": asdict(chosen.model), "train": asdict(chosen.train) | ignored}))
+
+
+def read_results(path: Path | None, settings: dict[str, dict]) -> dict[tuple[str, int], Result]:
+    """The runs of the file that were made with these settings, by change and seed.
+
+    A field that the configs did not have at the time is not compared. Raises ValueError for a line that cannot be read.
+    """
+    results, others = {}, 0
+    lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            result = Result(**json.loads(line))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}, is no result ({error}): delete the line") from error
+        now = settings.get(result.change)
+        if now and all(result.settings[group].items() <= now[group].items() for group in now):
+            results[result.change, result.seed] = result
+        else:
+            others += 1
+    if others:
+        print(f"{path} holds {others} runs of other settings, which are not used", file=sys.stderr)
+    return results
+
+
+def choose_eval_every(arguments: Arguments, chosen: Preset, results: dict[tuple[str, int], Result], folder: Path) -> int:
+    """Steps between evaluations: what the command line says, or as in the results, or by the pace of a short trial."""
+    if any(change.startswith("train.eval_every=") for change in arguments.set):
+        return chosen.train.eval_every
+    if results:
+        return next(iter(results.values())).eval_every
+    return max(1, round(SECONDS_PER_EVALUATION / in_new_process(seconds_per_step, chosen, folder)))
+
+
+def seconds_per_step(chosen: Preset, folder: Path) -> float:
+    """How long a step of the full batch takes, evaluations not included."""
+    with cold_start(chosen, folder):
+        from train import train
+
+        times = []
+        for _ in islice(train(chosen.model, replace(chosen.train, eval_every=10**9), "trial"), 12):
+            times.append(time.perf_counter())
+    paces = [later - earlier for earlier, later in pairwise(times)]
+    return median(paces) * chosen.train.batch_size / (chosen.train.batch_size_start or chosen.train.batch_size)
+
+
+def run(chosen: Preset, name: str, folder: Path) -> dict:
+    """Train and score one model: what a Result tells of it. To be called in a process of its own."""
+    from evaluation import evaluate
+    from runs import load_model
+    from train import is_finished, train
+
+    records, bits_per_byte = [], math.inf
+    budget = chosen.train.max_minutes and 60 * chosen.train.max_minutes
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix}"
+    with (
+        cold_start(chosen, folder) as validation,
+        tqdm(desc=f"{name}, seed {chosen.train.seed}", total=budget, bar_format=layout, leave=False, disable=None) as bar,
+    ):
+        began = time.perf_counter()
+        try:
+            for record in train(chosen.model, chosen.train, "run"):
+                records.append(record)
+                bar.n = record.seconds
+                if record.bits_per_byte is not None:
+                    bar.set_postfix_str(f"{record.bits_per_byte:.3f} bits per byte")
+            seconds = time.perf_counter() - began
+            if not is_finished(records[-1].step, records[-1].seconds, chosen.train):
+                raise KeyboardInterrupt  # train() itself only stops early
+            bits_per_byte = evaluate(*load_model("run"), validation).bits_per_byte
+        except FloatingPointError as error:
+            seconds = time.perf_counter() - began
+            tqdm.write(f"{name}, seed {chosen.train.seed}: {error}", file=sys.stderr)
+    return {
+        "steps": len(records), "tokens": records[-1].tokens if records else 0, "seconds": seconds,
+        "tokens_per_second": median([record.tokens_per_second for record in records] or [0.0]),
+        "curve": [[record.seconds, record.bits_per_byte] for record in records if record.bits_per_byte is not None],
+        "bits_per_byte": bits_per_byte,
+    }  # fmt: skip
+
+
+@contextmanager
+def cold_start(chosen: Preset, folder: Path) -> Iterator[list[str]]:
+    """Nothing is compiled or measured yet, but the tokens lie ready. Gives the validation stories."""
+    config, tokens = chosen.train, folder / "cache"
+    data = load_data(
+        config.data, load_tokenizer(config.tokenizer), chosen.model.max_seq_len,
+        packing=config.packing, max_stories=config.max_stories, cache_dir=tokens, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        shutil.copytree(tokens, Path(place, "cache"))
+        for variable, name in (("BASEGPT_CACHE", "cache"), ("BASEGPT_RUNS", "runs"), ("TORCHINDUCTOR_CACHE_DIR", "compiled")):
+            os.environ[variable] = str(Path(place, name))
+        yield data.validation
+
+
+def seconds_to(result: Result, bits_per_byte: float) -> float:
+    """When an evaluation first came to this loss; inf where none did."""
+    return next((seconds for seconds, reached in result.curve if reached <= bits_per_byte), math.inf)
+
+
+def time_table(results: list[Result], at: tuple[float, ...]) -> list[str]:
+    """A row for each seed, then the medians and the ranges."""
+    columns = {
+        "steps": ([result.steps for result in results], ",.0f"),
+        "tokens": ([result.tokens for result in results], ",.0f"),
+        "seconds": ([result.seconds for result in results], ".0f"),
+        "tokens/s": ([result.tokens_per_second for result in results], ",.0f"),
+        **{f"seconds to {level:g}": ([seconds_to(result, level) for result in results], ".0f") for level in at},
+        "bits per byte": ([result.bits_per_byte for result in results], ".4f"),
+    }
+    rows = [
+        [str(result.seed), *(shown(values[i], style) for values, style in columns.values())] for i, result in enumerate(results)
+    ]
+    if len(results) > 1:
+        rows.append(["median", *(shown(median(values), style) for values, style in columns.values())])
+        rows.append(
+            ["range", *(f"{shown(min(values), style)} to {shown(max(values), style)}" for values, style in columns.values())]
+        )
+    return table(["seed", *columns], rows)
+
+
+def ablation_table(results: list[Result], names: list[str]) -> list[str]:
+    """A row for each change: its difference to the preset, seed by seed, with the 95% interval of the mean (Student's t)."""
+    from scipy.stats import ttest_rel
+
+    rows = []
+    scores = {name: [result.bits_per_byte for result in results if result.change == name] for name in names}
+    for name in names:
+        finite = all(map(math.isfinite, scores[name] + scores[UNCHANGED]))
+        difference = interval = "–"
+        if name != UNCHANGED and finite:
+            difference = f"{fmean(scores[name]) - fmean(scores[UNCHANGED]):+.4f}"
+            if len(scores[name]) > 1:
+                low, high = ttest_rel(scores[name], scores[UNCHANGED]).confidence_interval(0.95)
+                interval = f"{low:+.4f} to {high:+.4f}"
+        pace = median(result.tokens_per_second for result in results if result.change == name)
+        shown_change = ", ".join(f"`{change}`" for change in ABLATIONS.get(name, []))
+        rows.append([name, shown_change, shown(fmean(scores[name]), ".4f"), difference, interval, f"{pace:,.0f}"])
+    return table(["change", "", "bits per byte", "difference", "95% interval", "tokens/s"], rows)
+
+
+def shown(value: float, style: str) -> str:
+    return f"{value:{style}}" if math.isfinite(value) else "–"
+
+
+def draw(results: list[Result], at: tuple[float, ...], path: Path):
+    """Bits per byte against seconds, a curve for each run and a colour for each change."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(result.change for result in results))
+    for i, name in enumerate(names):
+        for number, result in enumerate(result for result in results if result.change == name):
+            seconds, bits_per_byte = zip(*result.curve, strict=True) if result.curve else ([], [])
+            axes.plot(seconds, bits_per_byte, color=f"C{i}", linewidth=1, label=None if number else name)
+    for level in at:
+        axes.axhline(level, color="gray", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="seconds since train() was called", ylabel="bits per byte", xscale="log")
+    axes.xaxis.set_major_formatter(LogFormatter())
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    if len(names) > 1:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Arguments, use_underscores=True, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except ImportError as error:
+        sys.exit(f"error: {error}. Install what requirements-dev.txt lists")
+    except KeyboardInterrupt:
+        sys.exit("stopped. With --results the same command goes on from the last finished run")

@@ -1,0 +1,367 @@
+"""How fast a model is trained: ours against the same Llama of `transformers`, in tokens a second and in memory.
+
+    python benchmarks/train_speed.py
+    python benchmarks/train_speed.py --sweep --set train.compile=False
+
+A step is forward, backward, clipping and fused AdamW, on made-up tokens: rows of one story each, or in ours, with
+train.mask_stories=True, of several. The ways to do it take turns in rounds, so that whatever else the machine does hits all
+of them; ratios are taken within a round.
+
+The share of the peak is that of the fastest square matrix product in the same number format. A token costs 6 x the parameters
+in matrix products + 12 x layers x T x dim x 1/2 operations: a causal model looks at half of all pairs, and no more are counted,
+though some ways compute all; of masked stories only the pairs within them.
+
+B batch, T time.
+"""
+
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ablations import changed
+
+import probe
+from config import ModelConfig, Preset, TrainConfig
+from machine import peak_memory_mb
+from model import GPT
+from optim import build_optimizers
+from probe import Choices
+
+HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+SHAPE = Preset(
+    ModelConfig(dim=128, num_layers=8, num_heads=4, num_kv_heads=2, mlp_dim=516, max_seq_len=256),
+    TrainConfig(batch_size=32, max_minutes=10, mask_stories=False),
+)
+SHORT = ["model.num_layers=2", "train.batch_size=8", "train.compile=False"]
+VARIANTS = ("transformers_float32", "transformers_bfloat16_compiled", "ours_float32", "ours_probed")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    set: tuple[str, ...] = ()  # changes of the shape and of how ours is trained, such as model.dim=64 train.compile=False
+    vocab_size: int = 2048
+    variants: tuple[str, ...] = VARIANTS  # which to compare; the ratios are to the first
+    rounds: int = 9  # how often each takes its turn
+    seconds: float = 2.0  # how long a turn is
+    sweep: bool = False  # ours alone, over widths, depths and contexts, instead of the comparison
+    dims: tuple[int, ...] = (64, 128, 256, 512)  # the widths of the sweep; a head and the shape of the MLP stay as they are
+    depths: tuple[int, ...] = (4, 8, 16, 32)  # its numbers of layers
+    contexts: tuple[int, ...] = (128, 256, 512, 1024)  # its max_seq_len; the tokens of a step stay as many
+    short: bool = False  # a glance: two layers, eight rows, nothing of ours compiled, three short rounds
+    save: bool = False  # write the table to benchmarks/train_speed.md, or train_speed_sweep.md
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train one shape."""
+
+    library: str  # ours or transformers
+    choices: Choices
+    shape: Preset
+    vocab_size: int
+
+    @property
+    def tokens(self) -> int:
+        """How many a step learns from."""
+        return self.shape.train.batch_size * self.shape.model.max_seq_len
+
+
+def main(arguments: Arguments):
+    shape = changed(changed(SHAPE, SHORT if arguments.short else []), arguments.set)
+    if arguments.short:
+        arguments = replace(arguments, rounds=min(3, arguments.rounds), seconds=min(0.7, arguments.seconds))
+    lines = sweep(shape, arguments) if arguments.sweep else compare(shape, arguments)
+    if arguments.save:
+        save_page(HERE / ("train_speed_sweep.md" if arguments.sweep else "train_speed.md"), lines)
+
+
+def compare(shape: Preset, arguments: Arguments) -> list[str]:
+    """The table of the variants, printed line by line and returned."""
+    vocab_size = arguments.vocab_size
+    num_parameters, ways = in_new_process(prepare, shape, vocab_size, arguments.variants)
+    memory = {name: in_new_process(measure_alone, variant)[0] for name, variant in ways.items()}
+    peaks = matmul_peaks()
+    steps = {name: training_step(variant) for name, variant in ways.items()}
+    speeds = take_turns(ways, steps, arguments.rounds, arguments.seconds)
+    peaks = {dtype: max(peak, peaks[dtype]) for dtype, peak in matmul_peaks().items()}
+
+    rows = []
+    for name, variant in ways.items():
+        ratios = np.divide(speeds[name], speeds[arguments.variants[0]])
+        share = np.median(speeds[name]) * flops_per_token(variant) / peaks[variant.choices.dtype]
+        at_all, without_imports = memory[name]
+        rows.append([
+            name, quartiles(speeds[name], ",.0f"), quartiles(ratios, ".2f"), f"{share:.1%}", f"{at_all:,.0f}",
+            f"{without_imports:,.0f}",
+        ])  # fmt: skip
+    return show([
+        describe_machine(), describe_shape(shape, vocab_size, num_parameters), "",
+        *table(["", "tokens/s", f"times {arguments.variants[0]}", "of peak", "peak memory, MB", "without imports, MB"], rows), "",
+        f"{arguments.rounds} rounds of {arguments.seconds:g} s: medians and quartiles. The fastest matrix products: "
+        f"{peaks['float32'] / 1e9:,.0f} GFLOP/s in float32, {peaks['bfloat16'] / 1e9:,.0f} in bfloat16.", "",
+        *(f"- {name}: {variant.choices}" for name, variant in ways.items()),
+    ])  # fmt: skip
+
+
+def sweep(shape: Preset, arguments: Arguments) -> list[str]:
+    """The table of ours over widths, depths and contexts, one at a time, printed as it grows and returned."""
+    points = [wider(shape, dim) for dim in arguments.dims]
+    points += [[f"model.num_layers={depth}"] for depth in arguments.depths]
+    for context in arguments.contexts:
+        rows = max(1, shape.train.batch_size * shape.model.max_seq_len // context)
+        points.append([f"model.max_seq_len={context}", f"train.batch_size={rows}"])
+
+    peaks = in_new_process(matmul_peaks)
+    head = ["", "parameters", "tokens/s", "of peak", "peak memory, MB", "without imports, MB", "how"]
+    lines = show([describe_machine(), describe_shape(shape, arguments.vocab_size), "", *table(head, [])])
+    for point in points:
+        (variant,) = in_new_process(list_variants, changed(shape, point), arguments.vocab_size, ["ours_probed"]).values()
+        memory, speeds = in_new_process(measure_alone, variant, arguments.rounds, arguments.seconds)
+        share = np.median(speeds) * flops_per_token(variant) / peaks[variant.choices.dtype]
+        parameters = GPT(variant.shape.model, variant.vocab_size).num_parameters()
+        row = [point[0].partition(".")[2], f"{parameters:,}", quartiles(speeds, ",.0f"), f"{share:.1%}",
+               *(f"{megabytes:,.0f}" for megabytes in memory), str(variant.choices)]  # fmt: skip
+        lines += show(table(head, [row])[2:])
+    return lines
+
+
+def wider(shape: Preset, dim: int) -> list[str]:
+    """The changes to another width: more heads or fewer of the same size, and an MLP of the same proportion."""
+    model = shape.model
+    head_dim, mlp_dim = model.block_values["head_dim"], round(model.block_values["mlp_dim"] * dim / model.dim)
+    num_heads = max(1, dim // head_dim)
+    num_kv_heads = max(1, num_heads * model.num_kv_heads // model.num_heads)
+    values = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "mlp_dim": mlp_dim}
+    return [f"model.{name}={value}" for name, value in values.items()]
+
+
+def prepare(shape: Preset, vocab_size: int, names: Iterable[str]) -> tuple[int, dict[str, Variant]]:
+    """The number of parameters, which is the same for both libraries, and the variants."""
+    return check_same(shape, vocab_size), list_variants(shape, vocab_size, names)
+
+
+def list_variants(shape: Preset, vocab_size: int, names: Iterable[str]) -> dict[str, Variant]:
+    """The variants of these names. Raises ValueError for a name that is none."""
+    rows, threads = shape.train.batch_size, torch.get_num_threads()
+    plain = Choices("float32", "sdpa", rows, threads, compile=False)
+    variants = {}
+    for name in names:
+        if name not in VARIANTS:
+            raise ValueError(f"no variant is called {name!r}. There are: {', '.join(VARIANTS)}")
+        choices = plain
+        if name == "ours_probed":
+            choices = probe.choose(build_model(shape, vocab_size), shape.train, CPU)
+        if name == "transformers_bfloat16_compiled":
+            choices = replace(plain, dtype="bfloat16", compile=True)
+        variants[name] = Variant(name.partition("_")[0], choices, shape, vocab_size)
+    return variants
+
+
+def build_model(shape: Preset, vocab_size: int) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(shape.model, vocab_size)
+    model.loss_chunk, model.checkpoint_layers = shape.train.loss_chunk, shape.train.gradient_checkpointing
+    return model
+
+
+def training_step(variant: Variant) -> Callable[[], float]:
+    """A function that trains for a step and returns its loss, as train.py does it; all begin with the same weights."""
+    choices, model = variant.choices, build_model(variant.shape, variant.vocab_size)
+    batch = made_up_tokens(variant.shape, variant.vocab_size)
+    stories = made_up_stories(variant.shape) if variant.shape.train.mask_stories else None
+    if variant.library == "ours":
+        probe.apply(choices, model)
+        optimizers = build_optimizers(model, variant.shape.train)
+    else:
+        model = llama(model)
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=variant.shape.train.lr_max, fused=True)]
+        if choices.compile:
+            model.compile()
+
+    def step() -> float:
+        step_loss = 0.0
+        for rows in batch.split(choices.micro_batch_size):
+            with torch.autocast("cpu", torch.bfloat16, enabled=choices.dtype == "bfloat16"):
+                loss = loss_of(model, rows, stories) * (len(rows) / len(batch))
+            loss.backward()
+            step_loss += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return step_loss
+
+    return step
+
+
+def loss_of(model: torch.nn.Module, rows: torch.Tensor, stories: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean loss of rows (B, T + 1), whoever wrote the model; stories (1, T) are for ours, theirs has no masks for them."""
+    inputs, targets = rows[:, :-1], rows[:, 1:].contiguous()  # (B, T)
+    if isinstance(model, GPT):
+        return model(inputs, targets, story_ids=None if stories is None else stories.expand_as(inputs))[1]
+    return model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+
+
+def made_up_tokens(shape: Preset, vocab_size: int) -> torch.Tensor:
+    """(B, T + 1)"""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (shape.train.batch_size, shape.model.max_seq_len + 1), generator=generator)
+
+
+def made_up_stories(shape: Preset) -> torch.Tensor:
+    """The number of each token's story, (1, T): stories as long as those that the probe makes up."""
+    return (torch.arange(shape.model.max_seq_len) // probe.STORY_TOKENS)[None]
+
+
+def llama(model: GPT) -> torch.nn.Module:
+    """transformers' Llama with our weights, as it ships."""
+    sys.path.append(str(HERE.parent / "tests"))
+    import references
+
+    return references.llama(model).train()
+
+
+def check_same(shape: Preset, vocab_size: int) -> int:
+    """The number of parameters. Raises ValueError where theirs are more or fewer, or their loss is another.
+
+    The weights are far from those that a training begins with, so that every block has its say.
+    """
+    model, rows = build_model(shape, vocab_size), made_up_tokens(shape, vocab_size)[:2]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)
+        theirs = llama(model)
+        losses = [loss_of(either, rows).item() for either in (model, theirs)]
+    sizes = [sum(weight.numel() for weight in either.parameters()) for either in (model, theirs)]
+    if sizes[0] != sizes[1] or not abs(losses[0] - losses[1]) < 1e-4:
+        raise ValueError(f"these are two models: {sizes} parameters, losses of {losses}. Take a shape that Llama has, too")
+    print(f"both models have {sizes[0]:,} parameters and the same loss within {abs(losses[0] - losses[1]):.1e}", file=sys.stderr)
+    return sizes[0]
+
+
+def take_turns(variants: dict[str, Variant], steps: dict[str, Callable], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Tokens per second of each variant in each round, after two steps to warm up."""
+    speeds = {name: [] for name in variants}
+    for round_number in range(-1, rounds):
+        for name, variant in variants.items():
+            torch.set_num_threads(variant.choices.threads)
+            if round_number < 0:
+                steps[name](), steps[name]()
+                continue
+            count, began = 0, time.perf_counter()
+            while count == 0 or time.perf_counter() - began < seconds:
+                steps[name]()
+                count += 1
+            speeds[name].append(count * variant.tokens / (time.perf_counter() - began))
+    return speeds
+
+
+def measure_alone(variant: Variant, rounds: int = 0, seconds: float = 0.0) -> tuple[tuple[float, float], list[float]]:
+    """Peak memory of three steps in MB, and what of it came after the imports; then the speeds of so many rounds.
+
+    To be called in a process of its own.
+    """
+    import torch._dynamo  # noqa: F401  every optimizer imports it
+
+    if variant.library == "transformers":
+        import transformers.models.llama.modeling_llama  # noqa: F401
+    imports = peak_memory_mb(CPU)
+    step = training_step(variant)
+    for _ in range(3):
+        step()
+    peak = peak_memory_mb(CPU)
+    return (peak, peak - imports), take_turns({"": variant}, {"": step}, rounds, seconds)[""] if rounds else []
+
+
+def in_new_process(function: Callable, *arguments):
+    """Call a function in a process of its own, from which nothing is left.
+
+    While this process is small, since Linux lets the peak memory of a new one begin at that of its parent.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def flops_per_token(variant: Variant) -> float:
+    """Of forward and backward."""
+    config = variant.shape.model
+    T = config.max_seq_len
+    stories = [T]
+    if variant.library == "ours" and variant.shape.train.mask_stories:
+        stories = torch.bincount(made_up_stories(variant.shape)[0]).tolist()
+    attended = sum(length**2 for length in stories) / T / 2  # tokens that one sees, on average
+    model = GPT(config, variant.vocab_size)
+    in_products = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    attention_dim = config.num_heads * config.block_values["head_dim"]
+    return 6 * in_products + 12 * config.num_layers * attended * attention_dim
+
+
+def matmul_peaks() -> dict[str, float]:
+    """Operations per second of the fastest square matrix product, by number format."""
+    peaks = {"float32": 0.0, "bfloat16": 0.0}
+    for dtype in peaks:
+        for size in (512, 1024, 2048):
+            a, b = torch.randn(2, size, size).to(getattr(torch, dtype))
+            until = time.perf_counter() + 0.1
+            while time.perf_counter() < until:
+                began = time.perf_counter()
+                a @ b
+                peaks[dtype] = max(peaks[dtype], 2 * size**3 / (time.perf_counter() - began))
+    return peaks
+
+
+def describe_machine() -> str:
+    name = probe.cpu_name().rpartition(":")[2].strip()
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return f"{name}, {cores} cores, {threads} used, {platform.system()}, PyTorch {torch.__version__}, {date.today()}"
+
+
+def describe_shape(shape: Preset, vocab_size: int, num_parameters: int | None = None) -> str:
+    model = shape.model
+    size = f", {num_parameters / 1e6:.2f}M parameters" if num_parameters else ""
+    masks = f", ours with masked stories of {probe.STORY_TOKENS} tokens" if shape.train.mask_stories else ""
+    return (
+        f"dim {model.dim}, {model.num_layers} layers, {model.num_heads} heads, {model.num_kv_heads} kv heads, "
+        f"T {model.max_seq_len}, vocabulary {vocab_size}{size}, batch {shape.train.batch_size}{masks}"
+    )
+
+
+def quartiles(values: Iterable[float], style: str) -> str:
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{middle:{style}} ({low:{style}}–{high:{style}})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A table in markdown, line by line."""
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def show(lines: list[str]) -> list[str]:
+    print("\n".join(lines), flush=True)
+    return lines
+
+
+def save_page(path: Path, lines: list[str]):
+    path.write_text("\n".join([f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`", "", *lines, ""]))
+    print(f"written to {os.path.relpath(path)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Arguments, use_underscores=True, description=__doc__))
+    except (ValueError, MemoryError) as error:
+        sys.exit(f"error: {error}")
