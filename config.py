@@ -125,6 +125,7 @@ class TrainConfig:
     eval_stories: int = 256  # how many whole validation stories are scored, always the same ones
     checkpoint_every: int = 250  # steps between two checkpoints
     optimizer: Literal["AdamW", "Muon"] = "AdamW"  # Muon is for the hidden matrices; AdamW does the rest
+    muon_lr_scale: float = 1.0  # Muon's learning rate is so many times that of AdamW
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's memory of gradients and of their squares
     eps: float = 1e-8  # AdamW's guard against dividing by zero
     weight_decay: float = 0.1  # pull towards zero; not on norms, biases and embeddings
@@ -153,7 +154,7 @@ class TrainConfig:
         for name in ("max_stories", "max_steps", "max_minutes", "grad_clip", "loss_chunk", "window_start"):
             value = getattr(self, name)
             require(value is None or value > 0, self, name, "give a positive number, or None")
-        for name in ("lr_max", "eps", "restart_mult"):
+        for name in ("lr_max", "eps", "restart_mult", "muon_lr_scale"):
             require(getattr(self, name) > 0, self, name, "give a positive number")
         require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "give two numbers from 0 to below 1")
         require(self.eval_stories >= 200, self, "eval_stories", "fewer than 200 cannot tell models apart")

@@ -14,6 +14,9 @@ from torch import Tensor
 from model import GPT, IGNORE
 
 
+MAX_LOGITS = 2**24  # that exist at once
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What a model scores on a set of stories."""
@@ -70,6 +73,7 @@ def windows(stories: list[list[int]], max_seq_len: int) -> list[Window]:
 def evaluate(model: GPT, tokenizer, stories: list[str], batch_size: int = 32, top_k: tuple[int, ...] = ()) -> Evaluation:
     """Score whole stories, in float32 whatever the model was trained in. Leaves the model in the mode it was in.
 
+    At most batch_size windows at once, fewer where their logits would take more than 64 MB.
     Raises ValueError where there are no stories.
     """
     if not stories:
@@ -79,6 +83,8 @@ def evaluate(model: GPT, tokenizer, stories: list[str], batch_size: int = 32, to
     pieces = sorted(windows(tokenised, model.config.max_seq_len), key=lambda piece: len(piece.inputs))
     nats = torch.zeros(len(stories), dtype=torch.float64)
     hits = dict.fromkeys(top_k, 0)
+    if pieces:
+        batch_size = max(1, min(batch_size, MAX_LOGITS // (len(pieces[-1].inputs) * model.vocab_size)))
     was_training = model.training
     model.eval()
     for first in range(0, len(pieces), batch_size):

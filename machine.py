@@ -39,6 +39,11 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has an error of its own for this on GPUs alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def available_memory(device: torch.device) -> float:
     """Bytes that a training may still take: what is free, within the limits of this process and of its container."""
     if device.type == "cuda":

@@ -15,21 +15,22 @@ from model import GPT
 def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
 
-    Weight decay pulls on matrices alone: not on norms, biases and embeddings.
+    Weight decay pulls on matrices alone: not on norms, biases and embeddings. The lr_scale of a group is a factor on the
+    learning rate of the step.
     """
     tables = {id(table.weight) for table in model.modules() if isinstance(table, torch.nn.Embedding)}
     matrices, rest = [], []
     for weight in model.parameters():
         (matrices if weight.ndim >= 2 and id(weight) not in tables else rest).append(weight)
-    groups = [{"params": rest, "weight_decay": 0.0}]
+    groups = [{"params": rest, "weight_decay": 0.0, "lr_scale": 1.0}]
     optimizers = []
     if config.optimizer == "Muon":
         linears = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
         hidden = [weight for weight in matrices if id(weight) in linears and weight is not model.head.weight]
         hidden_ids = {id(weight) for weight in hidden}
         matrices = [weight for weight in matrices if id(weight) not in hidden_ids]
-        optimizers.append(Muon(hidden, config.lr_max, config.weight_decay))
-    groups.append({"params": matrices, "weight_decay": config.weight_decay})
+        optimizers.append(Muon([{"params": hidden, "lr_scale": config.muon_lr_scale}], config.lr_max, config.weight_decay))
+    groups.append({"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0})
     optimizers.append(torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr_max, betas=config.betas, eps=config.eps, fused=True,
     ))  # fmt: skip
@@ -44,7 +45,7 @@ class Muon(torch.optim.Optimizer):
     rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
     """
 
-    def __init__(self, weights: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
+    def __init__(self, weights: list[Tensor] | list[dict], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ from checkpoint import Record, Training
 from command_line import Arguments
 from config import ModelConfig, TrainConfig
 from data import load_data, story_ids
-from machine import choose_device, peak_memory_mb
+from machine import choose_device, is_out_of_memory, peak_memory_mb
 from model import GPT, IGNORE
 from optim import average_of_weights, build_optimizers, growing_batch_size, growing_window, scheduled_learning_rate
 from report import write_report
@@ -66,7 +66,7 @@ def train(
             num_steps = expected_steps(training.step, training.seconds, train_config)
             learning_rate = scheduled_learning_rate(training.step, num_steps, train_config)
             for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["lr_scale"]
 
             done = progress(training.step, training.seconds, train_config)
             batch_size = growing_batch_size(done, train_config)
@@ -244,5 +244,10 @@ if __name__ == "__main__":
         main(ARGUMENTS)
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:  # ImportError: a missing plugin
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0].split("]")[-1].strip()
+        sys.exit(f"error: out of memory ({reason}). Make room and --resume, or train a smaller model")
     except KeyboardInterrupt:  # before the first step, or for a second time
         sys.exit(130)  # the shell's own code for Ctrl-C

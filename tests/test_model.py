@@ -193,7 +193,7 @@ def test_the_loss_ignores_what_is_not_to_be_predicted_and_micro_batches_add_up()
 
 def steps(layer: str, config: ModelConfig = TINY) -> Steps:
     torch.manual_seed(0)
-    return randomised(Steps(layer, config, V, num_residuals=1))
+    return randomised(Steps(layer, config, num_residuals=1))
 
 
 def by_hand(layer: str, x: torch.Tensor, blocks: list[Callable]) -> torch.Tensor:
@@ -235,7 +235,7 @@ def test_the_layer_string_means_what_it_says(layer):
 def test_a_list_of_strings_is_branches_side_by_side():
     x = torch.randn(2, 5, 24)
     torch.manual_seed(0)
-    layer = randomised(Layer(["Norm->MLP->+->Norm->MLP->+", "Norm->MLP(gated=False)->+"], TINY, V, 1))
+    layer = randomised(Layer(["Norm->MLP->+->Norm->MLP->+", "Norm->MLP(gated=False)->+"], TINY, 1))
     n1, m1, n2, m2 = layer.branches[0].blocks
     n3, m3 = layer.branches[1].blocks
     dense = m1(n1(x)) + m2(n2(x + m1(n1(x))))

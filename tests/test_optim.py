@@ -150,7 +150,8 @@ class TestMuon:
         cosine = (ours * (u @ vh)).sum(dim=(1, 2)) / ours.norm(dim=(1, 2)) / (u @ vh).norm(dim=(1, 2))
         assert cosine.min() > 0.99
 
-    def test_steps_are_those_of_torch_up_to_its_bfloat16(self):
+    def test_steps_are_those_of_torch_up_to_its_bfloat16_and_fewer_digits(self):
+        torch.manual_seed(0)
         weights = [torch.randn(24, 8), torch.randn(24, 8), torch.randn(8, 8)]
         gradients = [torch.randn_like(weight) for weight in weights]
         moved = []
@@ -166,7 +167,7 @@ class TestMuon:
                 optimizer.step()
             moved.append([weight.detach() - before for weight, before in zip(trained, weights, strict=True)])
         for ours, theirs in zip(*moved, strict=True):
-            assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.98
+            assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.96
             assert ours.norm() == pytest.approx(theirs.norm().item(), rel=0.2)
 
 
@@ -181,6 +182,13 @@ def test_the_average_of_weights_is_the_recurrence():
         keep = min(0.5, (1 + step) / (10 + step))
         expected = model.weight.clone() if expected is None else keep * expected + (1 - keep) * model.weight
     torch.testing.assert_close(average.module.weight, expected)
+
+
+def test_muon_takes_its_own_share_of_the_learning_rate():
+    config = TrainConfig(optimizer="Muon", muon_lr_scale=0.4)
+    muon, adamw = build_optimizers(GPT(MODEL, 50), config)
+    assert [group["lr_scale"] for group in muon.param_groups] == [0.4]
+    assert {group["lr_scale"] for group in adamw.param_groups} == {1.0}
 
 
 class TestWarmUps:
