@@ -283,6 +283,8 @@ class Preset(NamedTuple):
     train: TrainConfig = TrainConfig()
 
 
+VALUES = "Shortcut->|->Norm->ValueAttn(residual=False, embedding=True)->+->Norm->MLP->+"
+
 PRESETS: dict[str, Preset] = {
     "0.5m_short_and_thick": Preset(ModelConfig(dim=128, num_layers=2, mlp_dim=528)),
     "0.5m_5foot11_and_skinnyfat": Preset(ModelConfig(dim=96, num_layers=4)),
@@ -304,6 +306,19 @@ PRESETS: dict[str, Preset] = {
     ),
     "gemma_like": Preset(
         ModelConfig(num_layers=4, num_kv_heads=1, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6)
+    ),
+    "speedrun": Preset(
+        ModelConfig(
+            dim=160, num_layers=3, layers=(
+                f"Bigram(size=1536)->Norm->ShortConv(width=2)->|->{VALUES}", "Shortcut->|->Norm->Attn->+->Norm->MLP->+", VALUES,
+            ),
+            num_heads=2, num_kv_heads=1, head_dim=64, max_seq_len=256, activation="ReLU2", gated=False, qk_norm=True,
+            zero_init=True, tied_embeddings=False, logit_soft_cap=15.0,
+        ),
+        TrainConfig(
+            tokenizer="bpe_tokenizer_2048", batch_size=8, optimizer="Muon", lr_max=0.032, muon_lr_scale=0.5, warmup_steps=30,
+            max_minutes=10.0,
+        ),
     ),
 }  # fmt: skip
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from model import GPT, IGNORE
 
-
 MAX_LOGITS = 2**24  # that exist at once
 
 

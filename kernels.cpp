@@ -5,11 +5,11 @@
 // time t sees the keys from first[b, t] to t. All products are made of small tiles whose sums stay in registers, and tiles
 // that no query sees are left out. log2(e) / sqrt(K) is multiplied into the queries, so that a weight is exp2(score - lse).
 
+#include "kernels.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -67,20 +67,6 @@ inline float dot(const float *a, const float *b, int K) {
     for (; k + LANES <= K; k += LANES) products += load(a + k) * load(b + k);
     for (; k < K; k++) rest += a[k] * b[k];
     return sum(products) + rest;
-}
-
-// 2^x for x < 127 to a relative 2e-7; 0 below 2^-100, since products with subnormal numbers are slow. NaN stays NaN.
-inline Vector exp2(Vector x) {
-    const Vector rounding = filled(12582912.0f);  // 1.5 * 2^23: in the sum, the low bits are x as a whole number
-    Vector rounded = x + rounding, rest = x - (rounded - rounding);
-    Vector power = filled(0.00132765f);  // of 2^rest on [-0.5, 0.5], the polynomial of least relative error, 7.5e-8
-    power = power * rest + 0.00967554f;
-    power = power * rest + 0.05550713f;
-    power = power * rest + 0.24022120f;
-    power = power * rest + 0.69314697f;
-    power = power * rest + 1.00000007f;
-    Vector result = (Vector)((Integers)power + ((Integers)rounded << 23));
-    return x < -100.0f ? Vector{} : result;
 }
 
 inline int round_down(int x, int step) { return x / step * step; }
@@ -269,7 +255,7 @@ inline void softmax(float *scores, int stride, Span keys, float *highest, float 
     for (int key = keys.from; key < keys.to; key += LANES)
 #pragma GCC unroll 8
         for (int row = 0; row < ROWS; row++) {
-            Vector weight = exp2(load(scores + row * stride + key) - top[row]);
+            Vector weight = exp2<Vector, Integers>(load(scores + row * stride + key) - top[row]);
             store(scores + row * stride + key, weight);
             total[row] += weight;
         }
@@ -388,7 +374,7 @@ struct Backward {
         }
         const float *lse = minus_lse + t, *delta = minus_delta + t;
         each_score(queries + t * width, key_panels, K, width, near, [=](int row) { return filled(lse[row]); },
-            [=](int row, int key, Vector x) { store(p + row * BLOCK + key, exp2(x)); });
+            [=](int row, int key, Vector x) { store(p + row * BLOCK + key, (exp2<Vector, Integers>(x))); });
         sight.hide(p, BLOCK, t, near, 0.0f);
         each_score(d_out + t * width, value_panels, K, width, near, [=](int row) { return filled(delta[row]); },
             [=](int row, int key, Vector x) { store(d_s + row * BLOCK + key, load(p + row * BLOCK + key) * x); });

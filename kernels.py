@@ -1,6 +1,7 @@
-"""Attention for training on a CPU, about twice as fast as torch's, more for packed stories: kernels.cpp, compiled when needed.
+"""Attention for training on a CPU, about twice as fast as torch's, more for packed stories; and norms, rotations, convolutions,
+activations and the loss in one pass over memory, where torch takes several. In C++ (kernels*.cpp), compiled when needed.
 
-B batch, H query heads, G key/value heads, T time, K head dim.
+B batch, H query heads, G key/value heads, T time, K head dim, D model dim, V vocabulary.
 """
 
 import ctypes
@@ -19,8 +20,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels_elementwise.cpp", "kernels.h")]
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
 
@@ -105,9 +107,193 @@ torch.library.register_fake("basegpt::attention", empty_outputs, lib=LIBRARY)
 torch.library.register_fake("basegpt::attention_backward", empty_gradients, lib=LIBRARY)
 
 
+def fit(backend: str, x: Tensor) -> bool:
+    """Does a block of this backend take the functions below for x? They are for float32 on a CPU, and not under autocast.
+
+    Nor under torch.compile, which fuses torch's formulas by itself.
+    """
+    if backend != "kernel" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def rms_norm(x: Tensor, shape: tuple[int], weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) * weight.  x (..., D) → (..., D), shape (D), weight (D): as torch's"""
+    assert shape == x.shape[-1:]
+    return RMSNorm.apply(x, weight, eps)
+
+
+class RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x, D = without_gaps(x), x.shape[-1]
+        assert weight is None or weight.shape == (D,)
+        out, inverse_rms = torch.empty_like(x), x.new_empty(x.numel() // D)
+        build().rms_norm_forward(x, weight, out, inverse_rms, len(inverse_rms), D, eps, torch.get_num_threads())
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x, weight, inverse_rms = ctx.saved_tensors
+        d_x, d_weight = torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+        d_out, sizes = laid_out_as(x, d_out), (len(inverse_rms), x.shape[-1])
+        build().rms_norm_backward(d_out, x, weight, inverse_rms, d_x, d_weight, *sizes, torch.get_num_threads())
+        return d_x, d_weight, None
+
+
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn channels k and k + K / 2 by the angle of their position.  (B, H, T, K) → the same; cosines and sines (1, T, K / 2)"""
+    return Rope.apply(x, *rope)
+
+
+class Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turned(x, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        return turned(d_out, *ctx.saved_tensors, -1.0), None, None
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    x = x.transpose(1, 2).contiguous()  # as it was projected
+    B, T, H, K = x.shape
+    assert cos.shape == sin.shape == (1, T, K // 2)
+    out = torch.empty_like(x)
+    build().rope(x, cos.contiguous(), sin.contiguous(), out, B * T, T, H, K // 2, direction, torch.get_num_threads())
+    return out.transpose(1, 2)
+
+
+def short_conv(x: Tensor, weight: Tensor, first: Tensor | None = None) -> Tensor:
+    """x[t] + the sum over back of x[t - back] * weight[back], as far as first.  x (B, T, D), weight (width, D) → (B, T, D)
+
+    first (B, T) of integers is the first token that each one sees; None is the first of the row.
+    """
+    return ShortConv.apply(x, weight, None if first is None else first.to(torch.int32).contiguous())
+
+
+class ShortConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, first):
+        x, (B, T, D) = x.contiguous(), x.shape
+        assert weight.shape[1] == D and weight.is_contiguous() and (first is None or first.shape == (B, T))
+        out = torch.empty_like(x)
+        build().short_conv_forward(x, weight, first, out, B * T, T, D, len(weight), torch.get_num_threads())
+        ctx.save_for_backward(x, weight, first)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x, weight, first = ctx.saved_tensors
+        (B, T, D), d_x, d_weight = x.shape, torch.empty_like(x), torch.empty_like(weight)
+        sizes = B * T, T, D, len(weight)
+        build().short_conv_backward(d_out.contiguous(), x, weight, first, d_x, d_weight, *sizes, torch.get_num_threads())
+        return d_x, d_weight, None
+
+
+ACTIVATIONS = ["SiLU", "GELU", "ReLU", "ReLU2"]  # in the order of kernels_elementwise.cpp
+
+
+def activate(activation: str, x: Tensor, factor: Tensor | None = None) -> Tensor:
+    """activation(x), or activation(x) * factor.  Any shape → the same"""
+    return Activation.apply(x, factor, ACTIVATIONS.index(activation))
+
+
+class Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor, activation):
+        x, factor = x.contiguous(), None if factor is None else factor.contiguous()
+        assert factor is None or factor.shape == x.shape
+        out, ctx.activation = torch.empty_like(x), activation
+        build().activation_forward(activation, x, factor, out, x.numel(), torch.get_num_threads())
+        ctx.save_for_backward(x, factor)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x, factor = ctx.saved_tensors
+        d_x, d_factor = torch.empty_like(x), None if factor is None else torch.empty_like(x)
+        gradients = d_out.contiguous(), x, factor, d_x, d_factor
+        build().activation_backward(ctx.activation, *gradients, x.numel(), torch.get_num_threads())
+        return d_x, d_factor, None
+
+
+def weighted_sum(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """weights[0] * x + weights[1] * y.  x and y of one shape → the same; weights (2)"""
+    return WeightedSum.apply(x, y, weights)
+
+
+class WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, weights):
+        assert x.shape == y.shape and weights.shape == (2,)
+        x = without_gaps(x)
+        y, out = laid_out_as(x, y), torch.empty_like(x)
+        build().weighted_sum_forward(x, y, weights, out, x.numel(), torch.get_num_threads())
+        ctx.save_for_backward(x, y, weights)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x, y, weights = ctx.saved_tensors
+        gradients = torch.empty_like(x), torch.empty_like(x), torch.empty_like(weights)
+        build().weighted_sum_backward(laid_out_as(x, d_out), x, y, weights, *gradients, x.numel(), torch.get_num_threads())
+        return gradients
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, soft_cap: float | None) -> Tensor:
+    """The summed loss of soft_cap(logits) in nats; the logits become its gradient.  logits (N, V), targets (N) → ()
+
+    As that of losses.py; a negative target is left out.
+    """
+    losses, targets = logits.new_empty(len(logits)), targets.contiguous()
+    assert logits.is_contiguous() and targets.shape == losses.shape and targets.dtype == torch.int64
+    assert targets.max() < logits.shape[1]
+    build().cross_entropy(logits, targets, losses, *logits.shape, soft_cap or 0.0, torch.get_num_threads())
+    return losses.sum()
+
+
+def without_gaps(x: Tensor) -> Tensor:
+    """x, or a copy of it, as rows of x.shape[-1] numbers in a piece of memory, in any order."""
+    in_order = x.is_contiguous() or (x.ndim == 4 and x.transpose(1, 2).is_contiguous())
+    return x if in_order else x.contiguous()
+
+
+def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+
+
+class Pointer(ctypes.c_void_p):
+    """An argument of the library that is a tensor, or None for null."""
+
+    @classmethod
+    def from_param(cls, tensor: Tensor | None) -> ctypes.c_void_p:
+        if tensor is None:
+            return ctypes.c_void_p()
+        assert tensor.dtype in (torch.float32, torch.int32, torch.int64)
+        return ctypes.c_void_p(tensor.data_ptr())
+
+
+SIGNATURES = {  # p pointer, i integer, f float
+    "rms_norm_forward": "ppppiifi", "rms_norm_backward": "ppppppiii", "rope": "ppppiiiifi",
+    "short_conv_forward": "ppppiiiii", "short_conv_backward": "ppppppiiiii",
+    "activation_forward": "ipppii", "activation_backward": "ipppppii",
+    "weighted_sum_forward": "ppppii", "weighted_sum_backward": "pppppppii", "cross_entropy": "pppiifi",
+}  # fmt: skip
+KINDS = {"p": Pointer, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
 @cache
 def build() -> ctypes.CDLL:
-    """Compiles kernels.cpp unless the cache folder has it for this compiler and CPU, and loads it.  Raises BuildError."""
+    """Compiles the kernels unless the cache folder has it for this compiler and CPU, and loads it.  Raises BuildError."""
     from data import default_cache_dir  # not on top: it takes a while to import, and most models do without the kernel
 
     recipe = choose_recipe()
@@ -123,6 +309,9 @@ def build() -> ctypes.CDLL:
         raise BuildError(f"the kernel cannot be loaded ({reason}): delete {path}, or take attention='sdpa'") from error
     for function in (library.attention_forward, library.attention_backward):
         function.argtypes, function.restype = [ctypes.c_char_p], None
+    for name, signature in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [KINDS[kind] for kind in signature], None
     return library
 
 
@@ -150,7 +339,7 @@ def choose_recipe() -> Recipe:
     compiler = find_compiler()
     version = compiler_says([*compiler, "--version"])
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    command = [*compiler, *FLAGS, native, str(SOURCE)]
+    command = [*compiler, *FLAGS, native, *(str(source) for source in SOURCES if source.suffix == ".cpp")]
     libraries = Path(torch.__file__).parent / "lib"
     if "clang" not in version:
         runtimes = sorted(libraries.glob("libgomp*.so*"))
@@ -158,7 +347,7 @@ def choose_recipe() -> Recipe:
     if sys.platform == "darwin" and (libraries / "libomp.dylib").exists():
         openmp = ["-Xpreprocessor", "-fopenmp", "-Wl,-undefined,dynamic_lookup"]
         return Recipe([*command, *openmp], version, libraries / "libomp.dylib")
-    return Recipe(command, version, None)
+    return Recipe([*command, "-fopenmp-simd"], version, None)
 
 
 def find_compiler() -> list[str]:
@@ -191,7 +380,7 @@ def compiler_says(command: list[str]) -> str:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         reason = next((line for line in lines if "error" in line), lines[0])
-        raise BuildError(f"{command[0]} cannot compile kernels.cpp ({reason}): set $CXX, or take attention='sdpa'")
+        raise BuildError(f"{command[0]} cannot compile the kernels ({reason}): set $CXX, or take attention='sdpa'")
     return done.stdout
 
 
@@ -200,7 +389,7 @@ def digest(recipe: Recipe) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}) or platform.processor()
-    return hashlib.sha256(repr((SOURCE.read_bytes(), recipe, cpu)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(([source.read_bytes() for source in SOURCES], recipe, cpu)).encode()).hexdigest()[:16]
 
 
 def first_line(error: BaseException) -> str:

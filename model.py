@@ -2,6 +2,7 @@
 
 B batch, T time (the new tokens), S time with what the cache remembers in front, D model dim, V vocabulary.
 The names of the config's fields are used for all other sizes: num_heads, num_kv_heads, head_dim, ...
+Where a block has a `backend`, "kernel" is our own C++ (kernels.py), as far as that fits; all others are torch's formulas.
 """
 
 import importlib
@@ -10,12 +11,12 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
-import kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 from config import ModelConfig, did_you_mean, layer_steps
 from losses import IGNORE, chunked_cross_entropy
 from tools import LoggingModule
@@ -34,8 +35,11 @@ class Norm(LoggingModule):
 class RMSNorm(Norm):
     """x / rms(x), with a learned gain (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).  (..., D) → (..., D)"""
 
+    backend = "auto"
+
     def forward(self, x):
-        normed = F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        rms_norm = kernels.rms_norm if kernels.fit(self.backend, x) else F.rms_norm
+        normed = rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return normed if self.bias is None else normed + self.bias
 
 
@@ -162,7 +166,8 @@ class Attention(LoggingModule):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            turn = kernels.apply_rope if kernels.fit(self.backend, q) else apply_rope
+            q, k = turn(q, rope), turn(k, rope)
         return q, k, v
 
     def mix(self, q, k, v, mask, first, cache):
@@ -212,16 +217,24 @@ class MLP(LoggingModule):
         self.w_gate = linear(dim, self.hidden_dim, bias=linear_bias) if gated else None
         self.w_in = linear(dim, self.hidden_dim, bias=linear_bias)
         self.w_out = linear(self.hidden_dim, dim, bias=linear_bias)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
+        self.backend = "auto"
 
     def forward(self, x):
         B, T, D = x.shape
         hidden = self.w_in(x)  # (B, T, hidden_dim)
         if self.w_gate is None:
-            hidden = self.activation(hidden)
+            hidden = self.activate(hidden)
         else:
-            hidden = self.activation(self.w_gate(x)) * hidden  # (B, T, hidden_dim)
+            hidden = self.activate(self.w_gate(x), hidden)  # (B, T, hidden_dim)
         return self.w_out(hidden)  # (B, T, D)
+
+    def activate(self, x, factor=None):
+        """activation(x), times the factor where there is one.  Any shape → the same"""
+        if kernels.fit(self.backend, x) and self.activation in kernels.ACTIVATIONS:
+            return kernels.activate(self.activation, x, factor)
+        active = ACTIVATIONS[self.activation](x)
+        return active if factor is None else active * factor
 
 
 BLOCKS = {"Attn": Attention, "MLP": MLP, **NORMS}
@@ -246,7 +259,7 @@ def block_menu(config: ModelConfig) -> dict[str, type[nn.Module]]:
     return menu
 
 
-def build_block(name: str, options: dict, config: ModelConfig, vocab_size: int) -> nn.Module:
+def build_block(name: str, options: dict, config: ModelConfig, vocab_size: int | None = None) -> nn.Module:
     """The block of that name: each argument of its __init__ is filled from the options, or else from the config.
 
     Raises ValueError for an unknown name or option, a value that the config would not take, or a need that nothing meets.
@@ -260,7 +273,7 @@ def build_block(name: str, options: dict, config: ModelConfig, vocab_size: int) 
             raise ValueError(
                 f"layers: {name} has no option {option!r}.{did_you_mean(option, wanted)} There are: {', '.join(wanted)}"
             )
-    values = config.block_values | {"vocab_size": vocab_size} | options
+    values = config.block_values | ({"vocab_size": vocab_size} if vocab_size else {}) | options
     if menu[name] in BLOCKS.values():  # then the config knows what a value may be
         replace(config, **{option: value for option, value in options.items() if option in config.block_values})
     needs = inspect.signature(menu[name].forward).parameters
@@ -281,7 +294,7 @@ class Steps(LoggingModule):
     (B, T, D) → (B, T, D). Each block is given those of the `needs` that its forward names.
     """
 
-    def __init__(self, layer: str, config: ModelConfig, vocab_size: int, num_residuals: int):
+    def __init__(self, layer: str, config: ModelConfig, num_residuals: int, vocab_size: int | None = None):
         super().__init__()
         self.steps = [name for name, _ in layer_steps(layer)]
         steps = [step for step in layer_steps(layer) if step[0] not in "+|"]
@@ -326,10 +339,10 @@ class Layer(LoggingModule):
     have steps of their own, as the dense and the expert branch of Snowflake Arctic.
     """
 
-    def __init__(self, layer: str | list[str], config: ModelConfig, vocab_size: int, num_residuals: int):
+    def __init__(self, layer: str | list[str], config: ModelConfig, num_residuals: int, vocab_size: int | None = None):
         super().__init__()
         layer = [layer] if isinstance(layer, str) else layer
-        self.branches = nn.ModuleList(Steps(branch, config, vocab_size, num_residuals) for branch in layer)
+        self.branches = nn.ModuleList(Steps(branch, config, num_residuals, vocab_size) for branch in layer)
 
     def forward(self, x, **needs):
         if len(self.branches) == 1:
@@ -365,8 +378,8 @@ class GPT(LoggingModule):
         self.dropout = config.dropout
         branches = [branch for layer in config.depth_layers for branch in ([layer] if isinstance(layer, str) else layer)]
         num_residuals = sum(layer_steps(branch).count(("+", {})) for branch in branches)
-        self.layers = nn.ModuleList(Layer(layer, config, vocab_size, max(1, num_residuals)) for layer in config.depth_layers)
-        self.norm = build_block("Norm", {}, config, vocab_size)
+        self.layers = nn.ModuleList(Layer(layer, config, max(1, num_residuals), vocab_size) for layer in config.depth_layers)
+        self.norm = build_block("Norm", {}, config)
         self.head = linear(config.dim, vocab_size, bias=False)
         for table in (self.embedding, self.position_embedding):
             if table is not None:
@@ -376,6 +389,7 @@ class GPT(LoggingModule):
         elif config.zero_init:
             nn.init.zeros_(self.head.weight)
         self.checkpoint_layers = False  # compute each layer again on the way back instead of keeping what is inside
+        self.backend = "auto"  # of the loss
         self.loss_chunk = None  # how many tokens go through head and loss at once in training; None is all
 
     def forward(self, tokens, targets=None, *, story_ids=None, window=None, cache=None):
@@ -429,7 +443,8 @@ class GPT(LoggingModule):
 
         x = self.norm(x)
         if targets is not None and self.loss_chunk and self.training:
-            return None, chunked_cross_entropy(x, self.head.weight, targets, self.config.logit_soft_cap, self.loss_chunk)
+            cap = self.config.logit_soft_cap
+            return None, chunked_cross_entropy(x, self.head.weight, targets, cap, self.loss_chunk, self.backend)
         logits = soft_cap(self.head(x), self.config.logit_soft_cap).float()  # (B, T, vocab_size)
         if targets is None:
             return logits, None

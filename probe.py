@@ -17,15 +17,17 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import kernels
 import torch
 from torch import Tensor
 
+import kernels
 from config import ModelConfig, TrainConfig, divisors, from_json, to_json
 from data import default_cache_dir
+from evaluation import MAX_LOGITS as EVALUATION_LOGITS
 from machine import available_memory, check_compiler
 from model import GPT
 from sources import say
@@ -74,6 +76,8 @@ def choose(model: GPT, config: TrainConfig, device: torch.device) -> Choices:
             if expected_seconds(seconds, model, config) < SHORT_RUN:
                 return replace(first, compile=config.compile is True)
             known = measure(model, config, device, first)
+        elif device.type == "cpu" and config.threads == "auto":  # which changes with what else the machine is doing
+            known |= fastest_threads(model, config, Choices(**known["eager"]), device)
         if "compiled" not in known and compile_is_worth_trying(known, model, config, device):
             known["compiled"] = measure_compiled(model, config, known, trial_seconds(known, model, config))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +100,7 @@ def key(model: GPT, config: TrainConfig, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     prescribed = [getattr(config, field) for field in ("batch_size", "mask_stories", "loss_chunk", "gradient_checkpointing",
                                                        "dtype", "micro_batch_size", "threads")]  # fmt: skip
-    machine = [torch.__version__, device.type, name, torch.get_num_threads(), kernels.fingerprint()]
+    machine = [torch.__version__, device.type, name, most_threads(), kernels.fingerprint()]
     what = json.dumps([machine, to_json(model.config), model.vocab_size, prescribed])
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
@@ -105,6 +109,12 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0] if names else f"{platform.processor()} {platform.machine()}"
+
+
+@cache
+def most_threads() -> int:
+    """What torch takes by itself: the cores, or $OMP_NUM_THREADS. Asked for once, as a training changes it."""
+    return torch.get_num_threads()
 
 
 @contextmanager
@@ -118,14 +128,14 @@ def undisturbed():
             torch.set_num_threads(threads)
 
 
-def attentions(model: GPT) -> list:
+def with_backend(model: GPT) -> list:
     return [block for block in model.modules() if hasattr(block, "backend")]
 
 
 def apply(choices: Choices, model: GPT):
     """Train the model in this way from now on."""
     torch.set_num_threads(choices.threads)
-    for block in attentions(model):
+    for block in with_backend(model):
         block.backend = choices.attention
     if choices.compile:
         for layer in model.layers:  # one by one, as all that are alike share what is compiled
@@ -142,7 +152,7 @@ def first_guess(model: GPT, config: TrainConfig, device: torch.device) -> Choice
         dtype="float32" if config.dtype == "auto" else config.dtype,
         attention="sdpa" if model.config.attention == "auto" else model.config.attention,
         micro_batch_size=next((size for size in sizes if size <= 8), sizes[-1]),
-        threads=torch.get_num_threads() if config.threads == "auto" else config.threads, compile=False,
+        threads=most_threads() if config.threads == "auto" else config.threads, compile=False,
     )  # fmt: skip
 
 
@@ -174,7 +184,7 @@ def measure(model: GPT, config: TrainConfig, device: torch.device, best: Choices
 
     notes = []
     if device.type == "cpu" and config.threads == "auto":
-        best = fastest([replace(best, threads=threads) for threads in {best.threads, max(1, best.threads // 2)}])
+        best = Choices(**fastest_threads(model, config, best, device)["eager"])
     if device.type == "cpu" and model.config.attention == "auto":
         try:
             kernels.build()
@@ -193,6 +203,16 @@ def measure(model: GPT, config: TrainConfig, device: torch.device, best: Choices
         "eager": asdict(best), "seconds_per_token": timed[best], "notes": notes,
         "timed": [[asdict(choices), seconds] for choices, seconds in timed.items()],
     }  # fmt: skip
+
+
+def fastest_threads(model: GPT, config: TrainConfig, choices: Choices, device: torch.device) -> dict[str, Any]:
+    """As many threads as torch takes by itself, or half of them, which is more where another process keeps a core busy."""
+    timed = {}
+    for threads in {most_threads(), max(1, most_threads() // 2)}:
+        way = replace(choices, threads=threads)
+        timed[way] = seconds_per_token(model, config, way, device)
+    best = min(timed, key=timed.__getitem__)
+    return {"eager": asdict(best), "seconds_per_token": timed[best]}
 
 
 def steps_of(model: GPT, config: TrainConfig, rows: int, device: torch.device):
@@ -224,7 +244,7 @@ def seconds_per_token(model: GPT, config: TrainConfig, choices: Choices, device:
 
 
 def memory_needed(model: GPT, config: TrainConfig, device: torch.device) -> tuple[float, float]:
-    """Bytes: of weights, gradients and two moments of each; of what a row keeps for the way back, and half as much in passing."""
+    """Bytes: of weights, gradients, two moments of each, and evaluations; of what a row keeps on its way, and half more."""
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -235,7 +255,7 @@ def memory_needed(model: GPT, config: TrainConfig, device: torch.device) -> tupl
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         steps_of(model, config, 1, device)("float32")
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    return 4 * weights, 1.5 * sum(kept.values())
+    return 4 * weights + 4 * EVALUATION_LOGITS, 1.5 * sum(kept.values())
 
 
 def difference(model: GPT, choices: Choices, device: torch.device) -> str:
@@ -250,7 +270,7 @@ def difference(model: GPT, choices: Choices, device: torch.device) -> str:
     trial.eval()
 
     def run(way: Choices) -> tuple[Tensor, Tensor]:
-        for block in attentions(trial):
+        for block in with_backend(trial):
             block.backend = way.attention
         trial.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=way.dtype == "bfloat16"):

@@ -6,6 +6,7 @@ B batch, T time, D model dim, V vocabulary.
 import torch
 from torch import nn
 
+import kernels
 from tools import LoggingModule
 
 
@@ -18,9 +19,12 @@ class Shortcut(LoggingModule):
     def __init__(self):
         super().__init__()
         self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.backend = "auto"
 
     def forward(self, x, *, shared):
         first = shared.setdefault("shortcut", x)  # (B, T, D)
+        if kernels.fit(self.backend, x):
+            return kernels.weighted_sum(x, first, self.mix)
         return self.mix[0] * x + self.mix[1] * first
 
 

@@ -1,14 +1,22 @@
-"""The kernel gives what attention written out in float64 gives, for any layout and number of threads; or says why it cannot."""
+"""The kernels give what the formulas in float64 give, for any layout and number of threads; or say why they cannot."""
 
 import math
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from errors import one_line_error
+from test_model import EVERY_MODEL, TINY, VARIANTS, build, some_tokens
 
 import kernels
+import losses
+import model
+import probe
+from modules.convolution import ShortConv
 
 pytestmark = pytest.mark.skipif(kernels.fingerprint() == "none", reason="there is no C++ compiler")
 
@@ -123,6 +131,159 @@ def test_under_autocast():
         ours = output_and_gradients(kernels.attention, *inputs)
     assert all(x.dtype == torch.bfloat16 for x in ours)
     assert_near(ours, output_and_gradients(reference, *inputs), rtol=1e-2, atol=1e-2)
+
+
+def short_conv(x, weight, first=None):
+    """That of modules/, with this weight."""
+    block = ShortConv(*reversed(weight.shape))
+    return torch.func.functional_call(block, {"weight": weight}, (x,), {"first": first})
+
+
+def as_projected(B, H, T, K):
+    """(B, H, T, K), in memory (B, T, H, K)."""
+    return torch.randn(B, T, H, K).transpose(1, 2)
+
+
+def operations():
+    """Each operation as ours, as a formula, and inputs of all sizes; a gradient is asked of those that are floats."""
+    torch.manual_seed(0)
+    for x in (torch.randn(7, 3), torch.randn(2, 50, 129), as_projected(2, 3, 33, 40), torch.randn(5, 70, 31).mT):
+        for weight in ((), (torch.randn(x.shape[-1]),)):
+            ours, formula = (
+                lambda x, weight=None, by=by: by(x, x.shape[-1:], weight, 1e-3) for by in (kernels.rms_norm, F.rms_norm)
+            )
+            yield "rms_norm", ours, formula, (x, *weight)
+    for B, H, T, K in ((2, 3, 33, 40), (1, 1, 1, 2), (3, 2, 70, 6)):
+        rope = torch.randn(1, T, K // 2), torch.randn(1, T, K // 2)
+        ours, formula = (lambda x, by=by, rope=rope: by(x, rope) for by in (kernels.apply_rope, model.apply_rope))
+        yield "apply_rope", ours, formula, (as_projected(B, H, T, K),)
+    for B, T, D, width in ((2, 100, 24, 4), (3, 2, 17, 4), (1, 1, 5, 2), (2, 60, 33, 1)):
+        for first in (None, first_seen("stories", B, T)):
+            yield "short_conv", kernels.short_conv, short_conv, (torch.randn(B, T, D), torch.randn(width, D), first)
+    for name in kernels.ACTIVATIONS:
+        for shape in ((2, 5, 24), (3, 999)):
+            ours = partial(kernels.activate, name)
+            formula = model.MLP(8, 8, name).activate
+            x = torch.randn(shape) * torch.tensor(10.0).pow(torch.randint(-2, 3, shape))
+            yield name, ours, formula, (x,)
+            yield name, ours, formula, (x, torch.randn(shape))
+    for make, shape in ((torch.randn, (2, 30, 24)), (as_projected, (2, 3, 5, 7))):
+        inputs = make(*shape), make(*shape), torch.randn(2)
+        yield "weighted_sum", kernels.weighted_sum, lambda x, y, weights: weights[0] * x + weights[1] * y, inputs
+
+
+def values_and_gradients(operation, inputs, expanded=False):
+    inputs = [x.detach().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
+    out = operation(*inputs)
+    torch.manual_seed(1)
+    d_out = torch.ones(()).expand(out.shape) if expanded else torch.randn(out.shape)
+    return out, *torch.autograd.grad(out, [x for x in inputs if x is not None and x.requires_grad], d_out.to(out.dtype))
+
+
+@pytest.mark.parametrize("expanded", [False, True], ids=["", "the gradient is one number, expanded"])
+def test_operations_as_in_float64(expanded):
+    for name, ours, formula, inputs in operations():
+        in_float64 = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+        found, wanted = values_and_gradients(ours, inputs, expanded), values_and_gradients(formula, in_float64, expanded)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.shape == other.shape and one.dtype == torch.float32
+            assert (one.double() - other).abs().max() <= 5e-6 * other.abs().max(), (name, inputs[0].shape)
+
+
+@pytest.mark.parametrize("V, soft_cap", [(98, None), (2048, 15.0), (3, 0.5)])
+def test_cross_entropy(V, soft_cap):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(70, V) * 20, torch.randint(V, (70,))
+    targets[::3] = losses.IGNORE
+    expected = logits.double().requires_grad_()
+    loss = F.cross_entropy(model.soft_cap(expected, soft_cap), targets, reduction="sum", ignore_index=losses.IGNORE)
+    loss.backward()
+    for cross_entropy_ in (losses.cross_entropy_, kernels.cross_entropy_):
+        ours = logits.clone()
+        torch.testing.assert_close(cross_entropy_(ours, targets, soft_cap).double(), loss.detach(), atol=0, rtol=1e-5)
+        torch.testing.assert_close(ours.double(), expected.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_not_a_number_stays_one():
+    for name, ours, _, (x, *others) in operations():
+        x[(0,) * x.ndim] = math.nan
+        assert ours(x, *others).isnan().any(), name
+    logits = torch.randn(2, 50)
+    logits[0, 3] = math.nan
+    assert kernels.cross_entropy_(logits, torch.tensor([1, 1]), 15.0).isnan()
+
+
+def test_threads_give_the_same_bits_in_all_operations():
+    def everything():
+        results = [value for _, ours, _, inputs in operations() for value in values_and_gradients(ours, inputs)]
+        logits = torch.randn(70, 98)
+        return [*results, kernels.cross_entropy_(logits, torch.arange(70), 3.0), logits]
+
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize("name", ["0.5m_short_and_thick", "gpt2_like", "gemma_like", "grok_like", "modules"])
+def test_a_model_on_kernels_equals_one_without(name):
+    trained, tokens = build(EVERY_MODEL[name]).train(), some_tokens(2, 31)
+    stories, results = torch.tensor([[0] * 12 + [1] * 18] * 2), []
+    for backend in ("plain", "kernel"):
+        probe.apply(probe.Choices("float32", backend, 2, torch.get_num_threads(), compile=False), trained)
+        trained.zero_grad()
+        trained.loss_chunk = None
+        with torch.no_grad():
+            logits, _ = trained(tokens[:, :-1], story_ids=stories)
+        trained.loss_chunk = 7
+        _, loss = trained(tokens[:, :-1], tokens[:, 1:], story_ids=stories)
+        loss.backward()
+        results.append((logits, loss, [weight.grad for weight in trained.parameters()]))
+        with torch.no_grad():  # a few tokens at a time, as a story is told
+            cache = model.Cache()
+            told = torch.cat([trained(part, cache=cache)[0] for part in tokens[:, :-1].split(10, dim=1)], dim=1)
+            torch.testing.assert_close(told, trained(tokens[:, :-1])[0], atol=1e-4, rtol=1e-4)
+    (logits, loss, gradients), (our_logits, our_loss, our_gradients) = results
+    torch.testing.assert_close(our_logits, logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(our_loss, loss)
+    for ours, wanted in zip(our_gradients, gradients, strict=True):
+        assert (ours - wanted).norm() < 1e-3 * wanted.norm() + 1e-6
+
+
+def test_kernels_are_for_float32_and_not_for_autocast_or_compile(monkeypatch):
+    """And there they are taken."""
+    layers = "Shortcut->|->Norm->ShortConv->MLP->+"
+    trained, tokens = build(replace(TINY, layers=layers)).train(), some_tokens(2, 20)
+    for block in probe.with_backend(trained):
+        block.backend = "kernel"
+    trained.loss_chunk = 16
+    calls = []
+    library = kernels.build()
+    monkeypatch.setattr(kernels, "build", lambda: calls.append("a kernel") or library)
+    trained(tokens, tokens)[1].backward()
+    assert len(calls) == 2 * 2 * 4 + 2 + 3  # forward and back of two layers' blocks and the last norm; three chunks of the loss
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        trained(tokens, tokens)[1].backward()
+    torch._dynamo.reset()
+    torch.compile(trained.layers[0], backend="eager", fullgraph=True)(torch.randn(2, 20, 24), shared={}, first=None)
+    trained.double()(tokens, tokens)[1].backward()
+    assert not calls
+
+
+@pytest.mark.parametrize("config", [TINY, VARIANTS["qk_norm"], VARIANTS["modules"]])
+def test_compile_needs_no_break_on_kernels(config):
+    trained, tokens = build(config), some_tokens(2, 20)
+    for block in probe.with_backend(trained):
+        block.backend = "kernel"
+    torch._dynamo.reset()
+    compiled = torch.compile(trained, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, tokens), trained(tokens, tokens), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is loaded")

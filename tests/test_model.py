@@ -27,7 +27,7 @@ VARIANTS = {
     "modules": replace(
         TINY, zero_init=True, tied_embeddings=False, layers=(
             "Bigram(size=64)->Norm->|->Shortcut->Norm->ShortConv->ValueAttn->+->Norm->MLP->+",
-            "Shortcut->|->Norm->ValueAttn(qk_norm=True)->+->Norm->ShortConv(width=3)->MLP->+",
+            "Shortcut->|->Norm->ValueAttn(embedding=True, qk_norm=True)->+->Norm->ShortConv(width=3)->MLP->+",
         ),
     ),
 }  # fmt: skip

@@ -272,6 +272,10 @@ VARIANTS = {
     "dropout": (replace(MODEL, dropout=0.2), {}),
     "micro_batches": (replace(MODEL, dropout=0.2), {"micro_batch_size": 2}),
     "muon": (MODEL, {"optimizer": "Muon"}),
+    "compiled": (MODEL, {"compile": True, "mask_stories": False, "window_start": 16}),
+    "kernel": (replace(MODEL, attention="kernel"), {}),
+    "growing_and_averaged": (MODEL, {"batch_size_start": 1, "window_start": 16, "weight_averaging": 0.9}),
+    "less_memory": (replace(MODEL, dropout=0.2), {"gradient_checkpointing": True, "loss_chunk": None}),
     "restarts": (replace(MODEL, tied_embeddings=False), {"schedule": "cosine", "num_restarts": 2, "mask_stories": True}),
 }
 

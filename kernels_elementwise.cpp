@@ -1,0 +1,289 @@
+// What stands between the matrix products of a model, forward and backward: norms, rotations, short convolutions, activations
+// and the loss, each in one pass over memory. Rows are worked on in parts whose number does not depend on the threads, so
+// that sums over rows come out the same with any number of them.
+
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace {
+
+constexpr int PARTS = 48;  // of equal size for 2, 3, 4, 6, 8, 12, 16 threads
+constexpr float LOG2_E = 1.44269504f;
+
+// Calls work(part, from, to) for each part of the rows.
+template <class Work>
+void each_part(int64_t rows, int64_t threads, Work work) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int part = 0; part < PARTS; part++) work(part, rows * part / PARTS, rows * (part + 1) / PARTS);
+}
+
+// A sum over all rows: each part adds to numbers of its own, and they are added up in order.
+class Sums {
+    const int64_t count;
+    std::vector<float> parts;
+
+  public:
+    explicit Sums(int64_t count) : count(count), parts(PARTS * count) {}
+    float *of(int part) { return parts.data() + part * count; }
+    void write(float *to) const {
+        std::fill(to, to + count, 0.0f);
+        for (int part = 0; part < PARTS; part++)
+            for (int64_t i = 0; i < count; i++) to[i] += parts[part * count + i];
+    }
+};
+
+template <class Term>
+inline float sum_over(int64_t from, int64_t to, Term term) {
+    float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = from; i < to; i++) total += term(i);
+    return total;
+}
+
+inline float fast_exp(float x) { return exp2<float, int32_t>(x * LOG2_E); }
+inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(x < -87.0f ? 87.0f : -x)); }
+
+// Activations: value and slope at x.
+struct SiLU {
+    static float value(float x) { return x * sigmoid(x); }
+    static float slope(float x) {
+        const float s = sigmoid(x);
+        return s + x * s * (1.0f - s);
+    }
+};
+
+struct GELU {  // 0.5 x (1 + tanh(u / 2)) = x sigmoid(u)
+    static constexpr float A = 1.59576912f, B = 0.044715f;  // A = 2 sqrt(2 / pi)
+    static float value(float x) { return x * sigmoid(A * (x + B * x * x * x)); }
+    static float slope(float x) {
+        const float s = sigmoid(A * (x + B * x * x * x));
+        return s + x * s * (1.0f - s) * A * (1.0f + 3.0f * B * x * x);
+    }
+};
+
+struct ReLU {
+    static float value(float x) { return x < 0.0f ? 0.0f : x; }
+    static float slope(float x) { return x > 0.0f ? 1.0f : 0.0f; }
+};
+
+struct ReLU2 {
+    static float value(float x) { return x < 0.0f ? 0.0f : x * x; }
+    static float slope(float x) { return x < 0.0f ? 0.0f : 2.0f * x; }
+};
+
+template <class Call>
+void with_activation(int64_t number, Call call) {  // in the order of ACTIVATIONS in kernels.py
+    switch (number) {
+        case 0: return call(SiLU());
+        case 1: return call(GELU());
+        case 2: return call(ReLU());
+        case 3: return call(ReLU2());
+    }
+}
+
+// Softmax minus one-hot in place of the logits of one token, and its loss.
+float cross_entropy_of_row(float *logits, int64_t V, int64_t target, float soft_cap, float *slopes) {
+    if (soft_cap > 0.0f) {
+#pragma omp simd
+        for (int64_t i = 0; i < V; i++) {
+            const float capped = 2.0f * sigmoid(2.0f * logits[i] / soft_cap) - 1.0f;  // tanh
+            slopes[i] = 1.0f - capped * capped;
+            logits[i] = soft_cap * capped;
+        }
+    }
+    float highest = logits[0], total = 0.0f;
+#pragma omp simd reduction(max : highest)
+    for (int64_t i = 0; i < V; i++) highest = logits[i] > highest ? logits[i] : highest;
+    const float right = logits[target];
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < V; i++) total += logits[i] = fast_exp(logits[i] - highest);
+    const float scale = 1.0f / total;
+#pragma omp simd
+    for (int64_t i = 0; i < V; i++) logits[i] *= scale;
+    logits[target] -= 1.0f;
+    if (soft_cap > 0.0f) {
+#pragma omp simd
+        for (int64_t i = 0; i < V; i++) logits[i] *= slopes[i];
+    }
+    return std::log(total) + highest - right;
+}
+
+}  // namespace
+
+extern "C" {
+
+// out = x / rms(x) * weight for each row of D numbers; weight may be null.
+void rms_norm_forward(const float *x, const float *weight, float *out, float *inverse_rms, int64_t rows, int64_t D, float eps,
+                      int64_t threads) {
+    const std::vector<float> ones(weight ? 0 : D, 1.0f);
+    const float *gain = weight ? weight : ones.data();
+    each_part(rows, threads, [=](int, int64_t from, int64_t to) {
+        for (int64_t row = from; row < to; row++) {
+            const float *in = x + row * D;
+            float *result = out + row * D;
+            const float squares = sum_over(0, D, [=](int64_t d) { return in[d] * in[d]; });
+            const float inverse = inverse_rms[row] = 1.0f / std::sqrt(squares / D + eps);
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) result[d] = in[d] * inverse * gain[d];
+        }
+    });
+}
+
+void rms_norm_backward(const float *d_out, const float *x, const float *weight, const float *inverse_rms, float *d_x,
+                       float *d_weight, int64_t rows, int64_t D, int64_t threads) {
+    const std::vector<float> ones(weight ? 0 : D, 1.0f);
+    const float *gain = weight ? weight : ones.data();
+    Sums d_gain(D);
+    each_part(rows, threads, [=, &d_gain](int part, int64_t from, int64_t to) {
+        float *sum = d_gain.of(part);
+        for (int64_t row = from; row < to; row++) {
+            const float *in = x + row * D, *d = d_out + row * D, inverse = inverse_rms[row];
+            float *result = d_x + row * D;
+            const float product = sum_over(0, D, [=](int64_t i) { return d[i] * gain[i] * in[i]; });
+            const float share = product / D * inverse * inverse;
+#pragma omp simd
+            for (int64_t i = 0; i < D; i++) result[i] = inverse * (d[i] * gain[i] - in[i] * share);
+#pragma omp simd
+            for (int64_t i = 0; i < D; i++) sum[i] += d[i] * in[i] * inverse;
+        }
+    });
+    if (weight) d_gain.write(d_weight);
+}
+
+// x and out (B, T, H, 2 half), cos and sin (T, half); direction is 1, or -1 to turn back.
+void rope(const float *x, const float *cos, const float *sin, float *out, int64_t BT, int64_t T, int64_t H, int64_t half,
+          float direction, int64_t threads) {
+    each_part(BT, threads, [=](int, int64_t from, int64_t to) {
+        for (int64_t row = from * H; row < to * H; row++) {
+            const int64_t t = row / H % T;
+            const float *c = cos + t * half, *s = sin + t * half, *first = x + row * 2 * half, *second = first + half;
+            float *turned = out + row * 2 * half;
+#pragma omp simd
+            for (int64_t k = 0; k < half; k++) {
+                const float sine = direction * s[k];
+                turned[k] = first[k] * c[k] - second[k] * sine;
+                turned[half + k] = first[k] * sine + second[k] * c[k];
+            }
+        }
+    });
+}
+
+// out[t] = x[t] + the sum over back of x[t - back] * weight[back], as far back as first[t]; x (B, T, D), weight (width, D),
+// first (B, T) or null for 0 everywhere.
+void short_conv_forward(const float *x, const float *weight, const int32_t *first, float *out, int64_t BT, int64_t T, int64_t D,
+                        int64_t width, int64_t threads) {
+    each_part(BT, threads, [=](int, int64_t from, int64_t to) {
+        for (int64_t row = from; row < to; row++) {
+            const int64_t t = row % T, reach = std::min(width - 1, t - (first ? std::max(first[row], 0) : 0));
+            const float *in = x + row * D;
+            float *result = out + row * D;
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) result[d] = in[d] * (1.0f + weight[d]);
+            for (int64_t back = 1; back <= reach; back++) {
+                const float *earlier = in - back * D, *w = weight + back * D;
+#pragma omp simd
+                for (int64_t d = 0; d < D; d++) result[d] += earlier[d] * w[d];
+            }
+        }
+    });
+}
+
+void short_conv_backward(const float *d_out, const float *x, const float *weight, const int32_t *first, float *d_x,
+                         float *d_weight, int64_t BT, int64_t T, int64_t D, int64_t width, int64_t threads) {
+    Sums sums(width * D);
+    each_part(BT, threads, [=, &sums](int part, int64_t from, int64_t to) {
+        float *d_w = sums.of(part);
+        for (int64_t row = from; row < to; row++) {
+            const int64_t t = row % T, reach = std::min(width - 1, t - (first ? std::max(first[row], 0) : 0));
+            const float *in = x + row * D, *d = d_out + row * D;
+            float *result = d_x + row * D;
+#pragma omp simd
+            for (int64_t i = 0; i < D; i++) result[i] = d[i] * (1.0f + weight[i]);
+            for (int64_t ahead = 1; ahead < width && t + ahead < T; ahead++) {
+                if (first && first[row + ahead] > t) continue;
+                const float *later = d + ahead * D, *w = weight + ahead * D;
+#pragma omp simd
+                for (int64_t i = 0; i < D; i++) result[i] += later[i] * w[i];
+            }
+            for (int64_t back = 0; back <= reach; back++) {
+                const float *earlier = in - back * D;
+                float *sum = d_w + back * D;
+#pragma omp simd
+                for (int64_t i = 0; i < D; i++) sum[i] += d[i] * earlier[i];
+            }
+        }
+    });
+    sums.write(d_weight);
+}
+
+// out = activation(x) * factor; factor may be null for 1.
+void activation_forward(int64_t activation, const float *x, const float *factor, float *out, int64_t size, int64_t threads) {
+    with_activation(activation, [=](auto kind) {
+        each_part(size, threads, [=](int, int64_t from, int64_t to) {
+#pragma omp simd
+            for (int64_t i = from; i < to; i++) out[i] = kind.value(x[i]) * (factor ? factor[i] : 1.0f);
+        });
+    });
+}
+
+void activation_backward(int64_t activation, const float *d_out, const float *x, const float *factor, float *d_x,
+                         float *d_factor, int64_t size, int64_t threads) {
+    with_activation(activation, [=](auto kind) {
+        each_part(size, threads, [=](int, int64_t from, int64_t to) {
+            if (factor) {
+#pragma omp simd
+                for (int64_t i = from; i < to; i++) {
+                    d_x[i] = d_out[i] * factor[i] * kind.slope(x[i]);
+                    d_factor[i] = d_out[i] * kind.value(x[i]);
+                }
+            } else {
+#pragma omp simd
+                for (int64_t i = from; i < to; i++) d_x[i] = d_out[i] * kind.slope(x[i]);
+            }
+        });
+    });
+}
+
+// out = weights[0] x + weights[1] y
+void weighted_sum_forward(const float *x, const float *y, const float *weights, float *out, int64_t size, int64_t threads) {
+    const float a = weights[0], b = weights[1];
+    each_part(size, threads, [=](int, int64_t from, int64_t to) {
+#pragma omp simd
+        for (int64_t i = from; i < to; i++) out[i] = a * x[i] + b * y[i];
+    });
+}
+
+void weighted_sum_backward(const float *d_out, const float *x, const float *y, const float *weights, float *d_x, float *d_y,
+                           float *d_weights, int64_t size, int64_t threads) {
+    const float a = weights[0], b = weights[1];
+    Sums sums(2);
+    each_part(size, threads, [=, &sums](int part, int64_t from, int64_t to) {
+#pragma omp simd
+        for (int64_t i = from; i < to; i++) d_x[i] = a * d_out[i], d_y[i] = b * d_out[i];
+        sums.of(part)[0] = sum_over(from, to, [=](int64_t i) { return d_out[i] * x[i]; });
+        sums.of(part)[1] = sum_over(from, to, [=](int64_t i) { return d_out[i] * y[i]; });
+    });
+    sums.write(d_weights);
+}
+
+// Turns logits (rows, V) into their gradient and writes the loss of each row; a target below 0 is left out. A soft cap of 0
+// is none.
+void cross_entropy(float *logits, const int64_t *targets, float *losses, int64_t rows, int64_t V, float soft_cap,
+                   int64_t threads) {
+    each_part(rows, threads, [=](int, int64_t from, int64_t to) {
+        std::vector<float> slopes(soft_cap > 0.0f ? V : 0);
+        for (int64_t row = from; row < to; row++) {
+            float *of_row = logits + row * V;
+            if (targets[row] < 0) {
+                std::fill(of_row, of_row + V, 0.0f);
+                losses[row] = 0.0f;
+            } else {
+                losses[row] = cross_entropy_of_row(of_row, V, targets[row], soft_cap, slopes.data());
+            }
+        }
+    });
+}
+}
