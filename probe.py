@@ -28,13 +28,14 @@ import kernels
 from config import ModelConfig, TrainConfig, divisors, from_json, to_json
 from data import default_cache_dir
 from evaluation import MAX_LOGITS as EVALUATION_LOGITS
-from machine import available_memory, check_compiler
+from machine import available_memory, check_compiler, keep_freed_memory
 from model import GPT
 from sources import say
 
 MEASURE_SECONDS = 0.2  # for one way of doing it, after a step to warm up
 SHORT_RUN = 20  # seconds: a run that is over by then is not worth the measuring
 COMPILE_SHARE = 0.1  # of a run that trying out torch.compile may take
+BUSY = 0.5  # of the peak of matrix products: a step that gets more cannot gain much by compile
 STORY_TOKENS = 200  # the made-up stories are as long as those of TinyStories
 
 
@@ -135,6 +136,7 @@ def with_backend(model: GPT) -> list:
 def apply(choices: Choices, model: GPT):
     """Train the model in this way from now on."""
     torch.set_num_threads(choices.threads)
+    keep_freed_memory()
     for block in with_backend(model):
         block.backend = choices.attention
     if choices.compile:
@@ -191,7 +193,8 @@ def measure(model: GPT, config: TrainConfig, device: torch.device, best: Choices
             best = fastest([replace(best, attention=attention) for attention in ("sdpa", "kernel")])
         except kernels.BuildError as error:
             notes.append(str(error))
-    if config.dtype == "auto":
+    peaks = matmul_peaks(device)
+    if config.dtype == "auto" and peaks["bfloat16"] > peaks["float32"]:
         best = fastest([replace(best, dtype=dtype) for dtype in ("float32", "bfloat16")])
     sizes = [size for size in micro_batch_sizes(model, config, device) if size <= 32]
     best = fastest([best, *(replace(best, micro_batch_size=size) for size in sizes)])
@@ -200,7 +203,7 @@ def measure(model: GPT, config: TrainConfig, device: torch.device, best: Choices
         say(f"{best} gives other numbers than the plain way ({wrong}), so that is taken instead. Please report it")
         best, timed[plain] = plain, seconds_per_token(model, config, plain, device)
     return {
-        "eager": asdict(best), "seconds_per_token": timed[best], "notes": notes,
+        "eager": asdict(best), "seconds_per_token": timed[best], "notes": notes, "peaks": peaks,
         "timed": [[asdict(choices), seconds] for choices, seconds in timed.items()],
     }  # fmt: skip
 
@@ -302,7 +305,13 @@ def trial_seconds(known: dict, model: GPT, config: TrainConfig) -> float:
 
 
 def compile_is_worth_trying(known: dict, model: GPT, config: TrainConfig, device: torch.device) -> bool:
+    """Is there time for it, and does the machine have much more to give than matrix products get now?"""
     if config.compile != "auto" or trial_seconds(known, model, config) < 20:  # no compile on a CPU takes less
+        return False
+    tables = {id(table.weight) for table in model.modules() if isinstance(table, torch.nn.Embedding)} - {id(model.head.weight)}
+    operations = 6 * sum(weight.numel() for weight in model.parameters() if weight.ndim == 2 and id(weight) not in tables)
+    peak = max(known["peaks"].values()) if config.dtype == "auto" else known["peaks"][config.dtype]
+    if operations / known["seconds_per_token"] > BUSY * peak:
         return False
     try:
         check_compiler(device)
@@ -313,10 +322,10 @@ def compile_is_worth_trying(known: dict, model: GPT, config: TrainConfig, device
 
 def measure_compiled(model: GPT, config: TrainConfig, known: dict, limit: float) -> dict[str, Any]:
     """The same with torch.compile, tried in a process of its own that is given up after so many seconds."""
-    dtypes = [known["eager"]["dtype"]] if config.dtype != "auto" or not bfloat16_is_fast() else ["bfloat16"]
+    dtype = max(known["peaks"], key=known["peaks"].get) if config.dtype == "auto" else config.dtype
     question = {
         "model": to_json(model.config), "train": to_json(config), "vocab_size": model.vocab_size,
-        "choices": known["eager"] | {"compile": True, "dtype": dtypes[0]},
+        "choices": known["eager"] | {"compile": True, "dtype": dtype},
     }  # fmt: skip
     began = time.perf_counter()
     try:
@@ -331,17 +340,17 @@ def measure_compiled(model: GPT, config: TrainConfig, known: dict, limit: float)
     return json.loads(answer.stdout.splitlines()[-1]) | {"compile_seconds": time.perf_counter() - began}
 
 
-def bfloat16_is_fast() -> bool:
-    """Are matrix products faster in bfloat16 than in float32?"""
-    best = {}
+def matmul_peaks(device: torch.device) -> dict[str, float]:
+    """Operations a second of a square matrix product, by number format."""
+    peaks = {}
     for dtype in (torch.float32, torch.bfloat16):
-        matrix, times = torch.ones(1024, 1024, dtype=dtype), []
-        for _ in range(4):
+        matrix, times = torch.ones(1024, 1024, dtype=dtype, device=device), []
+        for _ in range(5):
             began = time.perf_counter()
-            matrix @ matrix
+            (matrix @ matrix)[0, 0].item()  # waits for the device
             times.append(time.perf_counter() - began)
-        best[dtype] = min(times)
-    return best[torch.bfloat16] < 0.8 * best[torch.float32]
+        peaks[str(dtype).removeprefix("torch.")] = 2 * 1024**3 / min(times)
+    return peaks
 
 
 def answer_question():

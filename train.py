@@ -7,12 +7,15 @@
 B batch, T time, V vocabulary.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":  # before torch is imported, so that --help and slips of the pen are answered at once
     from command_line import parse_or_exit
 
     ARGUMENTS = parse_or_exit(sys.argv[1:])
+    # Threads that wait for each other shall not do so busily for long: where another process takes a core, that costs most of it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import itertools
 import math

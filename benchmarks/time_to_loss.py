@@ -217,7 +217,8 @@ def seconds_per_step(chosen: Preset, folder: Path) -> float:
         from train import train
 
         times = []
-        for _ in islice(train(chosen.model, replace(chosen.train, eval_every=10**9), "trial"), 12):
+        config = replace(chosen.train, eval_every=10**9, compile=chosen.train.compile is True)  # auto would try it out first
+        for _ in islice(train(chosen.model, config, "trial"), 12):
             times.append(time.perf_counter())
     paces = [later - earlier for earlier, later in pairwise(times)]
     return median(paces) * chosen.train.batch_size / (chosen.train.batch_size_start or chosen.train.batch_size)

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 LONG = TrainConfig(max_minutes=60.0, threads=1, compile=False, batch_size=4)
 FOUND = {
     "eager": {"dtype": "float32", "attention": "sdpa", "micro_batch_size": 4, "threads": 1, "compile": False},
-    "seconds_per_token": 1e-4, "notes": [], "timed": [],
+    "seconds_per_token": 1e-4, "notes": [], "timed": [], "peaks": {"float32": 1e11, "bfloat16": 5e10},
 }  # fmt: skip
 COMPILED = {"choices": FOUND["eager"] | {"compile": True}, "seconds_per_token": 5e-5, "wrong": "", "compile_seconds": 30.0}
 
@@ -54,6 +54,7 @@ def test_the_fastest_is_taken_of_what_is_not_prescribed(model, measured, monkeyp
         return 1e-4 * (1 + slow)
 
     monkeypatch.setattr(probe, "seconds_per_token", seconds)
+    monkeypatch.setattr(probe, "matmul_peaks", lambda _: {"float32": 1e11, "bfloat16": 4e11})
     chosen = probe.choose(model, LONG, CPU)
     assert (chosen.attention, chosen.dtype, chosen.micro_batch_size, chosen.compile) == ("kernel", "bfloat16", 2, False)
     prescribed = replace(LONG, dtype="float32", micro_batch_size=4)
@@ -80,6 +81,15 @@ def test_compile_is_taken_where_the_run_is_long_enough(model, minutes, compiles,
     config = replace(LONG, compile="auto", max_minutes=minutes)
     assert probe.decide(FOUND | {"compiled": COMPILED}, model, config).compile == compiles
     assert ("does not pay" in capsys.readouterr().err) != compiles
+
+
+def test_compile_is_tried_where_there_is_time_and_something_to_gain(model):
+    config = replace(LONG, compile="auto")
+    slow, fast = FOUND, FOUND | {"seconds_per_token": 1e-9}
+    assert probe.compile_is_worth_trying(slow, model, config, CPU)
+    assert not probe.compile_is_worth_trying(fast, model, config, CPU)
+    assert not probe.compile_is_worth_trying(slow, model, replace(config, max_minutes=1.0), CPU)
+    assert not probe.compile_is_worth_trying(slow, model, replace(config, compile=False), CPU)
 
 
 def test_compile_that_computes_something_else_is_not_taken(model):
