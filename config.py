@@ -317,7 +317,7 @@ PRESETS: dict[str, Preset] = {
         ),
         TrainConfig(
             tokenizer="bpe_tokenizer_2048", batch_size=8, optimizer="Muon", lr_max=0.032, muon_lr_scale=0.5, warmup_steps=30,
-            max_minutes=10.0,
+            weight_averaging=0.98, max_minutes=10.0,
         ),
     ),
 }  # fmt: skip
