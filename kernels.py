@@ -26,7 +26,7 @@ SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels_e
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
 
-class BuildError(RuntimeError):
+class BuildError(ValueError):
     """The kernel cannot be had on this machine; the message is one line with the cure."""
 
 

@@ -422,6 +422,7 @@ class GPT(LoggingModule):
             assert cache is None, "a window is for training"
             first = (places - window + 1).clamp(min=0).expand(B, T) if first is None else first.maximum(places - window + 1)
         if first is not None:
+            first = first.int()  # as the kernels take it
             mask = causal_mask(T, S, tokens.device) & (places >= first[..., None])[:, None]  # (B, 1, T, S)
 
         x = self.embedding(tokens) * self.embedding_scale  # (B, T, config.dim)

@@ -57,7 +57,10 @@ class Muon(torch.optim.Optimizer):
                     by_shape[weight.shape].append(weight)
             for (rows, columns), weights in by_shape.items():
                 gradients = [weight.grad for weight in weights]
-                momenta = [self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in weights]
+                for weight in weights:
+                    if "momentum" not in self.state[weight]:
+                        self.state[weight]["momentum"] = torch.zeros_like(weight)
+                momenta = [self.state[weight]["momentum"] for weight in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's look ahead
                 updates = orthogonalise(torch.stack(ahead))

@@ -224,7 +224,7 @@ def steps_of(model: GPT, config: TrainConfig, rows: int, device: torch.device):
     tokens = torch.randint(model.vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
     stories = (torch.arange(T, device=device) // STORY_TOKENS).expand(rows, T) if config.mask_stories else None
 
-    def step(dtype: str) -> Tensor:
+    def step(dtype: str) -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             _, loss = model(tokens[:, :-1], tokens[:, 1:], story_ids=stories)
         loss.backward()
@@ -308,8 +308,7 @@ def compile_is_worth_trying(known: dict, model: GPT, config: TrainConfig, device
     """Is there time for it, and does the machine have much more to give than matrix products get now?"""
     if config.compile != "auto" or trial_seconds(known, model, config) < 20:  # no compile on a CPU takes less
         return False
-    tables = {id(table.weight) for table in model.modules() if isinstance(table, torch.nn.Embedding)} - {id(model.head.weight)}
-    operations = 6 * sum(weight.numel() for weight in model.parameters() if weight.ndim == 2 and id(weight) not in tables)
+    operations = 6 * sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     peak = max(known["peaks"].values()) if config.dtype == "auto" else known["peaks"][config.dtype]
     if operations / known["seconds_per_token"] > BUSY * peak:
         return False
@@ -340,16 +339,17 @@ def measure_compiled(model: GPT, config: TrainConfig, known: dict, limit: float)
     return json.loads(answer.stdout.splitlines()[-1]) | {"compile_seconds": time.perf_counter() - began}
 
 
-def matmul_peaks(device: torch.device) -> dict[str, float]:
-    """Operations a second of a square matrix product, by number format."""
-    peaks = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix, times = torch.ones(1024, 1024, dtype=dtype, device=device), []
-        for _ in range(5):
-            began = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # waits for the device
-            times.append(time.perf_counter() - began)
-        peaks[str(dtype).removeprefix("torch.")] = 2 * 1024**3 / min(times)
+def matmul_peaks(device: torch.device, sizes: tuple[int, ...] = (1024,), seconds: float = 0.05) -> dict[str, float]:
+    """Operations a second of the fastest square matrix product, by number format, each size tried for so long."""
+    peaks = {"float32": 0.0, "bfloat16": 0.0}
+    for dtype in peaks:
+        for size in sizes:
+            matrix = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+            until = time.perf_counter() + seconds
+            while time.perf_counter() < until:
+                began = time.perf_counter()
+                (matrix @ matrix)[0, 0].item()  # waits for the device
+                peaks[dtype] = max(peaks[dtype], 2 * size**3 / (time.perf_counter() - began))
     return peaks
 
 
@@ -358,7 +358,7 @@ def answer_question():
     question = json.loads(sys.stdin.read())
     config, choices = from_json(TrainConfig, question["train"]), Choices(**question["choices"])
     model = GPT(from_json(ModelConfig, question["model"]), question["vocab_size"])
-    model.loss_chunk = config.loss_chunk
+    model.loss_chunk, model.checkpoint_layers = config.loss_chunk, config.gradient_checkpointing
     device = torch.device("cpu")
     apply(choices, model)
     seconds = seconds_per_token(model, config, choices, device)

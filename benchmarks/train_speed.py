@@ -38,7 +38,7 @@ from config import ModelConfig, Preset, TrainConfig
 from machine import peak_memory_mb
 from model import GPT
 from optim import build_optimizers
-from probe import Choices
+from probe import Choices, matmul_peaks
 
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -47,6 +47,7 @@ SHAPE = Preset(
     TrainConfig(batch_size=32, max_minutes=10, mask_stories=False),
 )
 SHORT = ["model.num_layers=2", "train.batch_size=8", "train.compile=False"]
+PEAKS = (512, 1024, 2048), 0.1  # sizes of square matrix products, and seconds for each
 VARIANTS = ("transformers_float32", "transformers_bfloat16_compiled", "ours_float32", "ours_probed")
 
 
@@ -94,10 +95,10 @@ def compare(shape: Preset, arguments: Arguments) -> list[str]:
     vocab_size = arguments.vocab_size
     num_parameters, ways = in_new_process(prepare, shape, vocab_size, arguments.variants)
     memory = {name: in_new_process(measure_alone, variant)[0] for name, variant in ways.items()}
-    peaks = matmul_peaks()
+    peaks = matmul_peaks(CPU, *PEAKS)
     steps = {name: training_step(variant) for name, variant in ways.items()}
     speeds = take_turns(ways, steps, arguments.rounds, arguments.seconds)
-    peaks = {dtype: max(peak, peaks[dtype]) for dtype, peak in matmul_peaks().items()}
+    peaks = {dtype: max(peak, peaks[dtype]) for dtype, peak in matmul_peaks(CPU, *PEAKS).items()}
 
     rows = []
     for name, variant in ways.items():
@@ -125,7 +126,7 @@ def sweep(shape: Preset, arguments: Arguments) -> list[str]:
         rows = max(1, shape.train.batch_size * shape.model.max_seq_len // context)
         points.append([f"model.max_seq_len={context}", f"train.batch_size={rows}"])
 
-    peaks = in_new_process(matmul_peaks)
+    peaks = in_new_process(matmul_peaks, CPU, *PEAKS)
     head = ["", "parameters", "tokens/s", "of peak", "peak memory, MB", "without imports, MB", "how"]
     lines = show([describe_machine(), describe_shape(shape, arguments.vocab_size), "", *table(head, [])])
     for point in points:
@@ -308,20 +309,6 @@ def flops_per_token(variant: Variant) -> float:
     in_products = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     attention_dim = config.num_heads * config.block_values["head_dim"]
     return 6 * in_products + 12 * config.num_layers * attended * attention_dim
-
-
-def matmul_peaks() -> dict[str, float]:
-    """Operations per second of the fastest square matrix product, by number format."""
-    peaks = {"float32": 0.0, "bfloat16": 0.0}
-    for dtype in peaks:
-        for size in (512, 1024, 2048):
-            a, b = torch.randn(2, size, size).to(getattr(torch, dtype))
-            until = time.perf_counter() + 0.1
-            while time.perf_counter() < until:
-                began = time.perf_counter()
-                a @ b
-                peaks[dtype] = max(peaks[dtype], 2 * size**3 / (time.perf_counter() - began))
-    return peaks
 
 
 def describe_machine() -> str:
