@@ -31,7 +31,7 @@ class ModelConfig:
     max_seq_len: int = 512  # the context: how many tokens the model reads at once; most stories have fewer
     positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"  # how the model knows where a token stands
     rope_theta: float = 10_000.0  # base of RoPE's wavelengths; more for longer contexts
-    norm: Literal["RMSNorm", "LayerNorm", "CosineNorm"] = "RMSNorm"  # what `Norm` in the layer string stands for
+    norm: Literal["RMSNorm", "LayerNorm", "CosineNorm", "DynamicTanh"] = "RMSNorm"  # what `Norm` in the layer string stands for
     norm_affine: bool = True  # norms learn a gain for each channel
     norm_bias: bool = False  # norms learn a shift for each channel, too
     norm_eps: float = 1e-5  # keeps norms from dividing by zero
@@ -188,10 +188,12 @@ class TrainConfig:
 def layer_steps(layer: str) -> list[tuple[str, dict[str, Any]]]:
     """'Norm->Attn(window=64)->+'  becomes  [('Norm', {}), ('Attn', {'window': 64}), ('+', {})]
 
-    Raises ValueError that names the step which is not `Name`, `Name(option=literal)`, `+` or `|`.
+    Raises ValueError that marks the step which is not `Name`, `Name(option=literal)`, `+` or `|`, or a + with nothing to add.
     """
     steps = []
-    for text in (step.strip() for step in layer.split("->")):
+    for place, text in enumerate(step.strip() for step in layer.split("->")):
+        if text == "+" and (not steps or steps[-1][0] in ("+", "|")):
+            raise ValueError(f"layers={marked(layer, place)!r}: this + has nothing to add. Put a block in front of it")
         if text in ("+", "|"):
             steps.append((text, {}))
             continue
@@ -203,14 +205,19 @@ def layer_steps(layer: str) -> list[tuple[str, dict[str, Any]]]:
                 raise SyntaxError
             steps.append((call.func.id, options))
         except (SyntaxError, ValueError) as error:
+            fault = "an empty step" if not text else f"the step {text!r} cannot be read"
             raise ValueError(
-                f"layers={layer!r}: the step {text!r} cannot be read. Write Name, Name(option=value), + or |, joined by ->"
+                f"layers={marked(layer, place)!r}: {fault}. Write Name, Name(option=value), + or |, joined by ->"
             ) from error
-    if steps[0][0] == "+":
-        raise ValueError(f"layers={layer!r} begins with +, which has nothing to add yet. Put a block in front of it")
     if not any(name not in ("+", "|") for name, _ in steps):
         raise ValueError(f"layers={layer!r} holds no block. Write for example {PRE_NORM!r}")
     return steps
+
+
+def marked(layer: str, place: int) -> str:
+    """'Norm->Atn->+' with place 1 is 'Norm->»Atn«->+': where in a layer string something is wrong."""
+    steps = layer.split("->")
+    return "->".join([*steps[:place], f"»{steps[place].strip()}«", *steps[place + 1 :]])
 
 
 def to_json(config: ModelConfig | TrainConfig) -> str:

@@ -5,11 +5,10 @@ The names of the config's fields are used for all other sizes: num_heads, num_kv
 Where a block has a `backend`, "kernel" is our own C++ (kernels.py), as far as that fits; all others are torch's formulas.
 """
 
-import importlib
 import inspect
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from config import ModelConfig, did_you_mean, layer_steps
+from config import ModelConfig, layer_steps, marked
 from losses import IGNORE, chunked_cross_entropy
+from menu import build_block
 from tools import LoggingModule
 
 
@@ -69,7 +69,23 @@ class CosineNorm(Norm):
         return normed if self.bias is None else normed + self.bias
 
 
-NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm, "CosineNorm": CosineNorm}
+class DynamicTanh(Norm):
+    """tanh(alpha x) with a learned alpha, gain and shift, in the place of a norm (Zhu et al. 2025, arXiv 2503.10622, section 4).
+
+    No channel needs to see the others.  (..., D) → (..., D)
+    """
+
+    def __init__(self, dim: int, norm_affine: bool = True, norm_bias: bool = False, norm_eps: float = 1e-5, alpha: float = 0.5):
+        super().__init__(dim, norm_affine, norm_bias, norm_eps)
+        self.alpha = nn.Parameter(torch.tensor(alpha))
+
+    def forward(self, x):
+        squashed = torch.tanh(self.alpha * x)
+        squashed = squashed if self.weight is None else squashed * self.weight
+        return squashed if self.bias is None else squashed + self.bias
+
+
+NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm, "CosineNorm": CosineNorm, "DynamicTanh": DynamicTanh}
 
 
 def rope_table(max_seq_len: int, head_dim: int, rope_theta: float) -> tuple[Tensor, Tensor]:
@@ -94,9 +110,13 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def causal_mask(T: int, S: int, device) -> Tensor:
-    """(T, S), True where one of the T last tokens of S may look: at itself and at all before it."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+def visible(T: int, S: int, first: Tensor | None = None, device=None) -> Tensor:
+    """(T, S), True where one of the T last tokens of S may look: at itself and at all before it.
+
+    With first (B, T), the first token that each one may look at: (B, 1, T, S).
+    """
+    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    return causal if first is None else causal & (torch.arange(S, device=device) >= first[..., None])[:, None]
 
 
 def first_of_story(story_ids: Tensor) -> Tensor:
@@ -118,8 +138,9 @@ def linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear
 class Attention(LoggingModule):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245).  (B, T, D) → (B, T, D)
 
-    num_kv_heads = num_heads is multi-head attention, 1 is multi-query attention. Scores, softmax and weighted sum are
-    written out for attention="plain" and for a soft cap; "sdpa" is torch's fused kernel and "kernel" our own for the CPU
+    num_kv_heads = num_heads is multi-head attention, 1 is multi-query attention. With a window, a token sees itself and the
+    window - 1 before it (Beltagy et al. 2020, arXiv 2004.05150, section 3.1). Scores, softmax and weighted sum are written
+    out for attention="plain" and for a soft cap; "sdpa" is torch's fused kernel and "kernel" our own for the CPU
     (kernels.cpp), which do the same without keeping them. "auto" is sdpa until train.py has measured which is faster.
     """
 
@@ -129,6 +150,7 @@ class Attention(LoggingModule):
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        window: int | None = None,
         linear_bias: bool = False,
         qk_norm: bool = False,
         norm: str = "RMSNorm",
@@ -139,7 +161,9 @@ class Attention(LoggingModule):
     ):
         super().__init__()
         assert num_heads % num_kv_heads == 0
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        if window is not None and window < 1:
+            raise ValueError(f"window={window}: a token sees at least itself, so give a whole number of at least 1, or None")
+        self.num_heads, self.num_kv_heads, self.head_dim, self.window = num_heads, num_kv_heads, head_dim, window
         self.w_q = linear(dim, num_heads * head_dim, bias=linear_bias)
         self.w_k = linear(dim, num_kv_heads * head_dim, bias=linear_bias)
         self.w_v = linear(dim, num_kv_heads * head_dim, bias=linear_bias)
@@ -150,12 +174,11 @@ class Attention(LoggingModule):
         self.soft_cap = attention_soft_cap
         self.dropout = dropout
 
-    def forward(self, x, *, mask=None, first=None, rope=None, cache=None):
-        """mask (T, S) or (B, 1, T, S) is True where a token may look, None is causal; first (B, T) is the same as numbers:
-        the first token that each one may look at, None is 0; rope is what `apply_rope` takes."""
+    def forward(self, x, *, first=None, rope=None, cache=None):
+        """first (B, T): the first token that each one may look at, None is the first of all; rope: what `apply_rope` takes."""
         B, T, D = x.shape
         q, k, v = self.project(x, rope)
-        mixed = self.mix(q, k, v, mask, first, cache)
+        mixed = self.mix(q, k, v, first, cache)
         return self.w_out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
     def project(self, x, rope):
@@ -171,18 +194,25 @@ class Attention(LoggingModule):
             q, k = turn(q, rope), turn(k, rope)
         return q, k, v
 
-    def mix(self, q, k, v, mask, first, cache):
+    def mix(self, q, k, v, first, cache):
         """Each query's average of the values, by the fastest way there is.  (B, num_heads, T, head_dim)"""
         if cache is not None:
             if cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
-            cache["k"], cache["v"] = k, v
+            outside = 0 if self.window is None else max(0, k.shape[2] - self.window + 1)  # of what the next token sees
+            cache["k"], cache["v"] = k[:, :, outside:], v[:, :, outside:]
+        B, _, T, _ = q.shape
+        S = k.shape[2]
+        if self.window is not None and self.window < S:
+            begins = torch.arange(S - T - self.window + 1, S - self.window + 1, device=q.device).clamp(min=0).int()
+            first = begins.expand(B, T) if first is None else first.maximum(begins)
         dropout = self.dropout if self.training else 0.0
         if self.backend == "plain" or self.soft_cap is not None:
-            return self.attend(q, k, v, causal_mask(q.shape[2], k.shape[2], q.device) if mask is None else mask)
-        if self.backend == "kernel" and cache is None and not dropout:
+            return self.attend(q, k, v, visible(T, S, first, q.device))
+        if self.backend == "kernel" and T == S and not dropout:
             return kernels.attention(q, k, v, first)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=True)
+        mask = None if first is None and T in (1, S) else visible(T, S, first, q.device)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T == S, enable_gqa=True)
 
     def attend(self, q, k, v, mask):
         """Scores, softmax and weighted sum.  q (B, num_heads, T, head_dim), k and v (B, num_kv_heads, S, head_dim) → as q"""
@@ -239,54 +269,6 @@ class MLP(LoggingModule):
 
 
 BLOCKS = {"Attn": Attention, "MLP": MLP, **NORMS}
-# What a layer can give to a forward that asks for it by name: see GPT.forward, which makes them.
-SUPPLIED = ("rope", "mask", "first", "cache", "tokens", "shared")
-
-
-def block_menu(config: ModelConfig) -> dict[str, type[nn.Module]]:
-    """Every block that the layer string may name: the base model's, `Norm`, those of modules/, and the plugins'.
-
-    Raises ImportError for a plugin that cannot be imported, ValueError for one without BLOCKS or with a name that is taken.
-    """
-    menu = {"Norm": NORMS[config.norm], **BLOCKS}
-    for plugin in ("modules", *config.plugins):
-        blocks = getattr(importlib.import_module(plugin), "BLOCKS", None)
-        if blocks is None:
-            raise ValueError(f"the plugin {plugin!r} has no BLOCKS. Give it one, such as BLOCKS = {{'MyBlock': MyBlock}}")
-        for name, block in blocks.items():
-            if menu.get(name, block) is not block:
-                raise ValueError(f"the plugin {plugin!r} calls a block {name!r}, but that name is taken. Rename it")
-        menu.update(blocks)
-    return menu
-
-
-def build_block(name: str, options: dict, config: ModelConfig, vocab_size: int | None = None) -> nn.Module:
-    """The block of that name: each argument of its __init__ is filled from the options, or else from the config.
-
-    Raises ValueError for an unknown name or option, a value that the config would not take, or a need that nothing meets.
-    """
-    menu = block_menu(config)
-    if name not in menu:
-        raise ValueError(f"layers: no block is called {name!r}.{did_you_mean(name, menu)} There are: {', '.join(menu)}")
-    wanted = inspect.signature(menu[name]).parameters
-    for option in options:
-        if option not in wanted:
-            raise ValueError(
-                f"layers: {name} has no option {option!r}.{did_you_mean(option, wanted)} There are: {', '.join(wanted)}"
-            )
-    values = config.block_values | ({"vocab_size": vocab_size} if vocab_size else {}) | options
-    if menu[name] in BLOCKS.values():  # then the config knows what a value may be
-        replace(config, **{option: value for option, value in options.items() if option in config.block_values})
-    needs = inspect.signature(menu[name].forward).parameters
-    if config.positions == "rope" and "rope" in needs and values["head_dim"] != config.block_values["head_dim"]:
-        raise ValueError(f"layers: {name}(head_dim=...) does not fit RoPE: set the config's head_dim instead")
-    for need, parameter in needs.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty and need not in SUPPLIED:
-            raise ValueError(f"layers: the forward of {name} asks for {need!r}, but a layer supplies only {', '.join(SUPPLIED)}")
-    for argument, parameter in wanted.items():
-        if argument not in values and parameter.default is parameter.empty:
-            raise ValueError(f"layers: {name} needs {argument!r}, which is no field of the config: write {name}({argument}=...)")
-    return menu[name](**{argument: values[argument] for argument in wanted if argument in values})
 
 
 class Steps(LoggingModule):
@@ -298,8 +280,13 @@ class Steps(LoggingModule):
     def __init__(self, layer: str, config: ModelConfig, num_residuals: int, vocab_size: int | None = None):
         super().__init__()
         self.steps = [name for name, _ in layer_steps(layer)]
-        steps = [step for step in layer_steps(layer) if step[0] not in "+|"]
-        self.blocks = nn.ModuleList(build_block(*step, config, vocab_size) for step in steps)
+        self.blocks = nn.ModuleList()
+        for place, (name, options) in enumerate(layer_steps(layer)):
+            if name not in "+|":
+                try:
+                    self.blocks.append(build_block(name, options, config, vocab_size))
+                except ValueError as error:
+                    raise ValueError(f"layers={marked(layer, place)!r}: {error}") from error
         self.needs = [set(inspect.signature(block.forward).parameters) for block in self.blocks]
         self.dropout = config.dropout
         for block in self.blocks:
@@ -393,16 +380,18 @@ class GPT(LoggingModule):
         self.backend = "auto"  # of the loss
         self.loss_chunk = None  # how many tokens go through head and loss at once in training; None is all
 
-    def forward(self, tokens, targets=None, *, story_ids=None, window=None, cache=None):
+    def forward(self, tokens, targets=None, *, story_ids=None, window=None, memory=None, cache=None):
         """Logits (B, T, V), and the mean loss in nats where targets are given (else None). No logits with a loss_chunk.
 
         tokens (B, T) of integers; targets (B, T), IGNORE where there is nothing to predict; story_ids (B, T) number the
         stories packed into a row, which then do not see each other; window is how many tokens back a token may look,
-        itself included; cache is a Cache of the tokens before these.
+        itself included; memory (B, M, ...) is whatever else the tokens are to be predicted from, for blocks that read it;
+        cache is a Cache of the tokens before these.
 
-        The blocks may ask for: rope, the cosines and sines of the positions; mask and first, which tokens each one may look
-        at (see Attention); cache, a dict of its own that lasts from call to call; tokens; shared, a dict that is empty at the
-        first layer, for what layers tell later ones.
+        The blocks may ask for: rope, the cosines and sines of the positions; first (B, T), the first token that each one may
+        look at, or None where that is the first of all; cache, a dict of its own that lasts from call to call; tokens; memory;
+        shared, a dict that is empty at the first layer, for what layers tell later ones. Numbers in its list "losses" are
+        added to the loss in training.
 
         Raises ValueError where the tokens go beyond max_seq_len.
         """
@@ -411,7 +400,6 @@ class GPT(LoggingModule):
         S = start + T
         if S > self.config.max_seq_len:
             raise ValueError(f"{S} tokens do not fit into max_seq_len={self.config.max_seq_len}: give the model fewer")
-        mask = causal_mask(T, S, tokens.device) if start else None  # None is causal, too
         first = None
         places = positions = torch.arange(start, S, device=tokens.device)  # (T,)
         if story_ids is not None:
@@ -423,7 +411,6 @@ class GPT(LoggingModule):
             first = (places - window + 1).clamp(min=0).expand(B, T) if first is None else first.maximum(places - window + 1)
         if first is not None:
             first = first.int()  # as the kernels take it
-            mask = causal_mask(T, S, tokens.device) & (places >= first[..., None])[:, None]  # (B, 1, T, S)
 
         x = self.embedding(tokens) * self.embedding_scale  # (B, T, config.dim)
         if self.config.positions == "learned":
@@ -434,7 +421,7 @@ class GPT(LoggingModule):
         if self.config.positions == "rope":
             rope = self.rope_cos[None, start:S], self.rope_sin[None, start:S]  # it sees distances alone: no need for positions
         x = F.dropout(x, self.dropout, self.training)
-        needs = {"rope": rope, "mask": mask, "first": first, "tokens": tokens, "shared": {}}
+        needs = {"rope": rope, "first": first, "tokens": tokens, "memory": memory, "shared": {}}
         for layer in self.layers:
             if self.checkpoint_layers and self.training:
                 x = checkpoint(layer, x, use_reentrant=False, **needs)
@@ -446,13 +433,18 @@ class GPT(LoggingModule):
         x = self.norm(x)
         if targets is not None and self.loss_chunk and self.training:
             cap = self.config.logit_soft_cap
-            return None, chunked_cross_entropy(x, self.head.weight, targets, cap, self.loss_chunk, self.backend)
+            loss = chunked_cross_entropy(x, self.head.weight, targets, cap, self.loss_chunk, self.backend)
+            return None, sum(needs["shared"].get("losses", []), loss)
         logits = soft_cap(self.head(x), self.config.logit_soft_cap).float()  # (B, T, vocab_size)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        return logits, sum(needs["shared"].get("losses", []), loss) if self.training else loss
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """How many numbers are learned; without embeddings, the tables of tokens and positions and the head are left out."""
         tables = {id(table.weight) for table in (self.embedding, self.position_embedding, self.head) if table is not None}
         return sum(weight.numel() for weight in self.parameters() if embeddings or id(weight) not in tables)
+
+
+MODELS = {"GPT": GPT}

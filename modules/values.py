@@ -19,31 +19,16 @@ class ValueAttention(Attention):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        vocab_size: int,
-        residual: bool = True,
-        embedding: bool = False,
-        linear_bias: bool = False,
-        qk_norm: bool = False,
-        norm: str = "RMSNorm",
-        norm_eps: float = 1e-5,
-        attention: str = "auto",
-        attention_soft_cap: float | None = None,
-        dropout: float = 0.0,
-    ):
-        super().__init__(
-            dim, num_heads, num_kv_heads, head_dim, linear_bias, qk_norm, norm, norm_eps, attention, attention_soft_cap, dropout
-        )
+        self, dim: int, num_kv_heads: int, head_dim: int, vocab_size: int, residual: bool = True, embedding: bool = False,
+        **attention,
+    ):  # fmt: skip
+        super().__init__(dim, num_kv_heads=num_kv_heads, head_dim=head_dim, **attention)
         self.share = nn.Parameter(torch.tensor([0.5, 0.5])) if residual else None
         self.table = nn.Embedding(vocab_size, num_kv_heads * head_dim) if embedding else None
         if embedding:
             nn.init.zeros_(self.table.weight)
 
-    def forward(self, x, *, tokens, shared, mask=None, first=None, rope=None, cache=None):
+    def forward(self, x, *, tokens, shared, first=None, rope=None, cache=None):
         B, T, D = x.shape
         q, k, v = self.project(x, rope)
         if self.table is not None:
@@ -54,7 +39,7 @@ class ValueAttention(Attention):
                 v = kernels.weighted_sum(v, first_v, self.share)
             else:
                 v = self.share[0] * v + self.share[1] * first_v
-        mixed = self.mix(q, k, v, mask, first, cache)
+        mixed = self.mix(q, k, v, first, cache)
         return self.w_out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 

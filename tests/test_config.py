@@ -117,12 +117,12 @@ def test_foreign_json_is_named(config_class, text, words):
         ({"dropout": True}, ["dropout=True"]),
         ({"plugins": ["a"]}, ["plugins=['a']", "tuple"]),
         ({"plugins": "a"}, ["plugins='a'", "tuple"]),
-        ({"layers": ""}, ["layers=''"]),
+        ({"layers": ""}, ["layers='»«'"]),
         ({"layers": []}, ["layers=[]", "at least one"]),
         ({"layers": ()}, ["layers=()", "at least one"]),
         ({"layers": (PRE_NORM, [])}, ["layers=", "at least one"]),
         ({"layers": 7}, ["layers=7"]),
-        ({"layers": [PRE_NORM, "Norm->"]}, ["layers='Norm->'", "''"]),
+        ({"layers": [PRE_NORM, "Norm->"]}, ["layers='Norm->»«'", "empty step"]),
         ({"layers": (PRE_NORM, PRE_NORM, PRE_NORM)}, ["num_layers=2", "multiple of 3"]),
     ],
 )  # fmt: skip
@@ -183,7 +183,7 @@ def test_layer_steps():
 @pytest.mark.parametrize(
     "layer, word",
     [
-        ("Norm->->+", "''"),
+        ("Norm->->+", "'Norm->»«->+': an empty step"),
         ("Norm->Attn(64)->+", "'Attn(64)'"),
         ("Norm->Attn(window=size)->+", "'Attn(window=size)'"),
         ("Norm->Attn(window=64->+", "'Attn(window=64'"),
@@ -194,9 +194,10 @@ def test_layer_steps():
         ("Norm->MLP+MLP->+", "'MLP+MLP'"),
         ("Norm->MLP()()->+", "'MLP()()'"),
         ("Norm>MLP>+", "'Norm>MLP>+'"),
-        ("+->MLP", "begins with +"),
+        ("+->MLP", "'»+«->MLP': this + has nothing to add"),
+        ("Norm->MLP->+->+", "'Norm->MLP->+->»+«': this + has nothing to add"),
         ("|", "no block"),
-        ("|->+", "no block"),
+        ("|->+", "'|->»+«': this + has nothing"),
     ],
 )
 def test_layer_steps_names_what_it_cannot_read(layer, word):

@@ -214,8 +214,6 @@ def by_hand(layer: str, x: torch.Tensor, blocks: list[Callable]) -> torch.Tensor
             return m1(n1(x))
         case "MLP->|->MLP", [m1, m2]:  # a skip that no one adds
             return m2(m1(x))
-        case "MLP->+->+", [m1]:
-            return 2 * (x + m1(x))
     raise AssertionError(layer)
 
 
@@ -223,7 +221,7 @@ def by_hand(layer: str, x: torch.Tensor, blocks: list[Callable]) -> torch.Tensor
     "layer",
     [
         "Norm->MLP->+->Norm->MLP->+", "MLP->+->Norm->|->MLP->+->Norm", "MLP->+->Norm->MLP->+", "Norm->MLP->Norm->+",
-        "Norm->MLP", "MLP->|->MLP", "MLP->+->+",
+        "Norm->MLP", "MLP->|->MLP",
     ],
 )  # fmt: skip
 def test_the_layer_string_means_what_it_says(layer):
@@ -289,10 +287,12 @@ def test_the_mlp(activation, formula, gated):
 @pytest.mark.parametrize(
     "layer, words",
     [
-        ("Norm->Atn->+", ["'Atn'", "Did you mean 'Attn'", "Norm, Attn, MLP"]),
+        ("Norm->Atn->+", ["»Atn«", "'Atn'", "Did you mean 'Attn'", "Norm, Attn, MLP"]),
         ("Norm->Mamba->+", ["'Mamba'", "There are: Norm, Attn, MLP"]),
         ("Norm->MLP(mlpdim=64)->+", ["MLP", "'mlpdim'", "Did you mean 'mlp_dim'", "activation"]),
-        ("Norm->Attn(window=64)->+", ["Attn", "'window'", "num_heads"]),
+        ("Norm->Attn(windw=64)->+", ["Norm->»Attn(windw=64)«->+", "'windw'", "Did you mean 'window'", "num_heads"]),
+        ("Norm->Attn(window='64')->+", ["»Attn(window='64')«", "window='64'", "it must be int | None"]),
+        ("Norm->Attn(window=0)->+", ["window=0", "at least 1"]),
         ("Norm->Attn(num_kv_heads=3)->+", ["num_kv_heads=3", "num_heads=4"]),
     ],
 )
@@ -311,10 +311,11 @@ class Mean(nn.Module):
         super().__init__()
         self.w_out, self.dropout, self.power = nn.Linear(dim, dim), dropout, power
 
-    def forward(self, x, *, mask, rope):
+    def forward(self, x, *, first, rope):
         B, T, D = x.shape
         self.rope = rope
-        mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask.view(-1, T, T)
+        mask = torch.ones(T, T, dtype=torch.bool).tril()
+        mask = mask if first is None else mask & (torch.arange(T) >= first[..., None])
         return self.w_out((mask / mask.sum(-1, keepdim=True)) @ x) ** self.power
 
 BLOCKS = {"Mean": Mean}

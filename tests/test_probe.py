@@ -14,7 +14,7 @@ import probe
 from config import TrainConfig
 from data import default_cache_dir
 from evaluation import MAX_LOGITS
-from model import GPT, Attention
+from model import GPT, Attention, visible
 
 CPU = torch.device("cpu")
 LONG = TrainConfig(max_minutes=60.0, threads=1, compile=False, batch_size=4)
@@ -113,8 +113,8 @@ def test_another_result_than_the_plain_way_is_found_and_not_taken(model, measure
     assert probe.difference(model, right, CPU) == ""
     assert probe.difference(model, replace(right, dtype="bfloat16"), CPU) == ""
 
-    def broken(self, q, k, v, mask, first, cache):
-        return self.attend(q, k, v, mask) * (1.0 if self.backend == "plain" else 1.01)
+    def broken(self, q, k, v, first, cache):
+        return self.attend(q, k, v, visible(q.shape[2], k.shape[2], first)) * (1.0 if self.backend == "plain" else 1.01)
 
     monkeypatch.setattr(Attention, "mix", broken)
     assert "off by" in probe.difference(model, right, CPU)
