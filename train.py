@@ -59,11 +59,14 @@ def train(
     model, tokenizer, data, optimizers = training.model, training.tokenizer, training.data, training.optimizers
     device = next(model.parameters()).device
     began = time.perf_counter() - training.seconds
+    weights = list(model.parameters())
     use_bfloat16 = training.choices.dtype == "bfloat16"
     finished = False
 
     with ctrl_c_finishes_the_step() as stop_asked:
         probe.apply(training.choices, model)
+        if training.average is not None:
+            probe.apply(replace(training.choices, compile=False), training.average.module)
         while not finished and not stop_asked.is_set():
             step_began = time.perf_counter()
             num_steps = expected_steps(training.step, training.seconds, train_config)
@@ -90,7 +93,7 @@ def train(
                 loss.backward()
                 train_loss += loss.item()
 
-            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_config.grad_clip or math.inf).item()
+            gradient_norm = torch.nn.utils.clip_grad_norm_(weights, train_config.grad_clip or math.inf).item()
             if not math.isfinite(train_loss + gradient_norm):
                 raise training.not_finite(training.step + 1)
             for optimizer in optimizers:

@@ -145,8 +145,9 @@ class TestMuon:
         matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
         ours = orthogonalise(matrices)
-        singular = torch.linalg.svdvals(ours)
-        assert singular.min() > 0.7 and singular.max() < 1.3
+        before, singular = torch.linalg.svdvals(matrices), torch.linalg.svdvals(ours)
+        not_tiny = before > 0.05 * before.amax(dim=1, keepdim=True)
+        assert not_tiny.float().mean() > 0.8 and singular[not_tiny].min() > 0.7 and singular.max() < 1.3
         cosine = (ours * (u @ vh)).sum(dim=(1, 2)) / ours.norm(dim=(1, 2)) / (u @ vh).norm(dim=(1, 2))
         assert cosine.min() > 0.99
 

@@ -338,7 +338,7 @@ class TestResume:
         assert "python train.py --name interrupted --resume" in out
 
         code, printed = script("--name", "interrupted", "--resume")
-        assert code == 0 and "bits per byte after 800 steps" in printed
+        assert code == 0 and "bits per byte after 800 steps" in printed, printed
         list(train(MODEL, config, "uninterrupted"))
         assert_same("interrupted", "uninterrupted")
 
