@@ -14,6 +14,7 @@ though some ways compute all; of masked stories only the pairs within them.
 B batch, T time.
 """
 
+import itertools
 import multiprocessing
 import os
 import platform
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -94,10 +96,13 @@ def compare(shape: Preset, arguments: Arguments) -> list[str]:
     """The table of the variants, printed line by line and returned."""
     vocab_size = arguments.vocab_size
     num_parameters, ways = in_new_process(prepare, shape, vocab_size, arguments.variants)
-    memory = {name: in_new_process(measure_alone, variant)[0] for name, variant in ways.items()}
-    peaks = matmul_peaks(CPU, *PEAKS)
-    steps = {name: training_step(variant) for name, variant in ways.items()}
-    speeds = take_turns(ways, steps, arguments.rounds, arguments.seconds)
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(new_process()) for name in ways}
+        memory = {name: processes[name].submit(warm_up, variant).result() for name, variant in ways.items()}
+        peaks = matmul_peaks(CPU, *PEAKS)
+        speeds = {name: [] for name in ways}
+        for _, (name, process) in itertools.product(range(arguments.rounds), processes.items()):
+            speeds[name].append(process.submit(take_turn, arguments.seconds).result())
     peaks = {dtype: max(peak, peaks[dtype]) for dtype, peak in matmul_peaks(CPU, *PEAKS).items()}
 
     rows = []
@@ -131,7 +136,9 @@ def sweep(shape: Preset, arguments: Arguments) -> list[str]:
     lines = show([describe_machine(), describe_shape(shape, arguments.vocab_size), "", *table(head, [])])
     for point in points:
         (variant,) = in_new_process(list_variants, changed(shape, point), arguments.vocab_size, ["ours_probed"]).values()
-        memory, speeds = in_new_process(measure_alone, variant, arguments.rounds, arguments.seconds)
+        with new_process() as process:
+            memory = process.submit(warm_up, variant).result()
+            speeds = [process.submit(take_turn, arguments.seconds).result() for _ in range(arguments.rounds)]
         share = np.median(speeds) * flops_per_token(variant) / peaks[variant.choices.dtype]
         parameters = GPT(variant.shape.model, variant.vocab_size).num_parameters()
         row = [point[0].partition(".")[2], f"{parameters:,}", quartiles(speeds, ",.0f"), f"{share:.1%}",
@@ -254,47 +261,47 @@ def check_same(shape: Preset, vocab_size: int) -> int:
     return sizes[0]
 
 
-def take_turns(variants: dict[str, Variant], steps: dict[str, Callable], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Tokens per second of each variant in each round, after two steps to warm up."""
-    speeds = {name: [] for name in variants}
-    for round_number in range(-1, rounds):
-        for name, variant in variants.items():
-            torch.set_num_threads(variant.choices.threads)
-            if round_number < 0:
-                steps[name](), steps[name]()
-                continue
-            count, began = 0, time.perf_counter()
-            while count == 0 or time.perf_counter() - began < seconds:
-                steps[name]()
-                count += 1
-            speeds[name].append(count * variant.tokens / (time.perf_counter() - began))
-    return speeds
+def new_process() -> ProcessPoolExecutor:
+    """A process of its own, so that no variant sees what another one has set: threads, memory allocator, compiler.
 
-
-def measure_alone(variant: Variant, rounds: int = 0, seconds: float = 0.0) -> tuple[tuple[float, float], list[float]]:
-    """Peak memory of three steps in MB, and what of it came after the imports; then the speeds of so many rounds.
-
-    To be called in a process of its own.
+    To be started while this process is small, since Linux lets the peak memory of a new one begin at that of its parent.
     """
-    import torch._dynamo  # noqa: F401  every optimizer imports it
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def in_new_process(function: Callable, *arguments):
+    """Call a function in a process of its own, from which nothing is left."""
+    with new_process() as process:
+        return process.submit(function, *arguments).result()
+
+
+UNDER_WAY: list[tuple[Variant, Callable]] = []  # in a process of its own: the variant that it measures, and its step
+
+
+def warm_up(variant: Variant) -> tuple[float, float]:
+    """Make ready for take_turn with three steps. Their peak memory in MB, and what of it came after the imports."""
+    import torch._dynamo  # every optimizer does so
 
     if variant.library == "transformers":
         import transformers.models.llama.modeling_llama  # noqa: F401
     imports = peak_memory_mb(CPU)
+    torch.set_num_threads(variant.choices.threads)
     step = training_step(variant)
     for _ in range(3):
         step()
+    UNDER_WAY[:] = [(variant, step)]
     peak = peak_memory_mb(CPU)
-    return (peak, peak - imports), take_turns({"": variant}, {"": step}, rounds, seconds)[""] if rounds else []
+    return peak, peak - imports
 
 
-def in_new_process(function: Callable, *arguments):
-    """Call a function in a process of its own, from which nothing is left.
-
-    While this process is small, since Linux lets the peak memory of a new one begin at that of its parent.
-    """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+def take_turn(seconds: float) -> float:
+    """Tokens per second of the variant that this process was made ready for."""
+    ((variant, step),) = UNDER_WAY
+    count, began = 0, time.perf_counter()
+    while count == 0 or time.perf_counter() - began < seconds:
+        step()
+        count += 1
+    return count * variant.tokens / (time.perf_counter() - began)
 
 
 def flops_per_token(variant: Variant) -> float:
