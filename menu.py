@@ -45,15 +45,21 @@ def import_plugin(plugin: str) -> ModuleType:
         raise ImportError(f"the plugin {plugin!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
+def find_block(name: str, config: ModelConfig) -> type[nn.Module]:
+    """The class of the block of that name. Raises as block_menu does, and ValueError with the nearest match."""
+    menu = block_menu(config)
+    if name not in menu:
+        raise ValueError(f"no block is called {name!r}.{did_you_mean(name, menu)} There are: {', '.join(menu)}")
+    return menu[name]
+
+
 def build_block(name: str, options: dict, config: ModelConfig, vocab_size: int | None = None) -> nn.Module:
     """The block of that name: each argument of its __init__ is filled from the options, or else from the config.
 
     Raises ValueError for an unknown name or option, a value that the config would not take, or a need that nothing meets.
     """
-    menu = block_menu(config)
-    if name not in menu:
-        raise ValueError(f"no block is called {name!r}.{did_you_mean(name, menu)} There are: {', '.join(menu)}")
-    block, wanted = menu[name], init_parameters(menu[name])
+    block = find_block(name, config)
+    wanted = init_parameters(block)
     check_options(name, options, wanted, config)
     values = config.block_values | ({"vocab_size": vocab_size} if vocab_size else {}) | options
     needs = inspect.signature(block.forward).parameters
@@ -77,7 +83,8 @@ def init_parameters(block: type) -> dict[str, inspect.Parameter]:
             found = {parameter.name: parameter for parameter in own} | found
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
                 break
-    return {name: parameter for name, parameter in found.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: parameter for name, parameter in found.items() if parameter.kind not in stars}
 
 
 def check_options(name: str, options: dict, wanted: dict[str, inspect.Parameter], config: ModelConfig):

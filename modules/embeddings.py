@@ -22,7 +22,7 @@ class Shortcut(LoggingModule):
         self.backend = "auto"
 
     def forward(self, x, *, shared):
-        first = shared.setdefault("shortcut", x)  # (B, T, D)
+        first = shared.setdefault("shortcut", x)  # as x
         if kernels.fit(self.backend, x):
             return kernels.weighted_sum(x, first, self.mix)
         return self.mix[0] * x + self.mix[1] * first
