@@ -235,6 +235,13 @@ ACTIVATIONS = {
     "ReLU2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
 }
 
+    def flops_per_token(self, T: int) -> float:
+        """Matrices, scores and weighted sum: the mean over T tokens, each of which sees those before it in the window."""
+        window = min(T, self.window or T)
+        pairs = window - window * (window - 1) / (2 * T)
+        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        return 2 * matrices + 4 * self.num_heads * self.head_dim * pairs
+
 
 class MLP(LoggingModule):
     """The feed-forward block, gated (Shazeer 2020, arXiv 2002.05202, section 2) or plain.  (B, T, D) → (B, T, D)
@@ -279,6 +286,7 @@ class Steps(LoggingModule):
 
     def __init__(self, layer: str, config: ModelConfig, num_residuals: int, vocab_size: int | None = None):
         super().__init__()
+        self.layer = layer
         self.steps = [name for name, _ in layer_steps(layer)]
         self.blocks = nn.ModuleList()
         for place, (name, options) in enumerate(layer_steps(layer)):

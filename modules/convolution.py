@@ -42,5 +42,9 @@ class ShortConv(LoggingModule):
             mixed = mixed + earlier * self.weight[back]
         return mixed
 
+    def flops_per_token(self, T: int) -> float:
+        """A multiply-add for each of the width values of a channel."""
+        return 2.0 * self.weight.numel()
+
 
 BLOCKS = {"ShortConv": ShortConv}
