@@ -6,7 +6,8 @@ import re
 import sys
 from dataclasses import dataclass, fields, replace
 
-from config import PRESETS, Layers, ModelConfig, Preset, TrainConfig, preset
+from config import Layers, ModelConfig, TrainConfig
+from presets import PRESETS, Preset, preset
 from runs import Run
 
 

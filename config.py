@@ -1,4 +1,4 @@
-"""Every knob of a model and of its training, and the named presets. Nothing here needs torch.
+"""Every knob of a model and of its training; presets.py names some settings of them. Nothing here needs torch.
 
 The command line of train.py is generated from these dataclasses, and the comment behind a field is its help text.
 """
@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
@@ -43,10 +43,12 @@ class ModelConfig:
     attention: Literal["auto", "kernel", "sdpa", "plain"] = "auto"  # our CPU kernel, torch's, or written out; auto is the fastest
     attention_soft_cap: float | None = None  # squash attention scores into +-cap with tanh, as in Grok and Gemma 2
     logit_soft_cap: float | None = None  # squash the output logits into +-cap with tanh
+    logit_scale: float = 1.0  # output logits are multiplied by this, before they are capped
     zero_init: bool = False  # blocks add nothing at first: the last matrix of each, and an untied head, begin at zero
     tied_embeddings: bool = True  # the output head is the token embedding, transposed
     embedding_scale: float | Literal["sqrt(dim)"] = 1.0  # embeddings are multiplied by this on their way in
     dropout: float = 0.0  # share of embeddings, attention weights and residual updates dropped in training
+    model: str = "GPT"  # a whole model of its own may come from the MODELS of a plugin, and takes of this config what it wants
     plugins: tuple[str, ...] = ()  # modules whose BLOCKS join the menu of the layer string, e.g. experiments.mine.blocks
 
     def __post_init__(self):
@@ -56,7 +58,7 @@ class ModelConfig:
         for name in ("head_dim", "mlp_dim", "attention_soft_cap", "logit_soft_cap"):
             value = getattr(self, name)
             require(value is None or value > 0, self, name, "give a positive number, or None")
-        for name in ("rope_theta", "norm_eps"):
+        for name in ("rope_theta", "norm_eps", "logit_scale"):
             require(getattr(self, name) > 0, self, name, "give a positive number")
         scale = self.embedding_scale
         require(scale == "sqrt(dim)" or scale > 0, self, "embedding_scale", "give a positive number, or 'sqrt(dim)'")
@@ -283,55 +285,3 @@ def check_types(config: ModelConfig | TrainConfig):
 
 def divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-class Preset(NamedTuple):
-    model: ModelConfig
-    train: TrainConfig = TrainConfig()
-
-
-VALUES = "Shortcut->|->Norm->ValueAttn(residual=False, embedding=True)->+->Norm->MLP->+"
-
-PRESETS: dict[str, Preset] = {
-    "0.5m_short_and_thick": Preset(ModelConfig(dim=128, num_layers=2, mlp_dim=528)),
-    "0.5m_5foot11_and_skinnyfat": Preset(ModelConfig(dim=96, num_layers=4)),
-    "0.5m_tall_and_skinny": Preset(ModelConfig(dim=64, num_layers=10, num_heads=2, num_kv_heads=1, mlp_dim=240)),
-    "1m": Preset(ModelConfig(num_layers=5, mlp_dim=480)),
-    "2m": Preset(ModelConfig(dim=192, num_layers=4, num_heads=6, mlp_dim=864)),
-    "5m": Preset(ModelConfig(dim=256, num_layers=6, num_heads=8, mlp_dim=1152), TrainConfig(lr_max=2e-3)),
-    "gpt2_like": Preset(
-        ModelConfig(
-            num_layers=4, num_kv_heads=4, positions="learned", norm="LayerNorm", norm_bias=True, linear_bias=True,
-            activation="GELU", gated=False,
-        )
-    ),
-    "llama3_like": Preset(ModelConfig(num_layers=4, rope_theta=500_000.0, tied_embeddings=False, mlp_dim=672)),
-    "grok_like": Preset(
-        ModelConfig(
-            num_layers=4, layers=SANDWICH_NORM, activation="GELU", attention_soft_cap=30.0, embedding_scale="sqrt(dim)",
-        )
-    ),
-    "gemma_like": Preset(
-        ModelConfig(num_layers=4, num_kv_heads=1, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6)
-    ),
-    "speedrun": Preset(
-        ModelConfig(
-            dim=160, num_layers=3, layers=(
-                f"Bigram(size=1536)->Norm->ShortConv(width=2)->|->{VALUES}", "Shortcut->|->Norm->Attn->+->Norm->MLP->+", VALUES,
-            ),
-            num_heads=2, num_kv_heads=1, head_dim=64, max_seq_len=256, activation="ReLU2", gated=False, qk_norm=True,
-            zero_init=True, tied_embeddings=False, logit_soft_cap=15.0,
-        ),
-        TrainConfig(
-            tokenizer="bpe_tokenizer_2048", batch_size=8, optimizer="Muon", lr_max=0.032, muon_lr_scale=0.5, warmup_steps=30,
-            weight_averaging=0.98, max_minutes=10.0,
-        ),
-    ),
-}  # fmt: skip
-
-
-def preset(name: str) -> Preset:
-    """The preset of that name. Raises ValueError with the nearest match for an unknown one."""
-    if name not in PRESETS:
-        raise ValueError(f"no preset is called {name!r}.{did_you_mean(name, PRESETS)} There are: {', '.join(PRESETS)}")
-    return PRESETS[name]

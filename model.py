@@ -1,4 +1,4 @@
-"""The base model, Llama 3 style by default, from the norms up to GPT. Read it from top to bottom.
+"""The base model, Llama 3 style by default, from RoPE up to GPT. Read it from top to bottom; the norms are in norms.py.
 
 B batch, T time (the new tokens), S time with what the cache remembers in front, D model dim, V vocabulary.
 The names of the config's fields are used for all other sizes: num_heads, num_kv_heads, head_dim, ...
@@ -19,73 +19,9 @@ import kernels
 from config import ModelConfig, layer_steps, marked
 from losses import IGNORE, chunked_cross_entropy
 from menu import build_block
+from norms import NORMS
 from tools import LoggingModule
-
-
-class Norm(LoggingModule):
-    """What the norms share: a learned gain, and a learned shift where it is asked for."""
-
-    def __init__(self, dim: int, norm_affine: bool = True, norm_bias: bool = False, norm_eps: float = 1e-5):
-        super().__init__()
-        self.eps = norm_eps
-        self.weight = nn.Parameter(torch.ones(dim)) if norm_affine else None
-        self.bias = nn.Parameter(torch.zeros(dim)) if norm_bias else None
-
-
-class RMSNorm(Norm):
-    """x / rms(x), with a learned gain (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).  (..., D) → (..., D)"""
-
-    backend = "auto"
-
-    def forward(self, x):
-        rms_norm = kernels.rms_norm if kernels.fit(self.backend, x) else F.rms_norm
-        weight = None if self.weight is None else self.weight.type_as(x)  # torch's is fast where both are alike
-        normed = rms_norm(x, x.shape[-1:], weight, self.eps)
-        return normed if self.bias is None else normed + self.bias
-
-
-class LayerNorm(Norm):
-    """(x - mean) / std, with a learned gain and shift (Ba et al. 2016, arXiv 1607.06450, equation 4).  (..., D) → (..., D)"""
-
-    def forward(self, x):
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
-
-class CosineNorm(Norm):
-    """x / |x|, a vector of length 1, with a learned gain: the dot product of two is their cosine.  (..., D) → (..., D)
-
-    As the normalisation of nGPT (Loshchilov et al. 2024, arXiv 2410.01131, section 2.1). The gain begins at sqrt(D), so
-    that a channel has the size that the other norms give it.
-    """
-
-    def __init__(self, dim: int, norm_affine: bool = True, norm_bias: bool = False, norm_eps: float = 1e-5):
-        super().__init__(dim, norm_affine, norm_bias, norm_eps)
-        if norm_affine:
-            nn.init.constant_(self.weight, math.sqrt(dim))
-
-    def forward(self, x):
-        normed = F.normalize(x, dim=-1, eps=self.eps)
-        normed = normed if self.weight is None else normed * self.weight
-        return normed if self.bias is None else normed + self.bias
-
-
-class DynamicTanh(Norm):
-    """tanh(alpha x) with a learned alpha, gain and shift, in the place of a norm (Zhu et al. 2025, arXiv 2503.10622, section 4).
-
-    No channel needs to see the others.  (..., D) → (..., D)
-    """
-
-    def __init__(self, dim: int, norm_affine: bool = True, norm_bias: bool = False, norm_eps: float = 1e-5, alpha: float = 0.5):
-        super().__init__(dim, norm_affine, norm_bias, norm_eps)
-        self.alpha = nn.Parameter(torch.tensor(alpha))
-
-    def forward(self, x):
-        squashed = torch.tanh(self.alpha * x)
-        squashed = squashed if self.weight is None else squashed * self.weight
-        return squashed if self.bias is None else squashed + self.bias
-
-
-NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm, "CosineNorm": CosineNorm, "DynamicTanh": DynamicTanh}
+from visibility import mean_seen, visible, windowed
 
 
 def rope_table(max_seq_len: int, head_dim: int, rope_theta: float) -> tuple[Tensor, Tensor]:
@@ -110,15 +46,6 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def visible(T: int, S: int, first: Tensor | None = None, device=None) -> Tensor:
-    """(T, S), True where one of the T last tokens of S may look: at itself and at all before it.
-
-    With first (B, T), the first token that each one may look at: (B, 1, T, S).
-    """
-    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-    return causal if first is None else causal & (torch.arange(S, device=device) >= first[..., None])[:, None]
-
-
 def first_of_story(story_ids: Tensor) -> Tensor:
     """Where the story of each token begins in its row.  (B, T) → (B, T)"""
     places = torch.arange(story_ids.shape[1], device=story_ids.device)
@@ -135,26 +62,21 @@ def linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear
     return layer
 
 
-class Attention(LoggingModule):
-    """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245).  (B, T, D) → (B, T, D)
+class SoftmaxAttention(LoggingModule):
+    """What every attention does with queries, keys and values: softmax-weighted averages of the values that a token sees.
 
-    num_kv_heads = num_heads is multi-head attention, 1 is multi-query attention. With a window, a token sees itself and the
-    window - 1 before it (Beltagy et al. 2020, arXiv 2004.05150, section 3.1). Scores, softmax and weighted sum are written
-    out for attention="plain" and for a soft cap; "sdpa" is torch's fused kernel and "kernel" our own for the CPU
-    (kernels.cpp), which do the same without keeping them. "auto" is sdpa until train.py has measured which is faster.
+    With a window, a token sees itself and the window - 1 before it (Beltagy et al. 2020, arXiv 2004.05150, section 3.1).
+    Scores, softmax and weighted sum are written out for attention="plain" and for a soft cap; "sdpa" is torch's fused kernel
+    and "kernel" our own for the CPU (kernels.cpp), which do the same without keeping them. "auto" is sdpa until train.py has
+    measured which is faster.
     """
 
     def __init__(
         self,
-        dim: int,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         window: int | None = None,
-        linear_bias: bool = False,
-        qk_norm: bool = False,
-        norm: str = "RMSNorm",
-        norm_eps: float = 1e-5,
         attention: str = "auto",
         attention_soft_cap: float | None = None,
         dropout: float = 0.0,
@@ -164,15 +86,106 @@ class Attention(LoggingModule):
         if window is not None and window < 1:
             raise ValueError(f"window={window}: a token sees at least itself, so give a whole number of at least 1, or None")
         self.num_heads, self.num_kv_heads, self.head_dim, self.window = num_heads, num_kv_heads, head_dim, window
+        self.backend = attention
+        self.soft_cap = attention_soft_cap
+        self.dropout = dropout
+
+    def mix(self, q, k, v, first, cache):
+        """Each query's average of the values, now and in the cache, by the fastest way there is.  (B, num_heads, T, head_dim)"""
+        if cache is not None:
+            k, v = self.remember(k, v, cache)
+        return self.blend(q, k, v, first, self.window)
+
+    def remember(self, k, v, cache):
+        """Keys and values with those of the tokens before in front; the cache keeps what the next token sees of them."""
+        if "k" in cache:
+            k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
+        outside = 0 if self.window is None else max(0, k.shape[2] - self.window + 1)
+        cache["k"], cache["v"] = k[:, :, outside:], v[:, :, outside:]
+        return k, v
+
+    def blend(self, q, k, v, first, window):
+        """As mix; the queries are the last T of S tokens, whose keys and values k and v (B, num_kv_heads, S, head_dim) are."""
+        B, _, T, _ = q.shape
+        S = k.shape[2]
+        if self.fits_kernel(T, S):
+            if window is not None and window < S:
+                begins = torch.arange(1 - window, T - window + 1, device=q.device).clamp(min=0).int()
+                first = begins.expand(B, T) if first is None else first.maximum(begins)
+            return self.by_kernel(q, k, v, first)
+        if window is not None and window < S:
+            return windowed(self.weigh, q, k, v, window, first)
+        return self.weigh(q, k, v, None if first is None and T in (1, S) else visible(T, S, first, q.device))
+
+    def fits_kernel(self, T, S):
+        return self.backend == "kernel" and T == S and self.soft_cap is None and not (self.training and self.dropout)
+
+    def by_kernel(self, q, k, v, first):
+        return kernels.attention(q, k, v, first)
+
+    def weigh(self, q, k, v, mask):
+        """As mix; mask (..., T, S) is True where a query sees a key, None is all before it.  (B, num_heads, T, head_dim)"""
+        T, S = q.shape[2], k.shape[2]
+        if self.backend == "plain" or self.soft_cap is not None:
+            return self.attend(q, k, v, visible(T, S, device=q.device) if mask is None else mask)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, enable_gqa=True)
+
+    def attend(self, q, k, v, mask):
+        """Scores, softmax and weighted sum.  q (B, num_heads, T, head_dim), k and v (B, num_kv_heads, S, head_dim) → as q"""
+        B, H, T, K = q.shape
+        G, S = k.shape[1:3]
+        # The query heads of a group stand below each other, so that one product serves a group without copying its keys.
+        scores = (q.reshape(B, G, -1, K) * self.head_dim**-0.5) @ k.transpose(2, 3)
+        scores = soft_cap(scores, self.soft_cap).view(B, H, T, S).masked_fill(~mask, -math.inf)  # (B, H, T, S)
+        weights = F.dropout(self.softmax(scores), self.dropout, self.training)  # (B, H, T, S)
+        mixed = weights.view(B, G, -1, S) @ v
+        return mixed.view(B, H, T, K)  # (B, H, T, K)
+
+    def softmax(self, scores):
+        """The weights of a query's keys.  (..., T, S) → the same"""
+        return scores.softmax(dim=-1)
+
+    def flops_per_token(self, T: int) -> float:
+        """Matrices, scores and weighted sum: the mean over T tokens, of what each of them sees."""
+        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        return 2 * matrices + 4 * self.num_heads * self.head_dim * self.seen_per_token(T)
+
+    def seen_per_token(self, T: int) -> float:
+        """How many tokens one of T sees on average."""
+        return mean_seen(T, self.window)
+
+
+class Attention(SoftmaxAttention):
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245).  (B, T, D) → (B, T, D)
+
+    num_kv_heads = num_heads is multi-head attention, 1 is multi-query attention. Scores are q k times query_scale, None is
+    1 / sqrt(head_dim).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        linear_bias: bool = False,
+        qk_norm: bool = False,
+        norm: str = "RMSNorm",
+        norm_eps: float = 1e-5,
+        query_scale: float | None = None,
+        **softmax,
+    ):
+        super().__init__(num_heads, num_kv_heads, head_dim, **softmax)
+        if query_scale is not None and query_scale <= 0:
+            raise ValueError(f"query_scale={query_scale}: give a positive number, or None for 1 / sqrt(head_dim)")
         self.w_q = linear(dim, num_heads * head_dim, bias=linear_bias)
         self.w_k = linear(dim, num_kv_heads * head_dim, bias=linear_bias)
         self.w_v = linear(dim, num_kv_heads * head_dim, bias=linear_bias)
         self.w_out = linear(num_heads * head_dim, dim, bias=linear_bias)
         self.q_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
         self.k_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
-        self.backend = attention
-        self.soft_cap = attention_soft_cap
-        self.dropout = dropout
+        self.query_scale = query_scale
 
     def forward(self, x, *, first=None, rope=None, cache=None):
         """first (B, T): the first token that each one may look at, None is the first of all; rope: what `apply_rope` takes."""
@@ -192,40 +205,9 @@ class Attention(LoggingModule):
         if rope is not None:
             turn = kernels.apply_rope if kernels.fit(self.backend, q) else apply_rope
             q, k = turn(q, rope), turn(k, rope)
+        if self.query_scale is not None:  # what follows divides by sqrt(head_dim)
+            q = q * (self.query_scale * math.sqrt(self.head_dim))
         return q, k, v
-
-    def mix(self, q, k, v, first, cache):
-        """Each query's average of the values, by the fastest way there is.  (B, num_heads, T, head_dim)"""
-        if cache is not None:
-            if cache:
-                k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
-            outside = 0 if self.window is None else max(0, k.shape[2] - self.window + 1)  # of what the next token sees
-            cache["k"], cache["v"] = k[:, :, outside:], v[:, :, outside:]
-        B, _, T, _ = q.shape
-        S = k.shape[2]
-        if self.window is not None and self.window < S:
-            begins = torch.arange(S - T - self.window + 1, S - self.window + 1, device=q.device).clamp(min=0).int()
-            first = begins.expand(B, T) if first is None else first.maximum(begins)
-        dropout = self.dropout if self.training else 0.0
-        if self.backend == "plain" or self.soft_cap is not None:
-            return self.attend(q, k, v, visible(T, S, first, q.device))
-        if self.backend == "kernel" and T == S and not dropout:
-            return kernels.attention(q, k, v, first)
-        mask = None if first is None and T in (1, S) else visible(T, S, first, q.device)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T == S, enable_gqa=True)
-
-    def attend(self, q, k, v, mask):
-        """Scores, softmax and weighted sum.  q (B, num_heads, T, head_dim), k and v (B, num_kv_heads, S, head_dim) → as q"""
-        B, _, T, _ = q.shape
-        S = k.shape[2]
-        # The query heads of a group stand below each other, so that one product serves a group without copying its keys.
-        grouped_q = q.reshape(B, self.num_kv_heads, -1, self.head_dim)
-        scores = (grouped_q * self.head_dim**-0.5) @ k.transpose(2, 3)
-        scores = scores.view(B, self.num_heads, T, S)  # (B, num_heads, T, S)
-        scores = soft_cap(scores, self.soft_cap).masked_fill(~mask, -math.inf)
-        weights = F.dropout(scores.softmax(dim=-1), self.dropout, self.training)  # (B, num_heads, T, S)
-        mixed = weights.view(B, self.num_kv_heads, -1, S) @ v
-        return mixed.view(B, self.num_heads, T, self.head_dim)  # (B, num_heads, T, head_dim)
 
 
 ACTIVATIONS = {
@@ -234,13 +216,6 @@ ACTIVATIONS = {
     "ReLU": F.relu,
     "ReLU2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
 }
-
-    def flops_per_token(self, T: int) -> float:
-        """Matrices, scores and weighted sum: the mean over T tokens, each of which sees those before it in the window."""
-        window = min(T, self.window or T)
-        pairs = window - window * (window - 1) / (2 * T)
-        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        return 2 * matrices + 4 * self.num_heads * self.head_dim * pairs
 
 
 class MLP(LoggingModule):
@@ -439,6 +414,8 @@ class GPT(LoggingModule):
             cache.num_tokens = S
 
         x = self.norm(x)
+        if self.config.logit_scale != 1:
+            x = x * self.config.logit_scale
         if targets is not None and self.loss_chunk and self.training:
             cap = self.config.logit_soft_cap
             loss = chunked_cross_entropy(x, self.head.weight, targets, cap, self.loss_chunk, self.backend)

@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ablations import ABLATIONS, changed
 from train_speed import HERE, describe_machine, in_new_process, save_page, show, table
 
-from config import Preset, did_you_mean, preset
+from config import did_you_mean
 from data import choose_validation, load_data, open_source, story_hash
+from presets import Preset, preset
 from tokenizer import load_tokenizer
 
 UNCHANGED = "unchanged"

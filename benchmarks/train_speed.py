@@ -36,10 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ablations import changed
 
 import probe
-from config import ModelConfig, Preset, TrainConfig
+from config import ModelConfig, TrainConfig
 from machine import peak_memory_mb
 from model import GPT
 from optim import build_optimizers
+from presets import Preset
 from probe import Choices, matmul_peaks
 
 HERE = Path(__file__).resolve().parent

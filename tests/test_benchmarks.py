@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from config import ModelConfig, Preset, TrainConfig
+from config import ModelConfig, TrainConfig
+from presets import Preset
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["model.dim=16", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1", "model.mlp_dim=24"]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from errors import one_line_error
 
-from config import PRE_NORM, PRESETS, SANDWICH_NORM, ModelConfig, TrainConfig, from_json, layer_steps, preset, to_json
+from config import PRE_NORM, SANDWICH_NORM, ModelConfig, TrainConfig, from_json, layer_steps, to_json
 from model import GPT
+from presets import PRESETS, preset
 
 VOCAB_SIZE = 1027  # bpe_tokenizer_1024 with bos, eos and pad
 PARALLEL = [PRE_NORM, "Norm->MLP(mlp_dim=64)->+"]
@@ -238,7 +239,7 @@ def test_presets_are_as_large_as_they_are_called(name, millions):
 def test_the_presets_that_are_promised_are_there():
     assert set(PRESETS) >= {
         "0.5m_short_and_thick", "0.5m_5foot11_and_skinnyfat", "0.5m_tall_and_skinny", "1m", "2m", "5m",
-        "gpt2_like", "llama3_like", "grok_like", "gemma_like",
+        "gpt2_like", "llama3_like", "grok_like", "gemma1_like",
     }  # fmt: skip
 
 

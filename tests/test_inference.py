@@ -14,9 +14,10 @@ import torch
 from errors import one_line_error
 from torch import nn
 
-from config import ModelConfig, TrainConfig, preset
+from config import ModelConfig, TrainConfig
 from inference import Sampling, generate, next_token_probabilities, stream
 from model import GPT
+from presets import preset
 from runs import Run
 from tokenizer import load_tokenizer
 

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from errors import one_line_error
 from torch import nn
 
-from config import PRESETS, SANDWICH_NORM, ModelConfig, preset
-from model import GPT, IGNORE, MLP, Attention, Cache, CosineNorm, Layer, LayerNorm, RMSNorm, Steps
+from config import SANDWICH_NORM, ModelConfig
+from model import GPT, IGNORE, MLP, Attention, Cache, Layer, Steps
+from norms import CosineNorm, LayerNorm, RMSNorm
+from presets import PRESETS, preset
 
 V = 98
 TINY = ModelConfig(dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=32)
@@ -58,7 +60,7 @@ REFERENCES = {
     "llama3_like_plain": (replace(preset("llama3_like").model, attention="plain"), references.llama),
     "the_default": (ModelConfig(), references.llama),
     "gpt2_like": (preset("gpt2_like").model, references.gpt2),
-    "gemma_like": (preset("gemma_like").model, references.gemma),
+    "gemma1_like": (preset("gemma1_like").model, references.gemma),
     "grok_like": (preset("grok_like").model, references.gemma2),
 }
 

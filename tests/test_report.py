@@ -9,7 +9,8 @@ import pytest
 from conftest import MODEL
 
 from command_line import command, parse
-from config import PRESETS, ModelConfig, TrainConfig
+from config import ModelConfig, TrainConfig
+from presets import PRESETS
 from report import PROMPTS, plot_losses, samples, table, write_report
 from runs import Run, load_model
 from train import train

@@ -16,16 +16,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import MODEL
 
 import checkpoint
 import train as module
 from checkpoint import Record
 from command_line import parse
-from config import PRESETS, TrainConfig, preset, to_json
+from config import TrainConfig, to_json
+from conftest import MODEL
 from data import load_data
 from evaluation import evaluate
 from inference import generate
+from presets import PRESETS, preset
 from report import command, plot_losses, write_report
 from runs import Run, default_name, load_model
 from tokenizer import load_tokenizer

@@ -1,0 +1,180 @@
+"""Promises of originals.py: with their weights ours is theirs: logits, gradients and what it writes; what does not fit is named."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from errors import one_line_error
+from torch import nn
+
+from inference import Sampling, generate_tokens
+from model import GPT
+from originals import FAMILIES, convert, load_original
+
+V = 98
+SIZES = {
+    "vocab_size": V, "hidden_size": 36, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+ORIGINALS = {
+    "llama": {**SIZES, **ROPE, "rms_norm_eps": 1e-5},
+    "gpt2": {
+        "vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 44, **NO_DROPOUT,
+        "bos_token_id": None, "eos_token_id": None,
+    },
+    "qwen3": {**SIZES, **ROPE, "tie_word_embeddings": True},
+    "qwen3_windows": {**SIZES, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "gemma": {**SIZES, "num_key_value_heads": 1},
+    "gemma2": {
+        **SIZES, "query_pre_attn_scalar": 9, "sliding_window": 6, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0,
+    },
+}  # fmt: skip
+
+
+def their_config(name: str, **changes):
+    from transformers import AutoConfig
+
+    family = name.removesuffix("_windows")
+    return AutoConfig.for_model(family, **ORIGINALS[name] | changes)
+
+
+@functools.cache
+def original(name: str) -> nn.Module:
+    """A model of theirs with random weights: matrices large enough to matter, all else away from where it begins."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(their_config(name), attn_implementation="eager").eval()
+    tables = {theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight}
+    with torch.no_grad():
+        for weight in (*theirs.parameters(), *(buffer for name, buffer in theirs.named_buffers() if "bias" in name)):
+            if weight.dim() == 1:
+                weight.add_(torch.randn_like(weight) * 0.1)
+            elif weight not in tables:
+                weight.normal_(std=(3 * min(weight.shape[-2:])) ** -0.5)
+            else:
+                weight.normal_(std=0.1)
+    return theirs
+
+
+def some_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+@torch.no_grad()
+def test_a_batch_has_the_logits_of_the_original(name):
+    theirs, tokens = original(name), some_tokens(3, 40)
+    model = load_original(theirs)
+    expected = theirs(tokens).logits
+    assert expected.std() > 0.1  # so that 1e-4 says something
+    torch.testing.assert_close(model(tokens)[0], expected, atol=1e-4, rtol=0)
+    assert model.num_parameters() == sum(weight.numel() for weight in theirs.parameters())
+
+    stories = torch.tensor([[0] * 23 + [1] * 17])
+    packed, _ = model(tokens[:1], story_ids=stories)
+    torch.testing.assert_close(packed[:, 23:], theirs(tokens[:1, 23:]).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_every_parameter_has_the_gradient_of_the_original(name):
+    theirs, tokens = original(name), some_tokens(3, 41)
+    model = load_original(theirs)
+    _, loss = model(tokens[:, :-1], tokens[:, 1:])
+    expected_loss = F.cross_entropy(theirs(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=0)
+    loss.backward()
+    theirs.zero_grad()
+    expected_loss.backward()
+
+    zeros = {weight_name: torch.zeros_like(weight) for weight_name, weight in theirs.state_dict().items()}
+    their_gradients = zeros | {w: weight.grad for w, weight in theirs.named_parameters(remove_duplicate=False)}
+    linear, shift = (convert(weights, theirs.config.model_type, theirs.config) for weights in (their_gradients, zeros))
+    for ours, weight in model.named_parameters():
+        expected = linear[ours] - shift[ours]
+        assert expected.any(), ours
+        nearly = 1e-3 * expected.abs().max().item() + 1e-7  # a bias of the keys changes nothing: its gradient is rounding
+        torch.testing.assert_close(weight.grad, expected, atol=nearly, rtol=0, msg=lambda text, name=ours: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_from_the_cache_it_writes_what_the_original_writes(name):
+    theirs, prompts = original(name), some_tokens(3, 10)
+    expected = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=25)
+    model = load_original(theirs)
+    drawn = generate_tokens(model, prompts.tolist(), eos_id=-1, max_new_tokens=[25] * 3, sampling=Sampling(temperature=0), seed=0)
+    assert torch.tensor(list(drawn)).T.tolist() == expected[:, 10:].tolist()
+
+
+def test_a_folder_and_a_state_dict_are_read_as_the_model_itself(tmp_path):
+    for name in ("gemma2", "gpt2"):
+        theirs = original(name)
+        theirs.save_pretrained(tmp_path / name)
+        expected = load_original(theirs).state_dict()
+        read = load_original(str(tmp_path / name))
+        named = load_original(theirs.state_dict(), family=name, config=theirs.config.to_dict())
+        assert read.config == named.config == load_original(theirs).config
+        for model in (read, named):
+            for weight, value in model.state_dict().items():
+                assert torch.equal(value, expected[weight]), weight
+
+
+def test_a_tied_head_may_be_left_out_of_the_weights():
+    theirs = original("gemma2")
+    weights = {name: weight for name, weight in theirs.state_dict().items() if name != "lm_head.weight"}
+    model = load_original(weights, config=theirs.config)
+    assert model.head.weight is model.embedding.weight
+    weights["lm_head.weight"] = torch.zeros(V, 36)
+    one_line_error(lambda: load_original(weights, config=theirs.config), "'lm_head.weight'", "tie_word_embeddings")
+
+
+def test_weights_that_do_not_fit_are_named():
+    theirs = original("llama")
+    weights, config = theirs.state_dict(), theirs.config
+    missing = {name: weight for name, weight in weights.items() if "layers.2" not in name}
+    one_line_error(lambda: load_original(missing, config=config), "lack 'model.layers.2.", "and 8 more", "llama")
+    unknown = weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}
+    one_line_error(lambda: load_original(unknown, config=config), "unknown 'model.layers.0.self_attn.q_proj.bias'")
+    one_line_error(lambda: load_original(original("gpt2").state_dict(), config=config), "lack 'model.embed_tokens.weight'")
+    other = their_config("llama", num_key_value_heads=4)
+    one_line_error(lambda: load_original(weights, config=other), "w_k.weight", "(16, 36)", "(32, 36)")
+
+
+def test_a_model_that_cannot_be_read_or_is_of_no_family_is_named(tmp_path):
+    one_line_error(lambda: load_original(str(tmp_path / "nothing")), "nothing", "cannot read")
+    one_line_error(lambda: load_original({}), "config")
+    one_line_error(lambda: load_original({}, config={"model_type": "opt"}), "'opt'", *FAMILIES)
+    one_line_error(lambda: load_original({}, "lama", their_config("llama")), "'lama'", "Did you mean 'llama'?")
+
+
+LONGER = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "name, changes, word",
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("llama", {"attention_bias": True}, "attention_bias=True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ("llama", {"intermediate_size": 44}, "intermediate_size=44"),
+        ("llama", {"rope_parameters": LONGER}, "rope_parameters="),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
+        ("gpt2", {"attn_pdrop": 0.1}, "attn_pdrop=0.1"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    ],
+)
+def test_what_our_model_cannot_express_is_refused(name, changes, word):
+    one_line_error(lambda: load_original({}, config=their_config(name, **changes)), word, "not in our model")
+
+
+def test_without_transformers_the_cure_is_told(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    one_line_error(lambda: load_original("some/name"), "pip install transformers", error=ImportError)
