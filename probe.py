@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
 from config import ModelConfig, TrainConfig, divisors, from_json, to_json
 from data import default_cache_dir
 from evaluation import MAX_LOGITS as EVALUATION_LOGITS
 from machine import available_memory, check_compiler, keep_freed_memory
+from menu import build_model, needs_of
 from model import GPT
 from sources import say
 
@@ -140,8 +141,13 @@ def apply(choices: Choices, model: GPT):
     for block in with_backend(model):
         block.backend = choices.attention
     if choices.compile:
-        for layer in model.layers:  # one by one, as all that are alike share what is compiled
-            layer.compile(dynamic=False)
+        compile_parts(model)
+
+
+def compile_parts(model: nn.Module):
+    """The layers of GPT one by one, as all that are alike share what is compiled; another model as a whole."""
+    for part in model.layers if isinstance(model, GPT) else [model]:
+        part.compile(dynamic=False)
 
 
 def first_guess(model: GPT, config: TrainConfig, device: torch.device) -> Choices:
@@ -226,7 +232,7 @@ def steps_of(model: GPT, config: TrainConfig, rows: int, device: torch.device):
 
     def step(dtype: str) -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            _, loss = model(tokens[:, :-1], tokens[:, 1:], story_ids=stories)
+            _, loss = model(tokens[:, :-1], tokens[:, 1:], **needs_of(model, story_ids=stories))
         loss.backward()
         return loss.item()  # waits for the device
 
@@ -234,12 +240,11 @@ def steps_of(model: GPT, config: TrainConfig, rows: int, device: torch.device):
 
 
 def seconds_per_token(model: GPT, config: TrainConfig, choices: Choices, device: torch.device) -> float:
-    """The best of a few micro-batches forward and back."""
+    """The best of a few micro-batches forward and back; of a single one, where that takes long enough to be told apart."""
     apply(replace(choices, compile=False), model)
     step = steps_of(model, config, choices.micro_batch_size, device)
-    step(choices.dtype)
-    times, until = [], time.perf_counter() + MEASURE_SECONDS
-    while len(times) < 2 or time.perf_counter() < until:
+    times, until = [], time.perf_counter() + 1.5 * MEASURE_SECONDS
+    while len(times) < 3 and time.perf_counter() < until or not times:
         began = time.perf_counter()
         step(choices.dtype)
         times.append(time.perf_counter() - began)
@@ -277,13 +282,14 @@ def difference(model: GPT, choices: Choices, device: torch.device) -> str:
             block.backend = way.attention
         trial.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=way.dtype == "bfloat16"):
-            logits, loss = trial(tokens[:, :-1], tokens[:, 1:], story_ids=stories)
+            logits, loss = trial(tokens[:, :-1], tokens[:, 1:], **needs_of(trial, story_ids=stories))
         loss.backward()
-        return logits.detach().flatten(), torch.cat([weight.grad.flatten() for weight in trial.parameters()])
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in trial.parameters()]
+        gradients = [gradient.flatten() for gradient in gradients]
+        return logits.detach().flatten(), torch.cat(gradients)
 
     if choices.compile:
-        for layer in trial.layers:
-            layer.compile(dynamic=False)
+        compile_parts(trial)
     ours = run(choices)
     with torch.compiler.set_stance("force_eager"):
         plain = run(replace(choices, attention="plain", dtype="float32"))
@@ -357,10 +363,11 @@ def answer_question():
     """What the process of its own does: compile, measure, compare."""
     question = json.loads(sys.stdin.read())
     config, choices = from_json(TrainConfig, question["train"]), Choices(**question["choices"])
-    model = GPT(from_json(ModelConfig, question["model"]), question["vocab_size"])
+    model = build_model(from_json(ModelConfig, question["model"]), question["vocab_size"])
     model.loss_chunk, model.checkpoint_layers = config.loss_chunk, config.gradient_checkpointing
     device = torch.device("cpu")
     apply(choices, model)
+    steps_of(model, config, choices.micro_batch_size, device)(choices.dtype)  # compiles
     seconds = seconds_per_token(model, config, choices, device)
     print(json.dumps({"choices": asdict(choices), "seconds_per_token": seconds, "wrong": difference(model, choices, device)}))
 

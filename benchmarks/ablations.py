@@ -7,25 +7,58 @@ quotes. One that turns a trick off is named no_TRICK, one that turns it on is na
 import ast
 from dataclasses import fields, replace
 
-from config import Preset, did_you_mean
+from config import did_you_mean
+from presets import PRESETS, Preset
+
+
+def layers(*replaced: tuple[str, str]) -> str:
+    """The change of the speedrun's layer strings that puts one piece in the place of another."""
+    strings = PRESETS["speedrun"].model.layers
+    for old, new in replaced:
+        strings = tuple(string.replace(old, new) for string in strings)
+    return f"model.layers={strings!r}"
+
+
+VALUES = "ValueAttn(residual=False, embedding=True)"
 
 ABLATIONS: dict[str, list[str]] = {
-    "AdamW": ["train.optimizer=AdamW"],
-    "no_zero_init": ["model.zero_init=False"],
+    # what the speedrun has
+    "AdamW": ["train.optimizer=AdamW", "train.lr_max=0.004"],
     "no_weight_averaging": ["train.weight_averaging=None"],
-    "no_growing_batch": ["train.batch_size_start=None"],
-    "no_growing_window": ["train.window_start=None"],
+    "no_qk_norm": ["model.qk_norm=False"],
+    "SwiGLU": ["model.activation=SiLU", "model.gated=True"],
+    "GELU": ["model.activation=GELU"],
+    "no_zero_init": ["model.zero_init=False"],
+    "tied": ["model.tied_embeddings=True"],
+    "no_soft_cap": ["model.logit_soft_cap=None"],
+    "no_pairs": [layers(("Bigram(size=1536)->", ""))],
+    "no_short_convolution": [layers(("->ShortConv(width=2)", ""))],
+    "no_embedding_shortcut": [layers(("Shortcut->|->", ""))],
+    "no_value_embedding": [layers((VALUES, "Attn"))],
     "no_story_mask": ["train.mask_stories=False"],
-    "padded": ["train.packing=padded"],
-    "no_warmup": ["train.warmup_steps=0"],
-    "untied": ["model.tied_embeddings=False"],
-    "qk_norm": ["model.qk_norm=True"],
-    "logit_soft_cap": ["model.logit_soft_cap=15.0"],
-    "ReLU2": ["model.activation=ReLU2", "model.gated=False"],
-    "float32": ["train.dtype=float32"],
-    "not_compiled": ["train.compile=False"],
-    "sdpa": ["model.attention=sdpa"],
-}
+    "heads_of_32": ["model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=32"],
+    "vocabulary_of_1024": ["train.tokenizer=bpe_tokenizer_1024"],
+    "torch_alone": ["model.attention=sdpa"],
+    "no_chunked_loss": ["train.loss_chunk=None"],
+    # what it does not have
+    "value_residual": [layers(("->Attn", "->ValueAttn"), (VALUES, "ValueAttn(residual=True, embedding=True)"))],
+    "convolutions_in_each_layer": [
+        layers(
+            ("Norm->Attn", "Norm->ShortConv->Attn"), (f"Norm->{VALUES}", f"Norm->ShortConv->{VALUES}"),
+            ("Norm->MLP", "Norm->ShortConv->MLP"),
+        )
+    ],
+    "sandwich_norm": [
+        "model.zero_init=False",
+        layers(("Attn->+", "Attn->Norm->+"), (f"{VALUES}->+", f"{VALUES}->Norm->+"), ("MLP->+", "MLP->Norm->+")),
+    ],
+    "growing_batch": ["train.batch_size=16", "train.batch_size_start=4"],
+    "growing_window": ["train.window_start=32"],
+    "cosine": ["train.schedule=cosine"],
+    "wsd": ["train.schedule=wsd"],
+    "no_weight_decay": ["train.weight_decay=0.0"],
+    "no_clipping": ["train.grad_clip=None"],
+}  # fmt: skip
 
 
 def changed(preset: Preset, changes: list[str] | tuple[str, ...]) -> Preset:
