@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from menu import needs_of
 from model import GPT, Cache
 
 
@@ -83,10 +84,11 @@ def generate_tokens(
     position = min(map(len, prompts))
     rows = [prompt[:position] for prompt in prompts]
     left = list(max_new_tokens)
-    cache = Cache() if use_cache else None
+    needs = needs_of(model, cache=Cache()) if use_cache else {}
+    read = 0  # tokens that are remembered
     while any(left):
-        unread = cache.num_tokens if use_cache else 0
-        logits, _ = model(torch.tensor([row[unread:] for row in rows], device=device), cache=cache)
+        logits, _ = model(torch.tensor([row[read:] for row in rows], device=device), **needs)
+        read = position if needs else 0
         probabilities = next_token_probabilities(logits[:, -1].float().cpu(), sampling)
         drawn = []
         for row, prompt, stream in zip(range(len(rows)), prompts, streams, strict=True):

@@ -26,7 +26,8 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     optimizers = []
     if config.optimizer == "Muon":
         linears = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
-        hidden = [weight for weight in matrices if id(weight) in linears and weight is not model.head.weight]
+        head = getattr(getattr(model, "head", None), "weight", None)  # a model of a plugin may have none
+        hidden = [weight for weight in matrices if id(weight) in linears and weight is not head]
         hidden_ids = {id(weight) for weight in hidden}
         matrices = [weight for weight in matrices if id(weight) not in hidden_ids]
         optimizers.append(Muon([{"params": hidden, "lr_scale": config.muon_lr_scale}], config.lr_max, config.weight_decay))

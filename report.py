@@ -3,6 +3,8 @@
 import time
 from collections import Counter
 
+from torch import nn
+
 from command_line import command
 from data import choose_validation
 from evaluation import evaluate
@@ -97,14 +99,23 @@ def table(
         rows[name] = {
             "data": data,
             "stories": len(score.story_nats),
-            "parameters": model.num_parameters(),
-            "without embeddings": model.num_parameters(embeddings=False),
+            "parameters": num_parameters(model),
+            "without embeddings": num_parameters(model, embeddings=False),
             "minutes": Run(name).log()["seconds"].max() / 60,
             "loss": score.loss,
             "bits per byte": score.bits_per_byte,
             **{f"top-{k}": share for k, share in score.top_k.items()},
         }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def num_parameters(model, embeddings: bool = True) -> int:
+    """How many numbers a model learns, in all or without embeddings and head: as it says itself, or else counted."""
+    if hasattr(model, "num_parameters"):
+        return model.num_parameters(embeddings)
+    tables = [table for table in model.modules() if isinstance(table, nn.Embedding)]
+    left_out = {id(weight) for table in (*tables, getattr(model, "head", nn.Identity())) for weight in table.parameters()}
+    return sum(weight.numel() for weight in model.parameters() if embeddings or id(weight) not in left_out)
 
 
 def validation_stories(source: str, source_if_missing: str | None) -> tuple[str, list[str]]:
@@ -158,7 +169,7 @@ def write_report(name: str) -> list[str]:
     last, best = log.iloc[-1], log.loc[log["validation_loss"].idxmin()]
     saved = run.load("model.pth", {"data", "validation_stories", "continued_from"})
     numbers = [
-        f"- {model.num_parameters():,} parameters, {model.num_parameters(embeddings=False):,} without embeddings",
+        f"- {num_parameters(model):,} parameters, {num_parameters(model, embeddings=False):,} without embeddings",
         f"- trained on {saved['data']} with {config.tokenizer}: {int(last.step):,} steps, {int(last.tokens):,} tokens, "
         f"{last.seconds / 60:.1f} minutes",
         f"- best at step {int(best.step):,}: {best.bits_per_byte:.4f} bits per byte, loss {best.validation_loss:.4f} nats per "

@@ -177,7 +177,7 @@ def load_model(name: str, device: str = "cpu"):
 
     Raises FileNotFoundError or ValueError with the file and the cure where something is missing, damaged or does not fit.
     """
-    from model import GPT
+    from menu import build_model
     from tokenizer import load_tokenizer
 
     run = Run(name)
@@ -185,7 +185,7 @@ def load_model(name: str, device: str = "cpu"):
     tokenizer = load_tokenizer(run.train_config.tokenizer)
     if tokenizer.fingerprint != saved["tokenizer_fingerprint"]:
         raise ValueError(f"the tokenizer {tokenizer.name!r} has changed since the run {name!r} was trained: restore the old one")
-    model = GPT(config, saved["vocab_size"])
+    model = build_model(config, saved["vocab_size"])
     load_weights(model, saved["model"], "model.pth", name)
     return model.to(device).eval(), tokenizer
 

@@ -37,7 +37,8 @@ from command_line import Arguments
 from config import ModelConfig, TrainConfig
 from data import load_data, story_ids
 from machine import choose_device, is_out_of_memory, peak_memory_mb
-from model import GPT, IGNORE
+from menu import build_model, check_fits, needs_of
+from model import IGNORE
 from optim import average_of_weights, build_optimizers, growing_batch_size, growing_window, scheduled_learning_rate
 from report import write_report
 from runs import Run, default_name
@@ -88,7 +89,7 @@ def train(
                 inputs, wanted = batch[rows, :-1].to(device), targets[rows].to(device)
                 ids = stories[rows, :-1].to(device) if train_config.mask_stories else None
                 with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
-                    _, loss = model(inputs, wanted, story_ids=ids, window=window)
+                    _, loss = model(inputs, wanted, **needs_of(model, story_ids=ids, window=window))
                 loss = loss * ((wanted != IGNORE).sum() / num_targets)  # so that micro-batches add up to the batch's mean
                 loss.backward()
                 train_loss += loss.item()
@@ -141,7 +142,8 @@ def prepare(
     torch.manual_seed(train_config.seed)
     tokenizer = load_tokenizer(train_config.tokenizer)
     device = choose_device(train_config.device)
-    model = GPT(model_config, tokenizer.vocab_size).to(device)
+    model = build_model(model_config, tokenizer.vocab_size).to(device)
+    check_fits(model, train_config)
     model.loss_chunk, model.checkpoint_layers = train_config.loss_chunk, train_config.gradient_checkpointing
     data = load_data(
         train_config.data, tokenizer, model_config.max_seq_len,

@@ -1,4 +1,4 @@
-"""What every test stands on: folders of its own, no network, no screen, one thread; and a tiny corpus and a tiny trained run."""
+"""What every test stands on, those of experiments too: folders of their own, no network, one thread, a tiny corpus, a tiny run."""
 
 import itertools
 import os
