@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODEL
 
+from conftest import MODEL
 from evaluation import Evaluation, evaluate, windows
 from model import GPT, IGNORE
 from runs import load_model

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MODEL
 from torch.optim import lr_scheduler
 
 from config import ModelConfig, TrainConfig
+from conftest import MODEL
 from model import GPT
 from optim import (
     Muon,

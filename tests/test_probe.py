@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MODEL
 from errors import one_line_error
 
 import probe
 from config import TrainConfig
+from conftest import MODEL
 from data import default_cache_dir
 from evaluation import MAX_LOGITS
 from model import GPT, Attention, visible

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pytest
-from conftest import MODEL
 
 from command_line import command, parse
 from config import ModelConfig, TrainConfig
+from conftest import MODEL
 from presets import PRESETS
 from report import PROMPTS, plot_losses, samples, table, write_report
 from runs import Run, load_model

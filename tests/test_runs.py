@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL
 
 from config import TrainConfig
+from conftest import MODEL
 from runs import Run, load_model, run_names
 from tokenizer import load_tokenizer, train_tokenizer
 from train import train
