@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from config import ModelConfig, TrainConfig
-from presets import Preset
+from presets import Preset, preset
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["model.dim=16", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1", "model.mlp_dim=24"]
@@ -49,10 +49,10 @@ def test_time_to_loss_goes_on_and_compares(corpus, tmp_path):
     line = results.read_text()
     assert [seconds > 0 for seconds, _ in json.loads(line)["curve"]] == [True, True]
 
-    table = rows(run("time_to_loss.py", *words, "--seeds", "0", "--ablate", "qk_norm", "no_zero_init", "--save", str(page)))
-    assert table["0"] == first and float(table["qk_norm"][2]) != 0 and "no_zero_init" not in table
+    table = rows(run("time_to_loss.py", *words, "--seeds", "0", "--ablate", "GELU", "no_zero_init", "--save", str(page)))
+    assert table["0"] == first and float(table["GELU"][2]) != 0 and "no_zero_init" not in table
     assert results.read_text().startswith(line) and results.read_text().count("\n") == 2
-    assert page.with_suffix(".png").stat().st_size > 0 and "qk_norm" in page.with_suffix(".md").read_text()
+    assert page.with_suffix(".png").stat().st_size > 0 and "GELU" in page.with_suffix(".md").read_text()
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_every_ablation_is_a_change_that_the_config_takes(scripts):
     import ablations
 
     for change in ablations.ABLATIONS.values():
-        ablations.changed(Preset(ModelConfig(), TrainConfig()), change)
+        ablations.changed(preset("speedrun"), change)
 
 
 def test_a_change_is_written_as_in_python_and_a_wrong_one_named(scripts):
