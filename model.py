@@ -21,7 +21,7 @@ from losses import IGNORE, chunked_cross_entropy
 from menu import build_block
 from norms import NORMS
 from tools import LoggingModule
-from visibility import mean_seen, visible, windowed
+from visibility import attend_spans, mean_seen, visible
 
 
 def rope_table(max_seq_len: int, head_dim: int, rope_theta: float) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ class SoftmaxAttention(LoggingModule):
                 first = begins.expand(B, T) if first is None else first.maximum(begins)
             return self.by_kernel(q, k, v, first)
         if window is not None and window < S:
-            return windowed(self.weigh, q, k, v, window, first)
+            return attend_spans(self.weigh, q, k, v, ((0, window - 1),), first)
         return self.weigh(q, k, v, None if first is None and T in (1, S) else visible(T, S, first, q.device))
 
     def fits_kernel(self, T, S):
@@ -132,19 +132,27 @@ class SoftmaxAttention(LoggingModule):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, enable_gqa=True)
 
     def attend(self, q, k, v, mask):
-        """Scores, softmax and weighted sum.  q (B, num_heads, T, head_dim), k and v (B, num_kv_heads, S, head_dim) → as q"""
+        """Written out.  q (B, num_heads, T, head_dim), k and v (B, num_kv_heads, S, head_dim) → as q"""
+        weights = self.softmax(self.scores(q, k, mask))
+        return self.average(F.dropout(weights, self.dropout, self.training), v)
+
+    def scores(self, q, k, mask):
+        """(B, num_heads, T, S), -inf where the mask is False."""
         B, H, T, K = q.shape
         G, S = k.shape[1:3]
         # The query heads of a group stand below each other, so that one product serves a group without copying its keys.
         scores = (q.reshape(B, G, -1, K) * self.head_dim**-0.5) @ k.transpose(2, 3)
-        scores = soft_cap(scores, self.soft_cap).view(B, H, T, S).masked_fill(~mask, -math.inf)  # (B, H, T, S)
-        weights = F.dropout(self.softmax(scores), self.dropout, self.training)  # (B, H, T, S)
-        mixed = weights.view(B, G, -1, S) @ v
-        return mixed.view(B, H, T, K)  # (B, H, T, K)
+        return soft_cap(scores, self.soft_cap).view(B, H, T, S).masked_fill(~mask, -math.inf)  # (B, H, T, S)
 
     def softmax(self, scores):
         """The weights of a query's keys.  (..., T, S) → the same"""
         return scores.softmax(dim=-1)
+
+    def average(self, weights, v):
+        """The weighted sums of the values.  (B, num_heads, T, head_dim)"""
+        B, H, T, S = weights.shape
+        mixed = weights.reshape(B, v.shape[1], -1, S) @ v
+        return mixed.view(B, H, T, -1)
 
     def flops_per_token(self, T: int) -> float:
         """Matrices, scores and weighted sum: the mean over T tokens, of what each of them sees."""

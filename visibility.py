@@ -1,9 +1,11 @@
 """Which tokens see which; and attention cut into blocks, which spends time and memory on what is seen alone.
 
 B batch, H query heads, G key/value heads, T time (the queries), S time with what the cache remembers in front, K head dim,
-L tokens of a block, N blocks of a row.
+L tokens of a block, N blocks of a row. A span (least, most) is the tokens that stand least to most tokens before another:
+with a window, ((0, window - 1),) is what it sees.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,18 +14,28 @@ from torch import Tensor
 
 SHORTEST_BLOCK = 32  # tokens; the products of shorter ones cost more to call than to compute
 
+Spans = tuple[tuple[int, int], ...]
 Weigh = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def visible(T: int, S: int, first: Tensor | None = None, device=None, window: int | None = None) -> Tensor:
-    """(T, S), True where one of the T last tokens of S may look: at itself and all before it, or the last `window` of these.
+def visible(T: int, S: int, first: Tensor | None = None, device=None, spans: Spans | None = None) -> Tensor:
+    """(T, S), True where one of the T last tokens of S may look: at itself and all before it, or only at those in the spans.
 
     With first (B, T), the first token that each one may look at: (B, 1, T, S).
     """
     seen = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-    if window is not None:
-        seen = seen.triu(S - T - window + 1)
+    if spans is not None:
+        places = torch.arange(S, device=device)
+        seen = seen & in_any(places[S - T :, None] - places, spans)
     return seen if first is None else seen & (torch.arange(S, device=device) >= first[..., None])[:, None]
+
+
+def in_any(before: Tensor, spans: Spans) -> Tensor:
+    """True for each distance that is in one of the spans.  Any shape → the same"""
+    seen = torch.zeros_like(before, dtype=torch.bool)
+    for least, most in spans:
+        seen = seen | ((before >= least) & (before <= most))
+    return seen
 
 
 def mean_seen(T: int, window: int | None = None) -> float:
@@ -32,41 +44,45 @@ def mean_seen(T: int, window: int | None = None) -> float:
     return window - window * (window - 1) / (2 * T)
 
 
-def windowed(weigh: Weigh, q: Tensor, k: Tensor, v: Tensor, window: int, first: Tensor | None = None) -> Tensor:
-    """Attention of each token to itself and the window - 1 before it, in time and memory linear in T.  (B, H, T, K)
+def attend_spans(weigh: Weigh, q: Tensor, k: Tensor, v: Tensor, spans: Spans, first: Tensor | None = None) -> Tensor:
+    """Attention of each token to those in the spans before it, in time and memory linear in T.  (B, H, T, K)
 
     q (B, H, T, K), k and v (B, G, S, K): the queries are the last T of S tokens. first (B, T) as in `visible`.
     weigh(q, k, v, mask) is the attention as far as a mask, which the queries of all heads share, is True.
     """
-    T, S, block = q.shape[2], k.shape[2], max(window, SHORTEST_BLOCK)
-    if T <= 2 * block:
-        return weigh(q, k, v, visible(T, S, first, q.device, window))
-    return in_blocks(weigh, q, k, v, block, (1,), window, first)
+    T, S = q.shape[2], k.shape[2]
+    L, back = blocks_needed(spans)
+    if T <= L * len(back):  # as much work, and no copies
+        return weigh(q, k, v, visible(T, S, first, q.device, spans))
+    return attend_blocks(weigh, q, k, v, spans, first)
 
 
-def in_blocks(
-    weigh: Weigh, q: Tensor, k: Tensor, v: Tensor, block: int, back: tuple[int, ...], window: int | None = None,
-    first: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Attention of each token to its own block of tokens, and to those so many blocks back, as far as causal and the window.
+def blocks_needed(spans: Spans) -> tuple[int, list[int]]:
+    """How many tokens a block shall have, and how many blocks back those are that hold what a block of queries sees, 0 its own.
 
-    back=(1,) is the block before, (1, 4) that and the fourth before. The blocks of a row go through `weigh` side by side, as
-    rows of a batch of their own. The arguments are those of `windowed`, and what is remembered fits into the blocks back.
+    Shorter blocks fit the spans closer, but there are more of them: a quarter of a span each.
     """
+    L = max(SHORTEST_BLOCK, *(math.ceil((most - least + 1) / 4) for least, most in spans))
+    back = {far for least, most in spans for far in range(max(0, math.ceil((least + 1) / L) - 1), (most + L - 1) // L + 1)}
+    return L, sorted(back)
+
+
+def attend_blocks(weigh: Weigh, q: Tensor, k: Tensor, v: Tensor, spans: Spans, first: Tensor | None = None) -> Tensor:
+    """As `attend_spans`, always in blocks: those of a row go through `weigh` side by side, as rows of a batch of their own."""
     B, H, T, K = q.shape
-    L, past, farthest = block, k.shape[2] - T, max(back)
-    assert past <= farthest * L and (first is None or past == 0)
+    L, back = blocks_needed(spans)
+    past, farthest = k.shape[2] - T, back[-1]
+    assert first is None or past == 0
+    k, v = (x[:, :, max(0, past - farthest * L) :] for x in (k, v))
+    past = k.shape[2] - T
     queries = cut(q, L)  # (B, N, L, H, K)
     N = queries.shape[1]
-    behind = [*sorted(back, reverse=True), 0]
     k, v = (cut(x, L, farthest * L - past) for x in (k, v))  # k: (B, farthest + N, L, G, K)
-    k, v = (torch.cat([x[:, farthest - far : farthest - far + N] for far in behind], dim=2) for x in (k, v))
+    k, v = (torch.cat([x[:, farthest - far : farthest - far + N] for far in reversed(back)], dim=2) for x in (k, v))
 
     times = torch.arange(N * L, device=q.device).view(N, L, 1)
-    key_times = torch.cat([times - far * L for far in behind], dim=1).transpose(1, 2)  # (N, 1, len(behind) * L)
-    seen = (key_times <= times) & (key_times >= -past)  # (N, L, len(behind) * L)
-    if window is not None:
-        seen = seen & (key_times > times - window)
+    key_times = torch.cat([times - far * L for far in reversed(back)], dim=1).transpose(1, 2)  # (N, 1, len(back) * L)
+    seen = in_any(times - key_times, spans) & (key_times >= -past)  # (N, L, len(back) * L)
     if first is not None:
         seen = seen & (key_times >= F.pad(first, (0, N * L - T)).view(B, N, L, 1))
     seen = seen.expand(B, N, L, -1)

@@ -3,6 +3,14 @@
 They plug in as an experiment does, by name in the layer string; see model.py for what a block may ask for.
 """
 
-from modules import convolution, embeddings, values
+from modules import attention, convolution, cross_attention, embeddings, latent_attention, sparse_attention, values
 
-BLOCKS = convolution.BLOCKS | embeddings.BLOCKS | values.BLOCKS
+BLOCKS = (
+    attention.BLOCKS
+    | latent_attention.BLOCKS
+    | sparse_attention.BLOCKS
+    | cross_attention.BLOCKS
+    | values.BLOCKS
+    | convolution.BLOCKS
+    | embeddings.BLOCKS
+)

@@ -1,0 +1,79 @@
+"""Attention to something else than the tokens before: a memory.
+
+B batch, T time, M tokens of memory, D model dim.
+"""
+
+import torch
+
+from model import SoftmaxAttention, linear
+from norms import NORMS
+
+
+class CrossAttention(SoftmaxAttention):
+    """Attention of every token to all of the memory, as to an encoder's output.  (B, T, D) → (B, T, D)
+
+    Vaswani et al. 2017, arXiv 1706.03762, section 3.2.3. The memory (B, M, memory_dim), whose width is by default that of the
+    model, is what `model(tokens, memory=...)` was given. Nothing of it is hidden: neither the future, nor from other stories of
+    a row. At decoding, keys and values are made once and kept. Our own kernel is causal, so torch's does this.
+    """
+
+    examples = ("CrossAttn", "Norm->Attn->+->Norm->CrossAttn(num_kv_heads=1, qk_norm=True)->+")
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        memory_dim: int | None = None,
+        linear_bias: bool = False,
+        qk_norm: bool = False,
+        norm: str = "RMSNorm",
+        norm_eps: float = 1e-5,
+        attention: str = "auto",
+        attention_soft_cap: float | None = None,
+        dropout: float = 0.0,
+    ):
+        if memory_dim is not None and memory_dim < 1:
+            raise ValueError(f"memory_dim={memory_dim}: give the width of the memory, or None for that of the model")
+        super().__init__(num_heads, num_kv_heads, head_dim, None, attention, attention_soft_cap, dropout)
+        self.memory_dim = memory_dim or dim
+        self.w_q = linear(dim, num_heads * head_dim, bias=linear_bias)
+        self.w_k = linear(self.memory_dim, num_kv_heads * head_dim, bias=linear_bias)
+        self.w_v = linear(self.memory_dim, num_kv_heads * head_dim, bias=linear_bias)
+        self.w_out = linear(num_heads * head_dim, dim, bias=linear_bias)
+        self.q_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
+        self.k_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
+
+    def forward(self, x, *, memory=None, cache=None):
+        """Raises ValueError where the memory is missing, or of another width or number of rows."""
+        B, T, D = x.shape
+        q = self.w_q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, num_heads, T, head_dim)
+        q = q if self.q_norm is None else self.q_norm(q)
+        if cache:
+            k, v = cache["k"], cache["v"]
+        else:
+            k, v = self.read(memory, B)  # k: (B, num_kv_heads, M, head_dim)
+        if cache is not None:
+            cache["k"], cache["v"] = k, v
+        everything = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device)
+        mixed = self.weigh(q, k, v, everything)  # (B, num_heads, T, head_dim)
+        return self.w_out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+    def read(self, memory, B):
+        """Keys and values of the memory, each (B, num_kv_heads, M, head_dim)."""
+        if memory is None:
+            raise ValueError("CrossAttn reads a memory, but there is none: call model(tokens, memory=...)")
+        if memory.dim() != 3 or memory.shape[0] != B or memory.shape[2] != self.memory_dim:
+            raise ValueError(f"memory {tuple(memory.shape)}: CrossAttn reads ({B}, M, {self.memory_dim}). Set its memory_dim")
+        M = memory.shape[1]
+        k = self.w_k(memory).view(B, M, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, num_kv_heads, M, head_dim)
+        v = self.w_v(memory).view(B, M, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, num_kv_heads, M, head_dim)
+        return (k if self.k_norm is None else self.k_norm(k)), v
+
+    def seen_per_token(self, T):
+        """Counted with a memory as long as the sequence."""
+        return T
+
+
+BLOCKS = {"CrossAttn": CrossAttention}

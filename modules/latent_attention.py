@@ -1,0 +1,143 @@
+"""Attention whose keys and values are made from a small latent vector of each token, which is all that the cache keeps.
+
+B batch, T time, S time with what the cache remembers in front, D model dim.
+The paper's symbols: c^KV is `latent`, k^R `rope_key`, W^DKV and W^KR together are `w_kv_down`, W^UK and W^UV together `w_kv_up`,
+W^DQ is `w_q_down`, W^UQ and W^QR together are `w_q_up`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from model import SoftmaxAttention, apply_rope, linear
+from modules.attention import RopeTable
+from norms import NORMS
+from visibility import visible
+
+
+class LatentAttention(SoftmaxAttention):
+    """Multi-head latent attention (DeepSeek-V2, 2024, arXiv 2405.04434, section 2.1 and appendix C).  (B, T, D) → (B, T, D)
+
+    A latent of kv_rank numbers (None is 2 head_dim) holds a token's keys and values for all heads. Beside the head_dim channels
+    from there, a query and a key have rope_dim that RoPE turns (None is head_dim / 2); the key's are shared by all heads. v_dim
+    is the width of a value, None is head_dim. q_rank makes queries from a latent, too; None from the token itself.
+
+    The cache keeps latent and turned key. A sequence at once makes keys and values of them, for the same kernels that Attn
+    takes. What comes behind a cache reads the latents themselves: w_kv_up is multiplied into queries and output instead.
+    """
+
+    examples = ("LatentAttn", "LatentAttn(q_rank=12, kv_rank=10, rope_dim=6, v_dim=4, window=5)")
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        max_seq_len: int,
+        positions: str = "rope",
+        rope_theta: float = 10_000.0,
+        q_rank: int | None = None,
+        kv_rank: int | None = None,
+        rope_dim: int | None = None,
+        v_dim: int | None = None,
+        window: int | None = None,
+        linear_bias: bool = False,
+        norm: str = "RMSNorm",
+        norm_eps: float = 1e-5,
+        attention: str = "auto",
+        attention_soft_cap: float | None = None,
+        dropout: float = 0.0,
+    ):
+        for option, value in {"q_rank": q_rank, "kv_rank": kv_rank, "rope_dim": rope_dim, "v_dim": v_dim}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{option}={value}: give a whole number of at least 1, or None")
+        kv_rank, v_dim = kv_rank or 2 * head_dim, v_dim or head_dim
+        rope_dim = rope_dim or 2 * math.ceil(head_dim / 4)
+        if rope_dim % 2:
+            raise ValueError(f"rope_dim={rope_dim}: RoPE turns pairs of channels, so give an even number")
+        if v_dim > head_dim + rope_dim:
+            raise ValueError(f"v_dim={v_dim}: a value is no wider than a key, here head_dim + rope_dim = {head_dim + rope_dim}")
+        super().__init__(num_heads, num_heads, head_dim + rope_dim, window, attention, attention_soft_cap, dropout)
+        self.latent_head_dim, self.rope_dim, self.v_dim, self.kv_rank = head_dim, rope_dim, v_dim, kv_rank
+        if q_rank is None:
+            self.w_q = linear(dim, num_heads * (head_dim + rope_dim), bias=linear_bias)
+        else:
+            self.w_q_down = linear(dim, q_rank, bias=linear_bias)
+            self.q_norm = NORMS[norm](q_rank, norm_eps=norm_eps)
+            self.w_q_up = linear(q_rank, num_heads * (head_dim + rope_dim))
+        self.q_rank = q_rank
+        self.w_kv_down = linear(dim, kv_rank + rope_dim, bias=linear_bias)
+        self.kv_norm = NORMS[norm](kv_rank, norm_eps=norm_eps)
+        self.w_kv_up = linear(kv_rank, num_heads * (head_dim + v_dim))
+        self.w_out = linear(num_heads * v_dim, dim, bias=linear_bias)
+        self.rope_table = RopeTable(max_seq_len, rope_dim, rope_theta) if positions == "rope" else None
+
+    def forward(self, x, *, first=None, cache=None):
+        B, T, D = x.shape
+        q, latent, rope_key = self.compress(x, cache)
+        if cache is not None:
+            latent, rope_key = self.remember(latent, rope_key, cache)
+        if latent.shape[1] > T:
+            mixed = self.blend_latents(q, latent, rope_key)
+        else:
+            k, v = self.expand(latent, rope_key)
+            mixed = self.blend(q, k, v, first, self.window)[..., : self.v_dim]
+        return self.w_out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+    def compress(self, x, cache):
+        """Queries (B, num_heads, T, head_dim), latents (B, T, kv_rank) and turned keys (B, T, rope_dim)."""
+        B, T, D = x.shape
+        q = self.w_q(x) if self.q_rank is None else self.w_q_up(self.q_norm(self.w_q_down(x)))
+        q = q.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, num_heads, T, head_dim)
+        latent, rope_key = self.w_kv_down(x).split([self.kv_rank, self.rope_dim], dim=-1)
+        latent = self.kv_norm(latent)  # (B, T, kv_rank)
+        if self.rope_table is not None:
+            rope = self.rope_table.next(T, cache)
+            turn = kernels.apply_rope if kernels.fit(self.backend, q) else apply_rope
+            plain_q, rope_q = q.split([self.latent_head_dim, self.rope_dim], dim=-1)
+            q = torch.cat([plain_q, turn(rope_q, rope)], dim=-1)  # (B, num_heads, T, head_dim)
+            rope_key = turn(rope_key[:, None], rope)[:, 0]  # (B, T, rope_dim)
+        return q, latent, rope_key
+
+    def remember(self, latent, rope_key, cache):
+        """Both with those of the tokens before in front; the cache keeps what the next token sees of them."""
+        if "latent" in cache:
+            latent = torch.cat([cache["latent"], latent], dim=1)
+            rope_key = torch.cat([cache["rope_key"], rope_key], dim=1)
+        outside = 0 if self.window is None else max(0, latent.shape[1] - self.window + 1)
+        cache["latent"], cache["rope_key"] = latent[:, outside:], rope_key[:, outside:]
+        return latent, rope_key
+
+    def expand(self, latent, rope_key):
+        """Keys, and values with zeros behind as wide as these, which fused kernels ask for.  (B, num_heads, S, head_dim)"""
+        B, S, _ = latent.shape
+        k_and_v = self.w_kv_up(latent).view(B, S, self.num_heads, -1).transpose(1, 2)
+        k, v = k_and_v.split([self.latent_head_dim, self.v_dim], dim=-1)
+        rope_key = rope_key[:, None].expand(-1, self.num_heads, -1, -1)
+        k = torch.cat([k, rope_key], dim=-1)  # (B, num_heads, S, head_dim)
+        return k, F.pad(v, (0, self.head_dim - self.v_dim))
+
+    def blend_latents(self, q, latent, rope_key):
+        """Scores, softmax and weighted sum over the latents.  (B, num_heads, T, v_dim)"""
+        B, _, T, _ = q.shape
+        S = latent.shape[1]
+        up = self.w_kv_up.weight.view(self.num_heads, -1, self.kv_rank)
+        k_up, v_up = up.split([self.latent_head_dim, self.v_dim], dim=1)  # v_up: (num_heads, v_dim, kv_rank)
+        plain_q, rope_q = q.split([self.latent_head_dim, self.rope_dim], dim=-1)
+        latent_q = torch.einsum("bhtk,hkr->bhtr", plain_q, k_up)  # (B, num_heads, T, kv_rank)
+        keys = torch.cat([latent, rope_key], dim=-1)[:, None]
+        spans = None if self.window is None else ((0, self.window - 1),)
+        mask = visible(T, S, device=q.device, spans=spans)
+        scores = self.scores(torch.cat([latent_q, rope_q], dim=-1), keys, mask)  # (B, num_heads, T, S)
+        weights = F.dropout(self.softmax(scores), self.dropout, self.training)
+        return torch.einsum("bhtr,hvr->bhtv", self.average(weights, latent[:, None]), v_up)
+
+    def flops_per_token(self, T):
+        """As Attn, but values are narrower than keys. Those of a sequence at once, as in training."""
+        unused = 2 * self.num_heads * (self.head_dim - self.v_dim) * self.seen_per_token(T)
+        return super().flops_per_token(T) - unused
+
+
+BLOCKS = {"LatentAttn": LatentAttention}
