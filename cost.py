@@ -23,7 +23,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import ModelConfig, TrainConfig, did_you_mean, layer_steps
 from contract import layers_to_try
-from menu import block_menu
-from model import GPT, Cache, Steps
+from menu import block_menu, build_model, init_parameters, needs_of
+from model import Cache, Steps
 from presets import PRESETS
 from runs import Run, run_names
 from tokenizer import load_tokenizer
@@ -54,7 +54,9 @@ class Part:
 
     place: str  # such as layers.0.branches.0.blocks.1
     step: str  # as the layer string has it, such as Attn(window=64); or the name it has in the model, such as head
+    signs: tuple[str, ...]  # + and | that follow it in the layer string
     kind: str  # the class of a block, such as Attention; or that name
+    settings: dict[str, Any]  # what a block asked the config for, and the options of its step
     shapes: dict[str, tuple[int, ...]]  # of its weights
     parameters: int  # those that no part before it has, too
     flops: float  # per token, forward
@@ -111,6 +113,8 @@ class Place(NamedTuple):
 
     place: str
     step: str
+    signs: tuple[str, ...]
+    options: dict[str, Any]
     module: nn.Module
     opened: bool
     weights: dict[str, nn.Parameter]
@@ -119,7 +123,8 @@ class Place(NamedTuple):
 def model_cost(model: nn.Module, T: int | None = None) -> Cost:
     """The cost of a model that reads T tokens, by default as many as it can. It is run, and left as it was.
 
-    Blocks that read a memory are given one of T tokens. What the model does beside its parts is a part of its own.
+    Blocks that read a memory are given one of T tokens. What the model does beside its parts is a part of its own. A model
+    without a cache, which reads all again for each token, keeps no bytes.
     """
     T = T or model.config.max_seq_len
     places = find_parts(model)
@@ -133,13 +138,16 @@ def model_cost(model: nn.Module, T: int | None = None) -> Cost:
         half, whole = weigh_cache(model, tokens, needs)
     counted: set[int] = set()
     parts = []
-    for place, step, module, opened, weights in places:
+    for place, step, signs, options, module, opened, weights in places:
         new = {id(weight): weight.numel() for weight in weights.values() if id(weight) not in counted}
         counted |= new.keys()
         if not opened or weights or flops[module] or whole[module]:
             per_token = (whole[module] - half[module]) / (T - T // 2)
+            is_block = isinstance(module, LoggingModule)
+            wanted = init_parameters(type(module)) if is_block else ()
             parts.append(Part(
-                place, step, kind=type(module).__name__ if isinstance(module, LoggingModule) else step,
+                place, step, signs, kind=type(module).__name__ if is_block else step,
+                settings={name: value for name, value in (model.config.block_values | options).items() if name in wanted},
                 shapes={name: tuple(weight.shape) for name, weight in weights.items()}, parameters=sum(new.values()),
                 flops=flops[module] / T, cache_per_token=per_token, cache_fixed=whole[module] - per_token * T,
             ))  # fmt: skip
@@ -150,17 +158,17 @@ def find_parts(model: nn.Module) -> list[Place]:
     """Every part, an outer one before those in it. A module with layer strings inside is opened, unless it tells its FLOPs."""
     places: dict[nn.Module, Place] = {}  # a module that stands in several places is one part
 
-    def walk(module: nn.Module, place: str, step: str):
+    def walk(module: nn.Module, place: str, step: str, signs: tuple[str, ...] = (), **options):
         if module in places:
             return
         opened = is_opened(module) or (module is model and not hasattr(model, "flops_per_token"))
-        places[module] = Place(place, step, module, opened, dict(module.named_parameters(recurse=not opened)))
+        places[module] = Place(place, step, signs, options, module, opened, dict(module.named_parameters(recurse=not opened)))
         if not opened:
             return
         if isinstance(module, Steps):
-            steps = [written(*step) for step in layer_steps(module.layer) if step[0] not in "+|"]
-            for number, (block, text) in enumerate(zip(module.blocks, steps, strict=True)):
-                walk(block, f"{place}.blocks.{number}".lstrip("."), text)
+            steps = zip(module.blocks, steps_with_signs(module.layer), strict=True)
+            for number, (block, (name, options, signs)) in enumerate(steps):
+                walk(block, f"{place}.blocks.{number}".lstrip("."), written(name, options), signs, **options)
         for name, child in module.named_children():
             if not (isinstance(module, Steps) and child is module.blocks):
                 walk(child, f"{place}.{name}".lstrip("."), name)
@@ -174,7 +182,19 @@ def is_opened(module: nn.Module) -> bool:
     return holds_others and not hasattr(module, "flops_per_token")
 
 
-def written(name: str, options: dict) -> str:
+def steps_with_signs(layer: str) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
+    """'Norm->Attn(window=64)->+'  becomes  [('Norm', {}, ()), ('Attn', {'window': 64}, ('+',))]"""
+    steps: list[tuple[str, dict[str, Any], tuple[str, ...]]] = []
+    for name, options in layer_steps(layer):
+        if name not in "+|":
+            steps.append((name, options, ()))
+        elif steps:  # a | in front of all opens the skip that is open anyway
+            block, given, signs = steps[-1]
+            steps[-1] = block, given, (*signs, name)
+    return steps
+
+
+def written(name: str, options: dict[str, Any]) -> str:
     """('Attn', {'window': 64})  becomes  'Attn(window=64)'"""
     return f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())})" if options else name
 
@@ -225,7 +245,9 @@ def count_flops(model: nn.Module, parts: list[nn.Module], tokens: Tensor, needs:
 
 def weigh_cache(model: nn.Module, tokens: Tensor, needs: dict[str, Tensor]) -> tuple[Counter, Counter]:
     """Bytes that each block keeps after half of the tokens (B, T), and after all of them; what no block keeps is the model's."""
-    cache, weights = Cache(), [Counter()]
+    cache, weights = Cache(), [Counter(), Counter()]
+    if not needs_of(model, cache=cache):
+        return weights[0], weights[1]
     half = tokens.shape[1] // 2
     for piece in (tokens[:, :half], tokens[:, half:]):
         if piece.shape[1]:
@@ -269,7 +291,7 @@ def cost_of(spec: str | ModelConfig, T: int | None = None) -> Cost:
     """The cost of a run, a preset or a config that reads T tokens, by default as many as it can. Raises as config_of does."""
     config, vocab_size = config_of(spec)
     with torch.random.fork_rng(devices=[]):
-        return model_cost(GPT(config, vocab_size), T)
+        return model_cost(build_model(config, vocab_size), T)
 
 
 def comparison(*specs: str, T: int | None = None):
