@@ -13,8 +13,8 @@ from runs import Run
 
 @dataclass(frozen=True)
 class Arguments:
-    preset: str = "0.5m_short_and_thick"  # a named architecture; the options below change it
-    name: str | None = None  # of the run folder in trained_models/; by default the preset and the time
+    preset: str = "0.5m_short_and_thick"  # a named architecture, or EXPERIMENT/PRESET; the options below change it
+    name: str | None = None  # of the run folder in trained_models/, or EXPERIMENT/RUN; by default the preset and the time
     resume: bool = False  # go on with the run called --name where it was stopped
     continue_from: str | None = None  # begin with the best weights of this run
     model: ModelConfig = ModelConfig()
@@ -76,7 +76,7 @@ def parse_or_exit(words: list[str]) -> Arguments:
     """As parse, but a mistake ends the program with its one line."""
     try:
         return parse(words)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: the presets of an experiment
         sys.exit(f"error: {error}")
 
 

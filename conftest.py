@@ -1,9 +1,13 @@
-"""What every test stands on, those of experiments too: folders of their own, no network, one thread, a tiny corpus, a tiny run."""
+"""What every test stands on, those of experiments too: folders of its own, no network, no screen, one thread; a tiny corpus and a
+tiny trained run; and a terminal."""
 
 import itertools
 import os
 import random
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
@@ -78,3 +82,21 @@ def tiny_run(trained_folder, folders):
     """The name of a trained run in this test's own folder, to read or to break."""
     shutil.copytree(trained_folder / "runs", folders / "runs", dirs_exist_ok=True)
     return "tiny"
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run train.py as from the terminal, without the seconds that a new Python takes: (exit code, what it printed)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        code = 0
+        try:
+            runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        message = code if isinstance(code, str) else ""
+        return (1 if message else code), printed.out + printed.err + message
+
+    return run

@@ -15,6 +15,7 @@ class Preset(NamedTuple):
     train: TrainConfig = TrainConfig()
 
 
+LATENT = "LatentAttn(q_rank=48, kv_rank=32, rope_dim=8, v_dim=16)"
 VALUES = "Shortcut->|->Norm->ValueAttn(residual=False, embedding=True)->+->Norm->MLP->+"
 
 PRESETS: dict[str, Preset] = {
@@ -65,9 +66,43 @@ PRESETS: dict[str, Preset] = {
             ),
         )
     ),
+    # Grok-1 (https://github.com/xai-org/grok-1, run.py): 6 query heads share a key; 2 of 8 experts, weighted by their scores as
+    # they are; logits divided by sqrt(3). An expert is as wide as the stream, there 5 1/3 times.
     "grok_like": Preset(
         ModelConfig(
-            num_layers=4, layers=SANDWICH_NORM, activation="GELU", attention_soft_cap=30.0, embedding_scale="sqrt(dim)",
+            dim=96, num_layers=4, num_heads=6, num_kv_heads=1, mlp_dim=144, activation="GELU", attention_soft_cap=30.0,
+            embedding_scale="sqrt(dim)", logit_scale=0.5773502691896257, layers=SANDWICH_NORM.replace("MLP", "MoE(renormalise=False)"),
+        )
+    ),
+    # Mixtral 8x7B (arXiv 2401.04088, table 1): 4 query heads share a key; 2 of 8 experts. An expert is as wide as the stream,
+    # there 3.5 times.
+    "mixtral_like": Preset(
+        ModelConfig(
+            dim=96, num_layers=4, num_kv_heads=1, rope_theta=1_000_000.0, tied_embeddings=False, mlp_dim=144,
+            layers=PRE_NORM.replace("MLP", "MoE(num_experts=8, top_k=2)"),
+        )
+    ),
+    # DeepSeek-V3 (arXiv 2412.19437, section 4.2): keys and queries have half as many channels with RoPE as without; a shared
+    # expert in all layers but the first, which are dense (3 of 61 there). 4 of 16 experts instead of 8 of 256, half as wide as
+    # the stream instead of 2/7, the latents 1/3 and 1/2 of it instead of 1/14 and 3/14; no groups of experts.
+    "deepseek_like": Preset(
+        ModelConfig(
+            dim=96, num_layers=4, num_kv_heads=4, head_dim=16, norm_eps=1e-6, tied_embeddings=False, mlp_dim=384, layers=(
+                f"Norm->{LATENT}->+->Norm->MLP->+",
+                *[
+                    f"Norm->{LATENT}->+->Norm->MoE(mlp_dim=72, num_experts=16, top_k=4, shared_experts=1, scores='sigmoid', "
+                    "renormalise=True, routed_scale=2.5, balance_loss=0.0001, bias_rate=0.001)->+"
+                ] * 3,
+            ),
+        )
+    ),
+    # Snowflake Arctic (https://huggingface.co/Snowflake/snowflake-arctic-base, config.json): 7 query heads share a key; the
+    # dense MLP is as wide as the stream, and 2 of the experts run beside attention and it. 16 experts instead of 128, 3/7 as
+    # wide as the stream instead of 2/3.
+    "arctic_like": Preset(
+        ModelConfig(
+            dim=112, num_layers=3, num_heads=7, num_kv_heads=1, mlp_dim=168, tied_embeddings=False,
+            layers=[PRE_NORM, "Norm->MoE(mlp_dim=72, num_experts=16, top_k=2)->+"],
         )
     ),
     "speedrun": Preset(
@@ -87,7 +122,11 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-    """The preset of that name. Raises ValueError with the nearest match for an unknown one."""
+    """The preset of that name, EXPERIMENT/PRESET for one of an experiment. Raises ValueError with the nearest match for none."""
+    if "/" in name:
+        from experiment import experiment_preset
+
+        return experiment_preset(name)
     if name not in PRESETS:
         raise ValueError(f"no preset is called {name!r}.{did_you_mean(name, PRESETS)} There are: {', '.join(PRESETS)}")
     return PRESETS[name]

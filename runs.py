@@ -8,6 +8,7 @@ model.pth          the best weights so far, and the size and fingerprint of the 
 checkpoint.pth     the last state of the training, to resume from
 loss.png           the loss curve
 
+A run that is called EXPERIMENT/RUN goes with the experiment: it is experiments/EXPERIMENT/trained_models/RUN.
 Files are written next to their place and moved there, so that a crash or a full disk leaves what was there before.
 """
 
@@ -21,18 +22,27 @@ from datetime import datetime
 from pathlib import Path
 
 from config import ModelConfig, TrainConfig, did_you_mean, from_json, to_json
+from experiment import FOLDER as EXPERIMENTS
+from experiment import check_experiment, experiment_names
 
 RESERVED_ON_WINDOWS = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10))}
 
 
-def runs_folder() -> Path:
-    """trained_models/ beside this file, or what the environment variable BASEGPT_RUNS names."""
-    return Path(os.environ.get("BASEGPT_RUNS") or Path(__file__).parent / "trained_models")
+def runs_folder(experiment: str | None = None) -> Path:
+    """trained_models/ beside this file, or of an experiment; in the folder that the environment variable BASEGPT_RUNS names."""
+    if elsewhere := os.environ.get("BASEGPT_RUNS"):
+        return Path(elsewhere, experiment or "")
+    return EXPERIMENTS / experiment / "trained_models" if experiment else Path(__file__).parent / "trained_models"
 
 
-def run_names() -> list[str]:
-    """The names of all runs that hold a trained model."""
-    return sorted(path.parent.name for path in runs_folder().glob("*/model.pth"))
+def run_names(with_file: str = "model.pth") -> list[str]:
+    """The names of all runs that hold a trained model, those of experiments behind the others."""
+    own = sorted(path.parent.name for path in runs_folder().glob(f"*/{with_file}"))
+    return own + [
+        f"{experiment}/{path.parent.name}"
+        for experiment in experiment_names()
+        for path in sorted(runs_folder(experiment).glob(f"*/{with_file}"))
+    ]
 
 
 def default_name(preset: str) -> str:
@@ -40,23 +50,34 @@ def default_name(preset: str) -> str:
     return f"{preset}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
+def is_safe(name: str) -> bool:
+    safe = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) and not name.endswith(".")
+    return bool(safe) and name.split(".")[0].upper() not in RESERVED_ON_WINDOWS
+
+
 @dataclass(frozen=True)
 class Run:
-    """One folder in trained_models/, by its name. Raises ValueError for a name that is not safe on every file system."""
+    """One folder in trained_models/, by its name; EXPERIMENT/RUN for one of an experiment.
+
+    Raises ValueError for a name that is not safe on every file system.
+    """
 
     name: str
 
     def __post_init__(self):
-        safe = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name) and not self.name.endswith(".")
-        if not safe or self.name.split(".")[0].upper() in RESERVED_ON_WINDOWS:
+        *experiment, own = self.name.split("/")
+        if len(experiment) > 1 or not all(map(is_safe, [*experiment, own])):
             raise ValueError(f"{self.name!r} cannot be a run's name: use letters, digits, '_', '-' and '.', such as my_run_2")
 
     @property
     def folder(self) -> Path:
-        return runs_folder() / self.name
+        *experiment, own = self.name.split("/")
+        return runs_folder(*experiment) / own
 
     def check_is_new(self):
-        """Raises ValueError where a run of that name exists."""
+        """Raises ValueError where a run of that name exists, or would belong to an experiment that does not."""
+        if "/" in self.name:
+            check_experiment(self.name.split("/")[0])
         if self.folder.exists():
             raise ValueError(f"a run called {self.name!r} exists. Take another --name, or go on with it by --resume")
 
@@ -74,7 +95,7 @@ class Run:
     def path(self, file: str) -> Path:
         """The path of a file that must be there. Raises FileNotFoundError that names the run or the file that is missing."""
         if not self.folder.is_dir():
-            there = sorted(path.name for path in runs_folder().glob("*") if path.is_dir())
+            there = run_names("model_config.json")
             raise FileNotFoundError(
                 f"no run is called {self.name!r}.{did_you_mean(self.name, there)} There are: {', '.join(there) or 'none yet'}"
             )

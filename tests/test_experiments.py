@@ -1,32 +1,35 @@
 """Promises to those who plug in an idea of their own: blocks, whole models, experiments, and clear words where that fails."""
 
+import itertools
 import os
+import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from errors import one_line_error
 
+import experiment
+import tools
 from conftest import MODEL
 from evaluation import evaluate
 from inference import generate
-from menu import build_model
+from menu import block_menu, build_model
+from presets import preset
 from report import num_parameters, table
-from runs import Run, load_model
+from runs import Run, load_model, run_names
+from tokenizer import load_tokenizer
 from train import train
 
 REPOSITORY = Path(__file__).parents[1]
 OWN = {name: replace(MODEL, model=name, plugins=("own_models",)) for name in ("Recurrent", "Trigram")}
 TRAINING = {"Recurrent": {"packing": "padded"}, "Trigram": {"window_start": 1, "lr_max": 0.1}}
-
-
-def run_python(*words: str, folder: Path = REPOSITORY, plugins: Path = Path(__file__).parent) -> subprocess.CompletedProcess:
-    """What a fresh process says."""
-    environment = os.environ | {"PYTHONPATH": str(plugins)}
-    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -63,8 +66,6 @@ def test_an_own_model_continues_from_another_run_and_its_weights_are_averaged(ma
 
 @pytest.mark.parametrize("name", OWN)
 def test_an_own_model_writes_the_same_with_and_without_a_cache(name):
-    from tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer("bpe_tokenizer_128")
     torch.manual_seed(0)
     model, prompts = build_model(OWN[name], tokenizer.vocab_size), ["Tom", "Lily had a red ball"]
@@ -94,3 +95,169 @@ def test_what_an_own_model_cannot_do_is_said(make_config):
     one_line_error(lambda: list(train(OWN["Trigram"], less, "x")), "gradient_checkpointing=True", "'Trigram'")
     unknown = replace(recurrent, model="Recurent")
     one_line_error(lambda: build_model(unknown, 50), "no model is called 'Recurent'", "Did you mean 'Recurrent'?", "GPT, ")
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """A copy of this repository, as a repository of its own, without any run."""
+    core = tmp_path_factory.mktemp("core") / "core"
+    shutil.copytree(REPOSITORY, core, ignore=shutil.ignore_patterns(".[!g]*", ".git", "__pycache__", "tests", "trained_models"))
+    commit_all(core)
+    return core
+
+
+def git(folder: Path, *words: str) -> str:
+    settings = ("user.name=A", "user.email=a@b.c", "protocol.file.allow=always")
+    words = ("git", *itertools.chain(*(("-c", setting) for setting in settings)), *words)
+    return subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def commit_all(folder: Path):
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message", "all")
+
+
+def run_python(folder: Path, *words: str) -> str:
+    """What a fresh process prints, which must not fail. The runs are where they are for everybody."""
+    environment = {name: value for name, value in os.environ.items() if name != "BASEGPT_RUNS"}
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+COMPARE = """
+from inference import generate
+from report import table
+from runs import load_model, run_names
+print(run_names(), list(table(*run_names(), num_stories=20)["bits per byte"].notna()))
+print(generate(*load_model("my_idea/first"), "Tom", max_new_tokens=3))
+"""
+
+
+def test_a_new_experiment_is_a_submodule_passes_trains_loads_and_is_compared(
+    core, tiny_run, folders, corpus, monkeypatch, capsys
+):  # fmt: skip
+    monkeypatch.setattr(experiment, "FOLDER", core / "experiments")
+    monkeypatch.setattr(sys, "argv", ["tools.py", "new_experiment", "my_idea"])
+    runpy.run_path(str(REPOSITORY / "tools.py"), run_name="__main__")
+    assert "python train.py --preset my_idea/my_idea" in capsys.readouterr().out
+    shutil.move(core / "experiments" / "my_idea", folders / "my_idea")
+    commit_all(folders / "my_idea")
+    git(core, "submodule", "--quiet", "add", str(folders / "my_idea"), "experiments/my_idea")
+    run_python(core, "-m", "pytest", "experiments/my_idea", "-p", "no:cacheprovider")
+
+    quick = f"--train.data {shlex.quote(corpus)} --train.tokenizer bpe_tokenizer_128 --train.max_steps 3 --train.warmup_steps 0"
+    words = f"--preset my_idea/my_idea --name my_idea/first --model.max_seq_len 64 {quick}"
+    run_python(core, "train.py", *shlex.split(words))
+    shutil.copytree(folders / "runs" / tiny_run, core / "trained_models" / tiny_run)
+    shown = run_python(core, "-c", COMPARE)
+    assert "['tiny', 'my_idea/first'] [True, True]" in shown and "\nTom" in shown
+    changed = {line.split()[1] for line in git(core, "status", "--porcelain").splitlines()}
+    assert changed == {".gitmodules", "experiments/my_idea", "trained_models/"}  # of the core, nothing
+    ours = git(core / "experiments" / "my_idea", "status", "--porcelain", "--untracked-files=all").split()[1::2]
+    assert "trained_models/first/model.pth" in ours and "trained_models/first/checkpoint.pth" not in ours
+
+
+class TestNewExperiment:
+    @pytest.fixture(autouse=True)
+    def in_a_folder_of_its_own(self, folders, monkeypatch):
+        shutil.copytree(experiment.FOLDER, folders / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
+        monkeypatch.setattr(experiment, "FOLDER", folders / "experiments")
+
+    def test_its_names_are_its_own(self):
+        folder = experiment.new_experiment("an_example_of_forgetting")
+        assert {path.name for path in folder.iterdir()} == {
+            "__init__.py", ".gitignore", "README.md", "blocks.py", "config.py", "test_an_example_of_forgetting.py",
+            "an_example_of_forgetting.ipynb",
+        }  # fmt: skip
+        code = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+        assert "class AnExampleOfForgetting(Attention)" in code and '"an_example_of_forgetting": Preset(' in code
+        assert "experiments.an_example_of_forgetting.blocks" in code and "ForgettingAttn" not in code
+        notebook = nbformat.read(folder / "an_example_of_forgetting.ipynb", as_version=4)
+        assert "experiments.an_example_of_forgetting.blocks import BLOCKS, AnExampleOfForgetting" in str(notebook)
+        assert not any(cell.get("outputs") for cell in notebook.cells)
+
+    def test_a_name_that_will_not_do_is_said(self):
+        for name in ("My_idea", "my-idea", "2nd", "class", "../x", ""):
+            one_line_error(lambda name=name: experiment.new_experiment(name), repr(name), "my_idea")
+        one_line_error(lambda: experiment.new_experiment("example"), "experiments/example exists")
+        one_line_error(lambda: experiment.new_experiment("attn"), "'attn' would call its block 'Attn'", "taken")
+        assert experiment.experiment_names() == ["example"]
+
+    def test_the_terminal_says_it_in_one_line(self, monkeypatch, capsys):
+        for words, told in ((["new_experiment", "example"], "error: experiments/example exists"), (["new"], 2)):
+            with pytest.raises(SystemExit) as stop:
+                tools.main(words)
+            assert told == stop.value.code or told in str(stop.value.code)
+        assert "new_experiment" in capsys.readouterr().err
+
+
+def test_the_presets_of_an_experiment_are_called_by_its_name():
+    model, train_config = preset("example/forgetting")
+    assert model.plugins == ("experiments.example.blocks",) and "ForgettingAttn" in block_menu(model)
+    one_line_error(lambda: preset("exampel/forgetting"), "no experiment is called 'exampel'", "Did you mean 'example'?")
+    one_line_error(lambda: preset("example/forgeting"), "'example/forgeting'", "Did you mean 'example/forgetting'?")
+
+
+def test_the_runs_of_an_experiment_go_with_it(tiny_run, folders, monkeypatch):
+    (folders / "runs" / "example").mkdir()
+    shutil.move(folders / "runs" / tiny_run, folders / "runs" / "example" / "little")
+    assert run_names() == ["example/little"]
+    model, _ = load_model("example/little")
+    assert model.config == MODEL
+    one_line_error(lambda: load_model("example/litle"), "Did you mean 'example/little'?", error=FileNotFoundError)
+    one_line_error(lambda: Run("nobody/x").check_is_new(), "no experiment is called 'nobody'", "There are: example")
+    one_line_error(lambda: Run("example/little").check_is_new(), "a run called 'example/little' exists")
+    monkeypatch.delenv("BASEGPT_RUNS")
+    assert Run("example/little").folder == REPOSITORY / "experiments" / "example" / "trained_models" / "little"
+
+
+BLOCK = "from tools import LoggingModule\nclass Mine(LoggingModule):\n    def forward(self, x): return 2 * x\n"
+MENU = "BLOCKS = {'Mine': Mine}\n"
+
+
+@pytest.mark.parametrize(
+    "source, told",
+    [
+        ("import nothing_of_that_name", "cannot be imported: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        ("x = (", "cannot be imported: SyntaxError:"),
+        ("raise RuntimeError('two\\nlines')", "cannot be imported: RuntimeError: two lines"),
+        ("import sys\nsys.exit(3)", "cannot be imported: SystemExit: 3"),
+        (BLOCK, "has no BLOCKS. Give it one"),
+        (BLOCK + "BLOCKS = [Mine]", "BLOCKS of the plugin 'an_idea' must be a dict"),
+        (BLOCK + "BLOCKS = {'Mine': Mine()}", "'Mine': that must be a class of torch modules"),
+        (BLOCK + "BLOCKS = {'My-Block': Mine}", "a class 'My-Block': take a name of letters"),
+        (BLOCK + "BLOCKS = {'MLP': Mine}", "calls a block 'MLP', but that name is taken: it is that of 'model'. Rename it"),
+        (BLOCK + "BLOCKS = {'ShortConv': Mine}", "'ShortConv', but that name is taken: it is that of 'modules'"),
+        (BLOCK + MENU + "MODELS = {'GPT': Mine}", "calls a model 'GPT', but that name is taken"),
+    ],
+)
+def test_a_plugin_that_fails_is_told_in_one_line_in_the_terminal(source, told, script, folders, monkeypatch, corpus):
+    monkeypatch.syspath_prepend(str(folders))
+    monkeypatch.delitem(sys.modules, "an_idea", raising=False)
+    (folders / "an_idea.py").write_text(source, encoding="utf-8")
+    code, printed = script("--model.plugins", "an_idea", "--name", "x", "--train.data", corpus)
+    assert code == 1 and "error: " in printed and "'an_idea'" in printed
+    assert told in printed and "Traceback" not in printed
+    assert "\n" not in printed.split("error: ")[1].strip()
+    assert not (folders / "runs" / "x").exists()
+
+
+def test_two_plugins_with_one_name_are_told_apart(folders, monkeypatch):
+    monkeypatch.syspath_prepend(str(folders))
+    for plugin in ("idea_a", "idea_b"):
+        (folders / f"{plugin}.py").write_text(BLOCK + MENU, encoding="utf-8")
+    both = replace(MODEL, plugins=("idea_a", "idea_b"))
+    one_line_error(lambda: block_menu(both), "the plugin 'idea_b' calls a block 'Mine'", "it is that of 'idea_a'")
+
+
+def test_a_run_whose_plugin_is_gone_says_so(make_config, folders, monkeypatch):
+    monkeypatch.syspath_prepend(str(folders))
+    (folders / "gone_soon.py").write_text(BLOCK + MENU, encoding="utf-8")
+    config = replace(MODEL, plugins=("gone_soon",), layers="Norm->Mine->MLP->+")
+    list(train(config, make_config(max_steps=2), "orphan"))
+    load_model("orphan")
+    (folders / "gone_soon.py").unlink()
+    monkeypatch.delitem(sys.modules, "gone_soon")
+    one_line_error(lambda: load_model("orphan"), "the plugin 'gone_soon' cannot be imported", error=ImportError)

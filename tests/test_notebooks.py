@@ -14,7 +14,8 @@ from inference import generate
 from runs import load_model
 
 REPOSITORY = Path(__file__).parents[1]
-NOTEBOOKS = sorted(path.stem for path in REPOSITORY.glob("*.ipynb"))
+EXAMPLE = "experiments/example/example"
+NOTEBOOKS = [*sorted(path.stem for path in REPOSITORY.glob("*.ipynb")), EXAMPLE]
 MACHINE_PATH = re.compile(r"""(?<![\w.:/])(/(home|Users|root|tmp|work|private|var|mnt|opt|usr)/|[A-Z]:\\\\?\w)""")
 
 
@@ -52,7 +53,8 @@ def run(tmp_path, monkeypatch):
         assert parameters.keys() <= known
         assignments = "\n".join(f"{parameter} = {value!r}" for parameter, value in parameters.items())
         notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(assignments))
-        return NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(copy)}}).execute()
+        folder = {"metadata": {"path": str((copy / name).parent)}}
+        return NotebookClient(notebook, timeout=120, kernel_name="python3", resources=folder).execute()
 
     return run_notebook
 
@@ -95,8 +97,16 @@ def test_testing_modules(run):
     assert "the shapes are in trace.html" in printed(run("testing_modules", num_layers=2))
 
 
+def test_the_example_of_an_experiment(run, corpus, folders):
+    shown = printed(run(EXAMPLE, data=corpus, max_minutes=0.02, eval_every=10))
+    base, idea = sorted((folders / "runs" / "example").iterdir())
+    assert base.name.startswith("base_") and idea.name.startswith("forgetting_")
+    assert "ForgettingAttn keeps the contract" in shown and "between" in shown
+    assert shown.count(f"example/{idea.name}") >= 2  # when it has been trained, and in the table
+
+
 def test_every_notebook_is_tested():
-    assert NOTEBOOKS == ["build_tokenizer", "inference", "model_evaluation", "testing_modules", "train"]
+    assert NOTEBOOKS == ["build_tokenizer", "inference", "model_evaluation", "testing_modules", "train", EXAMPLE]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

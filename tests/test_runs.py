@@ -32,8 +32,8 @@ class TestNames:
         assert Run(name).folder.name == name
 
     @pytest.mark.parametrize("name", [
-        "", ".", "..", ".hidden", "a/b", "a\\b", "../x", "/tmp/x", "a b", "a:b", "a*b", "a?", 'a"', "a|b", "a<b", "a\nb", "a\n",
-        "é", "ends.", "CON", "con", "nul.txt", "Aux", "com1", "LPT9.log", "-option", "a\0b",
+        "", ".", "..", ".hidden", "a/b/c", "a//b", "a/", "a/.", "a\\b", "../x", "/tmp/x", "a b", "a:b", "a*b", "a?", 'a"',
+        "a|b", "a<b", "a\nb", "a\n", "é", "ends.", "CON", "con", "nul.txt", "Aux", "com1", "LPT9.log", "-option", "a\0b",
     ])  # fmt: skip
     def test_not_safe(self, name):
         with pytest.raises(ValueError, match="cannot be a run's name: use letters, digits") as error:
