@@ -71,7 +71,8 @@ PRESETS: dict[str, Preset] = {
     "grok_like": Preset(
         ModelConfig(
             dim=96, num_layers=4, num_heads=6, num_kv_heads=1, mlp_dim=144, activation="GELU", attention_soft_cap=30.0,
-            embedding_scale="sqrt(dim)", logit_scale=0.5773502691896257, layers=SANDWICH_NORM.replace("MLP", "MoE(renormalise=False)"),
+            embedding_scale="sqrt(dim)", logit_scale=0.5773502691896257,
+            layers=SANDWICH_NORM.replace("MLP", "MoE(num_experts=8, top_k=2, renormalise=False)"),
         )
     ),
     # Mixtral 8x7B (arXiv 2401.04088, table 1): 4 query heads share a key; 2 of 8 experts. An expert is as wide as the stream,

@@ -61,7 +61,7 @@ REFERENCES = {
     "the_default": (ModelConfig(), references.llama),
     "gpt2_like": (preset("gpt2_like").model, references.gpt2),
     "gemma1_like": (preset("gemma1_like").model, references.gemma),
-    "grok_like": (preset("grok_like").model, references.gemma2),
+    "gemma2": (replace(preset("gemma2_like").model, layers=SANDWICH_NORM), references.gemma2),
 }
 
 

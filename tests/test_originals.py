@@ -1,7 +1,6 @@
-"""Promises of originals.py: with their weights ours is theirs: logits, gradients and what it writes; what does not fit is named."""
+"""Promises of originals.py: with their weights ours is theirs, in logits, gradients and stories; what does not fit is named."""
 
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from errors import one_line_error
 from torch import nn
 
 from inference import Sampling, generate_tokens
-from model import GPT
 from originals import FAMILIES, convert, load_original
 
 V = 98
@@ -21,6 +19,12 @@ SIZES = {
 }  # fmt: skip
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+DEEPSEEK = {name: size for name, size in SIZES.items() if name != "head_dim"} | {
+    **ROPE, "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "moe_intermediate_size": 16, "n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 2,
+    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5,
+}  # fmt: skip
 ORIGINALS = {
     "llama": {**SIZES, **ROPE, "rms_norm_eps": 1e-5},
     "gpt2": {
@@ -30,6 +34,16 @@ ORIGINALS = {
     "qwen3": {**SIZES, **ROPE, "tie_word_embeddings": True},
     "qwen3_windows": {**SIZES, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "gemma": {**SIZES, "num_key_value_heads": 1},
+    "gemma3_text": {
+        **SIZES, "num_hidden_layers": 6, "query_pre_attn_scalar": 8, "sliding_window": 6, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 4000.0},
+        },
+    },
+    "mixtral": {**SIZES, **ROPE, "num_local_experts": 5, "num_experts_per_tok": 2},
+    "mixtral_windows": {**SIZES, "num_hidden_layers": 2, "sliding_window": 7},
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v3_plain": {**DEEPSEEK, "q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False},
     "gemma2": {
         **SIZES, "query_pre_attn_scalar": 9, "sliding_window": 6, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0,
     },
@@ -39,7 +53,7 @@ ORIGINALS = {
 def their_config(name: str, **changes):
     from transformers import AutoConfig
 
-    family = name.removesuffix("_windows")
+    family = name.removesuffix("_windows").removesuffix("_plain")
     return AutoConfig.for_model(family, **ORIGINALS[name] | changes)
 
 
@@ -168,6 +182,10 @@ LONGER = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
         ("gpt2", {"attn_pdrop": 0.1}, "attn_pdrop=0.1"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        ("deepseek_v3", {"n_group": 3}, "topk_group=1"),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
+        ("deepseek_v3", {"moe_intermediate_size": 20}, "moe_intermediate_size=20"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ],
 )

@@ -1,0 +1,339 @@
+"""The families of published models that become ours: their config as ours, and which weight of theirs is which of ours.
+
+In the tables of layers "1.w_q.weight" is the weight `w_q` of the second block of the layer string. Behind their name stands
+what is done to the weight, where it is not taken as it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import PRE_NORM, SANDWICH_NORM, Layers, ModelConfig, divisors
+
+Transform = Callable[[Tensor], Tensor]
+Table = dict[str, str | tuple[str | Transform, ...]]  # our name: theirs, or (theirs, transforms in their order)
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """GPT-2 keeps its matrices as (in, out), torch's Linear as (out, in)."""
+    return weight.T
+
+
+def plus_one(weight: Tensor) -> Tensor:
+    """Gemma's norms multiply by 1 + weight, ours by the weight."""
+    return weight + 1
+
+
+def unchanged(weight: Tensor) -> Tensor:
+    return weight
+
+
+def part(index: int, parts: int, dim: int = 0) -> Transform:
+    """One of several matrices that are kept as one."""
+    return lambda weight: weight.chunk(parts, dim=dim)[index]
+
+
+def rope_halves(rope_dim: int, rows: int) -> Transform:
+    """DeepSeek turns channels 2 k and 2 k + 1 together, ours k and k + rope_dim / 2: of the last rope_dim of each head's rows."""
+
+    def reordered(weight: Tensor) -> Tensor:
+        straight, turned = weight.view(-1, rows, weight.shape[-1]).split([rows - rope_dim, rope_dim], dim=1)
+        return torch.cat([straight, turned[:, 0::2], turned[:, 1::2]], dim=1).flatten(0, 1)
+
+    return reordered
+
+
+ENDS: Table = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+GEMMA_ENDS = ENDS | {"norm.weight": ("model.norm.weight", plus_one)}
+
+LLAMA_ATTENTION: Table = {
+    "0.weight": "input_layernorm.weight",
+    "1.w_q.weight": "self_attn.q_proj.weight",
+    "1.w_k.weight": "self_attn.k_proj.weight",
+    "1.w_v.weight": "self_attn.v_proj.weight",
+    "1.w_out.weight": "self_attn.o_proj.weight",
+    "2.weight": "post_attention_layernorm.weight",
+}
+LLAMA_MLP: Table = {
+    "3.w_gate.weight": "mlp.gate_proj.weight",
+    "3.w_in.weight": "mlp.up_proj.weight",
+    "3.w_out.weight": "mlp.down_proj.weight",
+}
+LLAMA = LLAMA_ATTENTION | LLAMA_MLP
+
+QWEN3 = LLAMA | {
+    "1.q_norm.weight": "self_attn.q_norm.weight",
+    "1.k_norm.weight": "self_attn.k_norm.weight",
+}
+
+GEMMA = LLAMA | {
+    "0.weight": ("input_layernorm.weight", plus_one),
+    "2.weight": ("post_attention_layernorm.weight", plus_one),
+}
+
+GEMMA2: Table = {
+    "0.weight": ("input_layernorm.weight", plus_one),
+    "1.w_q.weight": "self_attn.q_proj.weight",
+    "1.w_k.weight": "self_attn.k_proj.weight",
+    "1.w_v.weight": "self_attn.v_proj.weight",
+    "1.w_out.weight": "self_attn.o_proj.weight",
+    "2.weight": ("post_attention_layernorm.weight", plus_one),
+    "3.weight": ("pre_feedforward_layernorm.weight", plus_one),
+    "4.w_gate.weight": "mlp.gate_proj.weight",
+    "4.w_in.weight": "mlp.up_proj.weight",
+    "4.w_out.weight": "mlp.down_proj.weight",
+    "5.weight": ("post_feedforward_layernorm.weight", plus_one),
+}
+
+GEMMA3 = GEMMA2 | {
+    "1.q_norm.weight": ("self_attn.q_norm.weight", plus_one),
+    "1.k_norm.weight": ("self_attn.k_norm.weight", plus_one),
+}
+
+MIXTRAL = LLAMA_ATTENTION | {
+    "3.w_router.weight": "mlp.gate.weight",
+    "3.experts.w_gate.weight": ("mlp.experts.gate_up_proj", part(0, 2, dim=1)),
+    "3.experts.w_in.weight": ("mlp.experts.gate_up_proj", part(1, 2, dim=1)),
+    "3.experts.w_out.weight": "mlp.experts.down_proj",
+}
+
+DEEPSEEK_MOE: Table = {
+    "3.w_router.weight": "mlp.gate.weight",
+    "3.selection_bias": "mlp.gate.e_score_correction_bias",
+    "3.experts.w_gate.weight": ("mlp.experts.gate_up_proj", part(0, 2, dim=1)),
+    "3.experts.w_in.weight": ("mlp.experts.gate_up_proj", part(1, 2, dim=1)),
+    "3.experts.w_out.weight": "mlp.experts.down_proj",
+    "3.shared_mlp.w_gate.weight": "mlp.shared_experts.gate_proj.weight",
+    "3.shared_mlp.w_in.weight": "mlp.shared_experts.up_proj.weight",
+    "3.shared_mlp.w_out.weight": "mlp.shared_experts.down_proj.weight",
+}
+
+GPT2_ENDS: Table = {
+    "embedding.weight": "transformer.wte.weight",
+    "position_embedding.weight": "transformer.wpe.weight",
+    "norm.weight": "transformer.ln_f.weight",
+    "norm.bias": "transformer.ln_f.bias",
+    "head.weight": "lm_head.weight",
+}
+GPT2: Table = {
+    "0.weight": "ln_1.weight",
+    "0.bias": "ln_1.bias",
+    "1.w_q.weight": ("attn.c_attn.weight", transposed, part(0, 3)),
+    "1.w_k.weight": ("attn.c_attn.weight", transposed, part(1, 3)),
+    "1.w_v.weight": ("attn.c_attn.weight", transposed, part(2, 3)),
+    "1.w_q.bias": ("attn.c_attn.bias", part(0, 3)),
+    "1.w_k.bias": ("attn.c_attn.bias", part(1, 3)),
+    "1.w_v.bias": ("attn.c_attn.bias", part(2, 3)),
+    "1.w_out.weight": ("attn.c_proj.weight", transposed),
+    "1.w_out.bias": "attn.c_proj.bias",
+    "2.weight": "ln_2.weight",
+    "2.bias": "ln_2.bias",
+    "3.w_in.weight": ("mlp.c_fc.weight", transposed),
+    "3.w_in.bias": "mlp.c_fc.bias",
+    "3.w_out.weight": ("mlp.c_proj.weight", transposed),
+    "3.w_out.bias": "mlp.c_proj.bias",
+}
+
+
+def deepseek_attention(theirs) -> Table:
+    """Multi-head latent attention, with a latent for the queries or without."""
+    rope_dim, rows = theirs.qk_rope_head_dim, theirs.qk_nope_head_dim + theirs.qk_rope_head_dim
+    queries, latent = rope_halves(rope_dim, rows), rope_halves(rope_dim, theirs.kv_lora_rank + rope_dim)
+    if not theirs.rope_interleave:
+        queries = latent = unchanged
+    if theirs.q_lora_rank is None:
+        w_q: Table = {"1.w_q.weight": ("self_attn.q_proj.weight", queries)}
+    else:
+        w_q = {
+            "1.w_q_down.weight": "self_attn.q_a_proj.weight",
+            "1.q_norm.weight": "self_attn.q_a_layernorm.weight",
+            "1.w_q_up.weight": ("self_attn.q_b_proj.weight", queries),
+        }
+    return w_q | {
+        "0.weight": "input_layernorm.weight",
+        "1.w_kv_down.weight": ("self_attn.kv_a_proj_with_mqa.weight", latent),
+        "1.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+        "1.w_kv_up.weight": "self_attn.kv_b_proj.weight",
+        "1.w_out.weight": "self_attn.o_proj.weight",
+        "2.weight": "post_attention_layernorm.weight",
+    }
+
+
+ACTIVATIONS = {"silu": "SiLU", "gelu_pytorch_tanh": "GELU", "gelu_new": "GELU", "relu": "ReLU", "relu2": "ReLU2"}
+
+
+def require(condition: Any, theirs, name: str, cure: str):
+    """Raises ValueError that names a field of their config which ours cannot follow."""
+    if not condition:
+        raise ValueError(f"{name}={getattr(theirs, name)!r} of this {theirs.model_type} is not in our model: {cure}")
+
+
+def require_same(theirs, **expected):
+    """Fields of their config that must have one value, since ours does the same in every model."""
+    for name, value in expected.items():
+        require(getattr(theirs, name, value) in (value, None), theirs, name, f"only {value!r} is")
+
+
+def activation(theirs, name: str = "hidden_act") -> str:
+    require(getattr(theirs, name) in ACTIVATIONS, theirs, name, f"there are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[getattr(theirs, name)]
+
+
+def rope_theta(theirs, parameters: dict | None = None) -> float:
+    parameters = theirs.rope_parameters if parameters is None else parameters
+    plain = parameters["rope_type"] == "default" and parameters.get("partial_rotary_factor") in (None, 1)
+    require(plain, theirs, "rope_parameters", "RoPE is not stretched and turns all channels")
+    return float(parameters["rope_theta"])
+
+
+def gated_mlp_dim(theirs, name: str = "intermediate_size") -> int:
+    """The mlp_dim that makes a gated MLP so wide."""
+    require(getattr(theirs, name) % 8 == 0, theirs, name, "a gated MLP is a multiple of 8 wide")
+    return getattr(theirs, name) * 3 // 2
+
+
+def block(name: str, **options) -> str:
+    """'Attn(window=64)': the step of a layer string, with those options that are not None."""
+    given = ", ".join(f"{option}={value!r}" for option, value in options.items() if value is not None)
+    return f"{name}({given})" if given else name
+
+
+def windows(theirs) -> list[int | None]:
+    """How far back a token sees at every depth; None is all of it."""
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+    return [theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def query_scale(theirs) -> float | None:
+    return None if theirs.query_pre_attn_scalar == theirs.head_dim else theirs.query_pre_attn_scalar**-0.5
+
+
+def tiled(layers: list[str]) -> Layers:
+    """The shortest tile that gives these layers when it is repeated: a string where all are alike, or else a tuple."""
+    length = next(length for length in divisors(len(layers)) if layers[:length] * (len(layers) // length) == layers)
+    return layers[0] if length == 1 else tuple(layers[:length])
+
+
+def llama_config(theirs, **differences) -> ModelConfig:
+    """Their config as ours, with PRE_NORM layers unless the differences say otherwise."""
+    require_same(theirs, attention_bias=False, mlp_bias=False, attention_dropout=0.0)
+    same = {
+        "dim": theirs.hidden_size,
+        "num_layers": theirs.num_hidden_layers,
+        "num_heads": theirs.num_attention_heads,
+        "num_kv_heads": theirs.num_key_value_heads,
+        "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
+        "max_seq_len": theirs.max_position_embeddings,
+        "norm_eps": theirs.rms_norm_eps,
+        "tied_embeddings": theirs.tie_word_embeddings,
+    }
+    if "rope_theta" not in differences:
+        same["rope_theta"] = rope_theta(theirs)
+    if "activation" not in differences:
+        same["activation"] = activation(theirs)
+    if "mlp_dim" not in differences:
+        same["mlp_dim"] = gated_mlp_dim(theirs)
+    return ModelConfig(**same | differences)
+
+
+def qwen3_config(theirs) -> ModelConfig:
+    layers = [PRE_NORM.replace("Attn", block("Attn", window=window)) for window in windows(theirs)]
+    return llama_config(theirs, layers=tiled(layers), qk_norm=True)
+
+
+def gemma_config(theirs, **differences) -> ModelConfig:
+    require(not theirs.use_bidirectional_attention, theirs, "use_bidirectional_attention", "a token sees none behind it")
+    name = "hidden_act" if theirs.model_type == "gemma" else "hidden_activation"
+    return llama_config(theirs, activation=activation(theirs, name), embedding_scale="sqrt(dim)", **differences)
+
+
+def gemma2_config(theirs, **differences) -> ModelConfig:
+    scale = query_scale(theirs)
+    layers = [SANDWICH_NORM.replace("Attn", block("Attn", window=window, query_scale=scale)) for window in windows(theirs)]
+    caps = {"attention_soft_cap": theirs.attn_logit_softcapping, "logit_soft_cap": theirs.final_logit_softcapping}
+    return gemma_config(theirs, **{"layers": tiled(layers)} | caps | differences)
+
+
+def gemma3_config(theirs) -> ModelConfig:
+    """Layers with a window and layers without one have their own rope_theta."""
+    local, everywhere = (theirs.rope_parameters[kind] for kind in ("sliding_attention", "full_attention"))
+    theta, scale = rope_theta(theirs, everywhere), query_scale(theirs)
+    attention = {
+        "sliding_attention": block("Attn", window=theirs.sliding_window, query_scale=scale),
+        "full_attention": block("RopeAttn", rope_theta=theta, query_scale=scale),
+    }
+    layers = [SANDWICH_NORM.replace("Attn", attention[kind]) for kind in theirs.layer_types]
+    return gemma2_config(theirs, layers=tiled(layers), rope_theta=rope_theta(theirs, local), qk_norm=True)
+
+
+def mixtral_config(theirs) -> ModelConfig:
+    """How much uneven routing costs in training is ours."""
+    require(not theirs.router_jitter_noise, theirs, "router_jitter_noise", "noise is on the router's logits, not on the tokens")
+    attention = block("Attn", window=theirs.sliding_window)
+    experts = block("MoE", num_experts=theirs.num_local_experts, top_k=theirs.num_experts_per_tok)
+    return llama_config(theirs, layers=PRE_NORM.replace("Attn", attention).replace("MLP", experts))
+
+
+def deepseek_config(theirs) -> ModelConfig:
+    """The rates at which routing is balanced in training are those of arXiv 2412.19437, section 4.2: their config has none."""
+    cure = f"it must equal n_group={theirs.n_group}, so that a token chooses among all experts"
+    require(theirs.topk_group == theirs.n_group, theirs, "topk_group", cure)
+    require_same(theirs, rms_norm_eps=1e-6)  # which is that of the norms inside its attention, whatever this field says
+    options = {"q_rank": "q_lora_rank", "kv_rank": "kv_lora_rank", "rope_dim": "qk_rope_head_dim", "v_dim": "v_head_dim"}
+    dense = PRE_NORM.replace("Attn", block("LatentAttn", **{ours: getattr(theirs, name) for ours, name in options.items()}))
+    experts = block(
+        "MoE", mlp_dim=gated_mlp_dim(theirs, "moe_intermediate_size"), num_experts=theirs.n_routed_experts,
+        top_k=theirs.num_experts_per_tok, shared_experts=theirs.n_shared_experts, scores="sigmoid",
+        renormalise=theirs.norm_topk_prob, routed_scale=theirs.routed_scaling_factor, balance_loss=0.0001, bias_rate=0.001,
+    )  # fmt: skip
+    layers = [dense if is_dense(theirs, depth) else dense.replace("MLP", experts) for depth in range(theirs.num_hidden_layers)]
+    return llama_config(theirs, layers=tiled(layers), head_dim=theirs.qk_nope_head_dim)
+
+
+def is_dense(theirs, depth: int) -> bool:
+    return depth < theirs.first_k_dense_replace
+
+
+def deepseek_layer(theirs, depth: int) -> Table:
+    return deepseek_attention(theirs) | (LLAMA_MLP if is_dense(theirs, depth) else DEEPSEEK_MOE)
+
+
+def gpt2_config(theirs) -> ModelConfig:
+    require_same(theirs, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    for name in ("embd_pdrop", "attn_pdrop"):
+        require(getattr(theirs, name) == theirs.resid_pdrop, theirs, name, f"it must equal resid_pdrop={theirs.resid_pdrop}")
+    return ModelConfig(
+        dim=theirs.n_embd, num_layers=theirs.n_layer, num_heads=theirs.n_head, num_kv_heads=theirs.n_head,
+        max_seq_len=theirs.n_positions, positions="learned", norm="LayerNorm", norm_bias=True, norm_eps=theirs.layer_norm_epsilon,
+        mlp_dim=theirs.n_inner, activation=activation(theirs, "activation_function"), gated=False, linear_bias=True,
+        tied_embeddings=theirs.tie_word_embeddings, dropout=float(theirs.resid_pdrop),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one model_type become ours."""
+
+    config: Callable[[Any], ModelConfig]  # theirs to ours; raises ValueError for what our model cannot express
+    ends: Table
+    layer: Callable[[Any, int], Table]  # their config and the depth of a layer to its table
+    layers: str = "model.layers"  # what their names of layers begin with
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(llama_config, ENDS, lambda theirs, depth: LLAMA),
+    "qwen3": Family(qwen3_config, ENDS, lambda theirs, depth: QWEN3),
+    "gpt2": Family(gpt2_config, GPT2_ENDS, lambda theirs, depth: GPT2, layers="transformer.h"),
+    "gemma": Family(gemma_config, GEMMA_ENDS, lambda theirs, depth: GEMMA),
+    "gemma2": Family(gemma2_config, GEMMA_ENDS, lambda theirs, depth: GEMMA2),
+    "gemma3_text": Family(gemma3_config, GEMMA_ENDS, lambda theirs, depth: GEMMA3),
+    "mixtral": Family(mixtral_config, ENDS, lambda theirs, depth: MIXTRAL),
+    "deepseek_v3": Family(deepseek_config, ENDS, deepseek_layer),
+}

@@ -1,0 +1,166 @@
+"""Promises of presets.py: the sizes that they are said to have, the shapes that were published, and that they train."""
+
+import functools
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from errors import one_line_error
+
+from config import from_json, to_json
+from data import load_data, story_ids
+from inference import generate
+from menu import build_model
+from model import GPT
+from optim import build_optimizers
+from originals import FAMILIES
+from presets import PRESETS, preset
+from tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+VOCAB_SIZE = 1027  # bpe_tokenizer_1024 with bos, eos and pad
+
+
+def num_parameters(name: str) -> int:
+    return GPT(preset(name).model, VOCAB_SIZE).num_parameters()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    for config in PRESETS[name]:
+        assert from_json(type(config), to_json(config)) == config
+
+
+def test_the_presets_that_are_promised_are_there():
+    assert set(PRESETS) == {
+        "0.5m_short_and_thick", "0.5m_5foot11_and_skinnyfat", "0.5m_tall_and_skinny", "1m", "2m", "5m", "speedrun",
+        "gpt2_like", "llama3_like", "qwen3_like", "gemma1_like", "gemma2_like", "gemma3_like",
+        "grok_like", "mixtral_like", "deepseek_like", "arctic_like",
+    }  # fmt: skip
+
+
+def test_the_three_shapes_of_half_a_million_have_the_same_size():
+    sizes = [num_parameters(name) for name in PRESETS if name.startswith("0.5m")]
+    assert len(sizes) == 3
+    assert max(sizes) <= 1.05 * min(sizes)
+    assert all(0.45e6 <= size <= 0.55e6 for size in sizes)
+
+
+@pytest.mark.parametrize("name, millions", [("1m", 1), ("2m", 2), ("5m", 5)])
+def test_presets_are_as_large_as_they_are_called(name, millions):
+    assert num_parameters(name) == pytest.approx(millions * 1e6, rel=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("_like")])
+def test_published_models_are_scaled_down_to_what_a_laptop_trains_in_minutes(name):
+    assert 0.8e6 <= num_parameters(name) <= 1.5e6
+
+
+def test_the_readme_lists_every_preset_with_its_size():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| ([\d,]+) \| (\d+) \| (\d+) \| (\d+) / (\d+) \|", readme, re.MULTILINE)
+    assert [row[0] for row in rows] == list(PRESETS)
+    for name, *numbers in rows:
+        model, train_config = preset(name)
+        size = GPT(model, load_tokenizer(train_config.tokenizer).vocab_size).num_parameters()
+        shape = [model.dim, model.num_layers, model.num_heads, model.num_kv_heads]
+        assert [int(number.replace(",", "")) for number in numbers] == [size, *shape], name
+
+
+def test_an_unknown_preset_suggests_the_nearest():
+    one_line_error(lambda: preset("llama_like"), "'llama_like'", "Did you mean 'llama3_like'?", "gpt2_like")
+    one_line_error(lambda: preset(""), "''", "gpt2_like")
+
+
+def test_importing_presets_needs_no_torch():
+    code = "import sys, presets; print([name for name in ('torch', 'numpy', 'pandas', 'matplotlib') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]" and done.stderr == ""
+
+
+def scaled(name: str, **their_fields) -> dict:
+    """The fields of their config that say how large a model is, with the numbers of our preset."""
+    model = preset(name).model
+    return {
+        "vocab_size": VOCAB_SIZE, "hidden_size": model.dim, "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads, "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.block_values["head_dim"], "intermediate_size": model.block_values["mlp_dim"] * 2 // 3,
+        "max_position_embeddings": model.max_seq_len, **their_fields,
+    }  # fmt: skip
+
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+LONG_WAVES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+PUBLISHED = {  # what the config.json of the published model says, where that is not about its size or the default of its family
+    "gpt2_like": ("gpt2", {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 512, **NO_DROPOUT}),
+    "llama3_like": (
+        "llama", scaled("llama3_like", rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    ),
+    "qwen3_like": ("qwen3", scaled("qwen3_like", tie_word_embeddings=True, **LONG_WAVES)),
+    "gemma1_like": ("gemma", scaled("gemma1_like")),
+    "gemma2_like": ("gemma2", scaled("gemma2_like", query_pre_attn_scalar=108 // 4, sliding_window=256)),
+    "gemma3_like": ("gemma3_text", scaled("gemma3_like", query_pre_attn_scalar=24, sliding_window=64)),
+    "mixtral_like": ("mixtral", scaled("mixtral_like", **LONG_WAVES)),
+    "deepseek_like": (
+        "deepseek_v3",
+        scaled("deepseek_like", qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, q_lora_rank=48, kv_lora_rank=32)
+        | {"moe_intermediate_size": 48, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
+        | {"first_k_dense_replace": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_is_the_published_model_but_for_its_size(name):
+    """Their config with our sizes, read as originals.py reads it, whose models are compared with theirs elsewhere."""
+    from transformers import AutoConfig
+
+    family, fields = PUBLISHED[name]
+    read = FAMILIES[family].config(AutoConfig.for_model(family, **fields))
+    assert read.block_values == preset(name).model.block_values
+
+
+@pytest.fixture(scope="module")
+def storyworld(tmp_path_factory):
+    """A tokenizer of that name, and 300 stories of the storyworld in rows of T + 1 of its tokens."""
+
+    @functools.cache
+    def load(tokenizer_name: str, T: int):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("BASEGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+            tokenizer = load_tokenizer(tokenizer_name)
+            return tokenizer, load_data("storyworld:300", tokenizer, T, packing="packed", max_stories=None)
+
+    return load
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_trains_and_generates(name, storyworld):
+    """50 steps of two rows of 32 tokens, with the optimizer of the preset."""
+    model_config, train_config = preset(name)
+    tokenizer, data = storyworld(train_config.tokenizer, 32)
+    torch.manual_seed(0)
+    model = build_model(model_config, tokenizer.vocab_size).train()
+    model.loss_chunk = train_config.loss_chunk
+    optimizers = build_optimizers(model, train_config)
+    losses = []
+    for step in range(50):
+        rows = data.batch(2 * step, 2, seed=0)  # (2, 33)
+        _, loss = model(rows[:, :-1], rows[:, 1:], story_ids=story_ids(rows, tokenizer.bos_id, tokenizer.eos_id)[:, :-1])
+        loss.backward()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr_scale"] * train_config.lr_max * min(1, (step + 1) / 10)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > math.log(tokenizer.vocab_size) - 1
+    assert sum(losses[-10:]) / 10 < losses[0] - 1.5
+
+    story = generate(model, tokenizer, "Once", max_new_tokens=12, temperature=0.0)
+    assert story.startswith("Once") and len(story) > len("Once")
+    assert story == generate(model, tokenizer, "Once", max_new_tokens=12, temperature=0.0, use_cache=False)
