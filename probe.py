@@ -35,6 +35,7 @@ from sources import say
 
 MEASURE_SECONDS = 0.2  # for one way of doing it, after a step to warm up
 SHORT_RUN = 20  # seconds: a run that is over by then is not worth the measuring
+COMPILE_TAKES = 30  # seconds, at least, on a CPU
 COMPILE_SHARE = 0.1  # of a run that trying out torch.compile may take
 BUSY = 0.5  # of the peak of matrix products: a step that gets more cannot gain much by compile
 STORY_TOKENS = 200  # the made-up stories are as long as those of TinyStories
@@ -75,7 +76,10 @@ def choose(model: GPT, config: TrainConfig, device: torch.device) -> Choices:
         if "eager" not in known:
             first = first_guess(model, config, device)
             seconds = seconds_per_token(model, config, first, device)
-            if expected_seconds(seconds, model, config) < SHORT_RUN:
+            run = expected_seconds(seconds, model, config)
+            if config.compile is True and run < COMPILE_TAKES:
+                say(f"compile=True: compiling alone may take longer than this run, about {run:.0f} s. auto leaves it out then")
+            if run < SHORT_RUN:
                 return replace(first, compile=config.compile is True)
             known = measure(model, config, device, first)
         elif device.type == "cpu" and config.threads == "auto":  # which changes with what else the machine is doing
@@ -312,7 +316,7 @@ def trial_seconds(known: dict, model: GPT, config: TrainConfig) -> float:
 
 def compile_is_worth_trying(known: dict, model: GPT, config: TrainConfig, device: torch.device) -> bool:
     """Is there time for it, and does the machine have much more to give than matrix products get now?"""
-    if config.compile != "auto" or trial_seconds(known, model, config) < 20:  # no compile on a CPU takes less
+    if config.compile != "auto" or trial_seconds(known, model, config) < COMPILE_TAKES:
         return False
     operations = 6 * sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     peak = max(known["peaks"].values()) if config.dtype == "auto" else known["peaks"][config.dtype]

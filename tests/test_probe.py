@@ -71,6 +71,15 @@ def test_the_probe_leaves_no_trace(model, measured):
     assert all(weight.grad is None for weight in model.parameters())
 
 
+def test_compile_that_takes_longer_than_the_run_is_told(model, capsys):
+    short = replace(LONG, max_minutes=0.1, compile=True)
+    assert probe.choose(model, short, CPU).compile  # as it was asked for
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "longer than this run, about 6 s" in said[0]
+    assert not probe.choose(model, replace(short, compile="auto"), CPU).compile
+    assert capsys.readouterr().err == ""
+
+
 def test_a_run_that_is_soon_over_is_not_measured(model, monkeypatch):
     monkeypatch.setattr(probe, "measure", lambda *_: pytest.fail("measured"))
     assert probe.choose(model, replace(LONG, max_steps=60, max_minutes=None), CPU).attention == "sdpa"
