@@ -98,7 +98,7 @@ def test_testing_modules(run):
 
 
 def test_the_example_of_an_experiment(run, corpus, folders):
-    shown = printed(run(EXAMPLE, data=corpus, max_minutes=0.02, eval_every=10))
+    shown = printed(run(EXAMPLE, data=corpus, max_steps=2, eval_every=1))
     base, idea = sorted((folders / "runs" / "example").iterdir())
     assert base.name.startswith("base_") and idea.name.startswith("forgetting_")
     assert "ForgettingAttn keeps the contract" in shown and "between" in shown

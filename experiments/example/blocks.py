@@ -18,6 +18,7 @@ class ForgettingAttn(Attention):
 
     Every token opens a gate f = sigmoid(w x + b) for each head, and to the score of query i and key j the logarithms of the
     gates behind j up to i are added (section 3). What is far fades, so no positions are needed; a gate of 1 forgets nothing.
+    Each pair has a score of its own to add, which our kernel does not take, so this is slower than Attention.
     """
 
     def __init__(
