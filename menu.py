@@ -146,11 +146,11 @@ def init_parameters(block: type) -> dict[str, inspect.Parameter]:
     for base in block.__mro__:
         if "__init__" in vars(base):
             _, *own = inspect.signature(base.__init__).parameters.values()
-            found = {parameter.name: parameter for parameter in own} | found
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+            stars = {parameter.kind for parameter in own} & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+            found = {parameter.name: parameter for parameter in own if parameter.kind not in stars} | found
+            if inspect.Parameter.VAR_KEYWORD not in stars:
                 break
-    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name: parameter for name, parameter in found.items() if parameter.kind not in stars}
+    return found
 
 
 def check_options(name: str, options: dict, wanted: dict[str, inspect.Parameter], config: ModelConfig):
@@ -158,9 +158,7 @@ def check_options(name: str, options: dict, wanted: dict[str, inspect.Parameter]
     for option, value in options.items():
         if option not in wanted:
             raise ValueError(f"{name} has no option {option!r}.{did_you_mean(option, wanted)} There are: {', '.join(wanted)}")
-        if option in config.block_values:  # then the config knows what a value may be
-            replace(config, **{option: value})
-        elif (annotation := wanted[option].annotation) is not inspect.Parameter.empty:
+        if option not in config.block_values and (annotation := wanted[option].annotation) is not inspect.Parameter.empty:
             try:
                 if isinstance(value, bool) and annotation is not bool:  # which Python would take for 0 or 1
                     raise TypeCheckError("a switch is no number")
@@ -168,3 +166,5 @@ def check_options(name: str, options: dict, wanted: dict[str, inspect.Parameter]
             except TypeCheckError as error:
                 expected = annotation.__name__ if isinstance(annotation, type) else annotation
                 raise ValueError(f"{name}({option}={value!r}): it must be {expected}") from error
+    # The config knows what its own fields may be, and which go together.
+    replace(config, **{option: value for option, value in options.items() if option in config.block_values})
