@@ -20,27 +20,35 @@ def load_original(original: str | nn.Module | dict[str, Tensor], family: str | N
     original: the name of a model on the Hugging Face hub or the path of a folder that holds one, both of which
     `transformers` reads; a causal language model of `transformers`; or a state dict of one, together with its config
     (of `transformers`, or the dict that its config.json holds). family: a key of FAMILIES; None is what the config says.
+    What is in no config of theirs is ours, such as the cost of uneven routing.
 
-    Raises ImportError where `transformers` is needed and is not installed, and ValueError for a family that is not in
-    FAMILIES, for a config that asks for what our model does not have, and for names and shapes of weights that do not fit.
+    Raises ImportError where there is no `transformers` of version 5 or later, and ValueError for a family that is not in
+    FAMILIES, for a config that asks for what our model does not have (such as RoPE stretched to longer contexts, as in Llama
+    3.1, or groups of experts, as in the full DeepSeek-V3), and for names and shapes of weights that do not fit.
     """
+    library = transformers()
     if isinstance(original, str):
         config = read("AutoConfig", original)
     elif isinstance(original, nn.Module):
         config = original.config
     elif config is None:
         raise ValueError("a state dict alone does not say what model it is of: give its config, too")
-    elif isinstance(config, dict):
-        config = transformers().AutoConfig.for_model(**config)
-    family = config.model_type if family is None else family
+    said = config.get("model_type") if isinstance(config, dict) else config.model_type
+    if None not in (family, said) and family != said:
+        raise ValueError(f"family={family!r}: the config says that it is a {said!r}. Leave the family out")
+    family = said or family
     if family not in FAMILIES:
-        raise ValueError(f"no family is called {family!r}.{did_you_mean(family, FAMILIES)} There are: {', '.join(FAMILIES)}")
+        near = did_you_mean(str(family), FAMILIES)
+        raise ValueError(f"no family is called {family!r}.{near} There are: {', '.join(FAMILIES)}")
+    if isinstance(config, dict):
+        config = library.AutoConfig.for_model(**config | {"model_type": family})
     model_config = FAMILIES[family].config(config)  # which may refuse it, before anything large is loaded
     if isinstance(original, str):
         original = read("AutoModelForCausalLM", original, dtype=torch.float32)
     weights = original.state_dict() if isinstance(original, nn.Module) else original
     model = GPT(model_config, config.vocab_size)
     ours = convert(weights, family, config)
+    assert ours.keys() == model.state_dict().keys()
     for name, weight in model.state_dict().items():
         if weight.shape != ours[name].shape:
             raise ValueError(
@@ -90,11 +98,13 @@ def convert(weights: dict[str, Tensor], family: str, theirs) -> dict[str, Tensor
 
 
 def transformers():
-    """The package, which is no requirement of ours. Raises ImportError with the cure where it is not there."""
+    """The package, which is no requirement of ours. Raises ImportError with the cure where it is not there, or is too old."""
     try:
         import transformers
     except ImportError as error:
         raise ImportError("published models are read by transformers: pip install transformers") from error
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ImportError(f"transformers {transformers.__version__} has other names: pip install --upgrade 'transformers>=5'")
     return transformers
 
 

@@ -208,7 +208,7 @@ def block(name: str, **options) -> str:
 def windows(theirs) -> list[int | None]:
     """How far back a token sees at every depth; None is all of it."""
     kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
-    return [theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    return [getattr(theirs, "sliding_window", None) if kind == "sliding_attention" else None for kind in kinds]
 
 
 def query_scale(theirs) -> float | None:
@@ -222,7 +222,7 @@ def tiled(layers: list[str]) -> Layers:
 
 
 def llama_config(theirs, **differences) -> ModelConfig:
-    """Their config as ours, with PRE_NORM layers unless the differences say otherwise."""
+    """Their config as ours, for all families whose config has the names of Llama's; the differences win."""
     require_same(theirs, attention_bias=False, mlp_bias=False, attention_dropout=0.0)
     same = {
         "dim": theirs.hidden_size,
@@ -232,20 +232,20 @@ def llama_config(theirs, **differences) -> ModelConfig:
         "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
         "max_seq_len": theirs.max_position_embeddings,
         "norm_eps": theirs.rms_norm_eps,
+        "mlp_dim": gated_mlp_dim(theirs),
         "tied_embeddings": theirs.tie_word_embeddings,
     }
     if "rope_theta" not in differences:
         same["rope_theta"] = rope_theta(theirs)
     if "activation" not in differences:
         same["activation"] = activation(theirs)
-    if "mlp_dim" not in differences:
-        same["mlp_dim"] = gated_mlp_dim(theirs)
+    if "layers" not in differences:
+        same["layers"] = tiled([PRE_NORM.replace("Attn", block("Attn", window=window)) for window in windows(theirs)])
     return ModelConfig(**same | differences)
 
 
 def qwen3_config(theirs) -> ModelConfig:
-    layers = [PRE_NORM.replace("Attn", block("Attn", window=window)) for window in windows(theirs)]
-    return llama_config(theirs, layers=tiled(layers), qk_norm=True)
+    return llama_config(theirs, qk_norm=True)
 
 
 def gemma_config(theirs, **differences) -> ModelConfig:
@@ -285,9 +285,11 @@ def deepseek_config(theirs) -> ModelConfig:
     """The rates at which routing is balanced in training are those of arXiv 2412.19437, section 4.2: their config has none."""
     cure = f"it must equal n_group={theirs.n_group}, so that a token chooses among all experts"
     require(theirs.topk_group == theirs.n_group, theirs, "topk_group", cure)
-    require_same(theirs, rms_norm_eps=1e-6)  # which is that of the norms inside its attention, whatever this field says
-    options = {"q_rank": "q_lora_rank", "kv_rank": "kv_lora_rank", "rope_dim": "qk_rope_head_dim", "v_dim": "v_head_dim"}
-    dense = PRE_NORM.replace("Attn", block("LatentAttn", **{ours: getattr(theirs, name) for ours, name in options.items()}))
+    attention = block(
+        "LatentAttn", q_rank=theirs.q_lora_rank, kv_rank=theirs.kv_lora_rank, rope_dim=theirs.qk_rope_head_dim,
+        v_dim=theirs.v_head_dim, norm_eps=None if theirs.rms_norm_eps == 1e-6 else 1e-6,  # of all norms in there
+    )  # fmt: skip
+    dense = PRE_NORM.replace("Attn", attention)
     experts = block(
         "MoE", mlp_dim=gated_mlp_dim(theirs, "moe_intermediate_size"), num_experts=theirs.n_routed_experts,
         top_k=theirs.num_experts_per_tok, shared_experts=theirs.n_shared_experts, scores="sigmoid",
@@ -329,6 +331,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama_config, ENDS, lambda theirs, depth: LLAMA),
+    "mistral": Family(llama_config, ENDS, lambda theirs, depth: LLAMA),
     "qwen3": Family(qwen3_config, ENDS, lambda theirs, depth: QWEN3),
     "gpt2": Family(gpt2_config, GPT2_ENDS, lambda theirs, depth: GPT2, layers="transformer.h"),
     "gemma": Family(gemma_config, GEMMA_ENDS, lambda theirs, depth: GEMMA),

@@ -24,7 +24,7 @@ VARIANTS = {
     **{positions: replace(TINY, positions=positions) for positions in POSITIONS},
     "plain": replace(TINY, attention="plain"),
     "qk_norm": replace(TINY, qk_norm=True, norm="CosineNorm", num_kv_heads=1),
-    "soft_caps": replace(TINY, attention_soft_cap=2.0, logit_soft_cap=0.5),
+    "soft_caps": replace(TINY, attention_soft_cap=2.0, logit_soft_cap=0.5, logit_scale=1.7),
     "parallel": replace(TINY, layers=["Norm->Attn->+->Norm->MLP->+", "Norm->Attn->+"]),
     "modules": replace(
         TINY, zero_init=True, tied_embeddings=False, layers=(
@@ -452,6 +452,21 @@ def test_soft_caps_bound():
     expected = attention.w_v(x).cumsum(1) / torch.arange(1, 7).view(1, 6, 1)  # scores of about 0: the mean of all before
     expected = expected.view(1, 6, 2, 1, 8).expand(1, 6, 2, 2, 8).reshape(1, 6, 32)
     torch.testing.assert_close(attention(x), attention.w_out(expected), atol=0.05, rtol=0)
+
+
+def test_logits_and_queries_may_have_a_scale():
+    scaled, free = build(replace(TINY, logit_scale=0.3)), build(TINY)
+    tokens = some_tokens(2, 20)
+    torch.testing.assert_close(scaled(tokens)[0], 0.3 * free(tokens)[0])
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 24)
+    as_ever, scaled = Attention(24, 4, 2, 8), Attention(24, 4, 2, 8, query_scale=0.7)
+    scaled.load_state_dict(as_ever.state_dict())
+    with torch.no_grad():
+        as_ever.w_q.weight.mul_(0.7 * math.sqrt(8))
+    torch.testing.assert_close(scaled(x), as_ever(x))
+    one_line_error(lambda: Attention(24, 4, 2, 8, query_scale=0.0), "query_scale=0.0", "None")
 
 
 def test_fused_attention_equals_the_written_out_one():

@@ -1,6 +1,7 @@
 """Promises of originals.py: with their weights ours is theirs, in logits, gradients and stories; what does not fit is named."""
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ DEEPSEEK = {name: size for name, size in SIZES.items() if name != "head_dim"} | 
 }  # fmt: skip
 ORIGINALS = {
     "llama": {**SIZES, **ROPE, "rms_norm_eps": 1e-5},
+    "mistral": {**SIZES, **ROPE, "sliding_window": 7},
     "gpt2": {
         "vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 44, **NO_DROPOUT,
         "bos_token_id": None, "eos_token_id": None,
@@ -43,7 +45,9 @@ ORIGINALS = {
     "mixtral": {**SIZES, **ROPE, "num_local_experts": 5, "num_experts_per_tok": 2},
     "mixtral_windows": {**SIZES, "num_hidden_layers": 2, "sliding_window": 7},
     "deepseek_v3": DEEPSEEK,
-    "deepseek_v3_plain": {**DEEPSEEK, "q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False},
+    "deepseek_v3_plain": {
+        **DEEPSEEK, "rms_norm_eps": 1e-3, "q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False,
+    },
     "gemma2": {
         **SIZES, "query_pre_attn_scalar": 9, "sliding_window": 6, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0,
     },
@@ -131,7 +135,8 @@ def test_a_folder_and_a_state_dict_are_read_as_the_model_itself(tmp_path):
         theirs.save_pretrained(tmp_path / name)
         expected = load_original(theirs).state_dict()
         read = load_original(str(tmp_path / name))
-        named = load_original(theirs.state_dict(), family=name, config=theirs.config.to_dict())
+        without_type = {field: value for field, value in theirs.config.to_dict().items() if field != "model_type"}
+        named = load_original(theirs.state_dict(), name, without_type)
         assert read.config == named.config == load_original(theirs).config
         for model in (read, named):
             for weight, value in model.state_dict().items():
@@ -163,7 +168,9 @@ def test_a_model_that_cannot_be_read_or_is_of_no_family_is_named(tmp_path):
     one_line_error(lambda: load_original(str(tmp_path / "nothing")), "nothing", "cannot read")
     one_line_error(lambda: load_original({}), "config")
     one_line_error(lambda: load_original({}, config={"model_type": "opt"}), "'opt'", *FAMILIES)
-    one_line_error(lambda: load_original({}, "lama", their_config("llama")), "'lama'", "Did you mean 'llama'?")
+    one_line_error(lambda: load_original({}, config={}), "None", *FAMILIES)
+    one_line_error(lambda: load_original({}, "lama", config={}), "'lama'", "Did you mean 'llama'?")
+    one_line_error(lambda: load_original({}, "llama", their_config("mistral")), "family='llama'", "'mistral'")
 
 
 LONGER = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
@@ -184,7 +191,6 @@ LONGER = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
         ("gpt2", {"attn_pdrop": 0.1}, "attn_pdrop=0.1"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         ("deepseek_v3", {"n_group": 3}, "topk_group=1"),
-        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
         ("deepseek_v3", {"moe_intermediate_size": 20}, "moe_intermediate_size=20"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ],
@@ -194,5 +200,7 @@ def test_what_our_model_cannot_express_is_refused(name, changes, word):
 
 
 def test_without_transformers_the_cure_is_told(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    one_line_error(lambda: load_original("some/name"), "4.57.1", "transformers>=5", error=ImportError)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     one_line_error(lambda: load_original("some/name"), "pip install transformers", error=ImportError)
