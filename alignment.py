@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
-from itertools import groupby
+from itertools import groupby, takewhile
 
 from cost import Cost, Part
 from shape_tree import joined_name
@@ -53,8 +53,8 @@ class Group:
 
 
 def content(part: Part) -> tuple:
-    """All of a part but its place."""
-    told = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "place"}
+    """All of a part but its place, and but its signs, which have rows of their own."""
+    told = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in ("place", "signs")}
     return tuple(str(value) if isinstance(value, dict) else value for value in told.values())
 
 
@@ -112,7 +112,13 @@ def step_names(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def aligned(left: Sequence, right: Sequence, key: Callable, related: Callable) -> Iterator[tuple]:
-    """Pairs of equal keys, and between them of what is related, in order; None where the other side has nothing."""
+    """Pairs of equal keys, and between them of what is related, in order; None where the other side has nothing.
+
+    What is equal from the beginning belongs together, so that of two depths the last layers are those that only one has.
+    """
+    same = sum(1 for _ in takewhile(lambda pair: key(pair[0]) == key(pair[1]), zip(left, right, strict=False)))
+    yield from zip(left[:same], right[:same], strict=True)
+    left, right = left[same:], right[same:]
     matcher = SequenceMatcher(None, [key(item) for item in left], [key(item) for item in right], autojunk=False)
     for operation, left_start, left_end, right_start, right_end in matcher.get_opcodes():
         if operation == "equal":

@@ -18,7 +18,6 @@ B batch, T time, M tokens of memory, D model dim.
 """
 
 import argparse
-import inspect
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from config import ModelConfig, TrainConfig, did_you_mean, layer_steps
 from contract import layers_to_try
 from menu import block_menu, build_model, init_parameters, needs_of
 from model import Cache, Steps
-from presets import PRESETS
+from presets import PRESETS, preset
 from runs import Run, run_names
 from tokenizer import load_tokenizer
 from tools import LoggingModule
@@ -131,8 +130,9 @@ def model_cost(model: nn.Module, T: int | None = None) -> Cost:
     device = next(model.parameters()).device
     tokens = torch.arange(T, device=device)[None] % model.vocab_size  # (1, T)
     needs = {}
-    if any("memory" in inspect.signature(place.module.forward).parameters for place in places if place.module is not model):
-        needs["memory"] = torch.linspace(-1, 1, T * model.config.dim, device=device).sin().view(1, T, -1)
+    for place in places:
+        if place.module is not model and needs_of(place.module, memory=None):
+            needs["memory"] = torch.ones(1, T, getattr(place.module, "memory_dim", model.config.dim), device=device)
     with torch.no_grad(), as_torch_does_it(model):
         flops = count_flops(model, [place.module for place in places], tokens, needs)
         half, whole = weigh_cache(model, tokens, needs)
@@ -205,10 +205,12 @@ def as_torch_does_it(model: nn.Module):
     was_training, backends = model.training, {m: m.backend for m in model.modules() if hasattr(m, "backend")}
     for module in backends:
         module.backend = "plain"
+    fuses_recurrence, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield model.eval()
     finally:
+        torch.backends.mkldnn.enabled = fuses_recurrence
         model.train(was_training)
         for module, backend in backends.items():
             module.backend = backend
@@ -281,10 +283,11 @@ def config_of(spec: str | ModelConfig) -> tuple[ModelConfig, int]:
         return spec, load_tokenizer(TrainConfig().tokenizer).vocab_size
     if spec in run_names():
         return Run(spec).model_config, Run(spec).load("model.pth", {"vocab_size"})["vocab_size"]
-    if spec in PRESETS:
-        return PRESETS[spec].model, load_tokenizer(PRESETS[spec].train.tokenizer).vocab_size
-    known = list(dict.fromkeys([*PRESETS, *run_names()]))
-    raise ValueError(f"{spec!r} is neither a preset nor a run.{did_you_mean(spec, known)} There are: {', '.join(known)}")
+    if spec not in PRESETS and "/" not in spec:
+        known = list(dict.fromkeys([*PRESETS, *run_names()]))
+        raise ValueError(f"{spec!r} is neither a preset nor a run.{did_you_mean(spec, known)} There are: {', '.join(known)}")
+    chosen = preset(spec)
+    return chosen.model, load_tokenizer(chosen.train.tokenizer).vocab_size
 
 
 def cost_of(spec: str | ModelConfig, T: int | None = None) -> Cost:

@@ -104,7 +104,7 @@ STYLE = """
 .architecture-diff .quiet { opacity: .65; font-weight: 400 }
 .architecture-diff .details { font: 11px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }
 .architecture-diff .other { font-weight: 700; border-bottom: 2px solid #e8a300; opacity: 1 }
-.architecture-diff .arrow { white-space: nowrap }
+.architecture-diff .arrow, .architecture-diff .details span { white-space: nowrap }
 .architecture-diff .changed .mark, .architecture-diff .changed .other { background: #e8a30038 }
 .architecture-diff .left .mark, .architecture-diff .left .one { background: #d9443a2e }
 .architecture-diff .right .mark, .architecture-diff .right .one { background: #2e9e4f30 }

@@ -1,0 +1,261 @@
+"""Promises of cost.py: what is counted by hand, by torch's counter and by the blocks themselves is the same."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cost
+from config import ModelConfig
+from conftest import MODEL
+from contract import CONFIG, layers_to_try
+from cost import as_torch_does_it, block_costs, comparison, config_of, cost_of, main, model_cost, steps_with_signs, written
+from menu import block_menu, build_model
+from model import GPT, SoftmaxAttention
+from presets import PRESETS
+from runs import Run, load_model
+from train import train
+
+VOCAB_SIZE = 61
+T = 480  # a multiple of every stride and block in the examples
+LONG = replace(CONFIG, max_seq_len=T)
+HAND = ModelConfig(dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=10, mlp_dim=36, max_seq_len=20)
+ELEMENTWISE = [getattr(torch.ops.aten, name) for name in ("mul", "mul_", "add", "add_", "sub", "addcmul", "sum", "cumsum")]
+WITH_METHOD = [name for name, block in block_menu(CONFIG).items() if hasattr(block, "flops_per_token")]
+
+
+class TestByHand:
+    def test_parameters_of_each_kind(self):
+        cost = model_cost(GPT(HAND, VOCAB_SIZE))
+        attention, mlp = 24 * (40 + 20 + 20) + 40 * 24, 3 * 24 * 24  # 36 * 2 / 3 is 24
+        assert cost.by_kind("parameters") == {
+            "embedding": VOCAB_SIZE * 24, "RMSNorm": 7 * 24, "Attention": 3 * attention, "MLP": 3 * mlp, "head": 0,
+        }  # fmt: skip
+        untied = model_cost(GPT(replace(HAND, tied_embeddings=False, positions="learned"), VOCAB_SIZE)).by_kind("parameters")
+        assert untied["head"] == VOCAB_SIZE * 24 and untied["position_embedding"] == 20 * 24
+
+    @pytest.mark.parametrize("window, seen", [(None, 10.5), (20, 10.5), (1, 1), (4, (1 + 2 + 3 + 17 * 4) / 20)])
+    def test_flops_of_what_is_seen(self, window, seen):
+        layers = f"Norm->Attn(window={window})->+->Norm->MLP->+"
+        cost = model_cost(GPT(replace(HAND, layers=layers), VOCAB_SIZE))
+        matrices = 24 * (40 + 20 + 20) + 40 * 24
+        by_kind = cost.by_kind("flops")
+        assert by_kind["Attention"] == pytest.approx(3 * (2 * matrices + 2 * 2 * 4 * 10 * seen))
+        assert by_kind["MLP"] == 3 * 2 * 3 * 24 * 24 and by_kind["head"] == 2 * 24 * VOCAB_SIZE
+        assert by_kind["embedding"] == by_kind["RMSNorm"] == 0
+        assert cost.training_flops == 3 * cost.flops == 3 * sum(by_kind.values())
+
+    def test_bytes_of_the_cache(self):
+        cost = model_cost(GPT(HAND, VOCAB_SIZE))
+        assert (cost.cache_per_token, cost.cache_fixed) == (3 * 2 * 2 * 10 * 4, 0) and cost.cache == 20 * cost.cache_per_token
+        cost = model_cost(GPT(replace(HAND, layers="Norm->Attn(window=5)->+"), VOCAB_SIZE))
+        assert (cost.cache_per_token, cost.cache_fixed) == (0, 3 * 2 * 2 * 10 * 4 * 4)  # itself and the 4 before it
+        cost = model_cost(GPT(replace(HAND, layers="ShortConv(width=4)->Norm->Attn->+"), VOCAB_SIZE))
+        assert cost.by_kind("cache_fixed")["ShortConv"] == 3 * 3 * 24 * 4
+        assert cost.by_kind("cache_per_token") == {
+            "embedding": 0, "ShortConv": 0, "RMSNorm": 0, "Attention": 3 * 2 * 2 * 10 * 4, "head": 0,
+        }  # fmt: skip
+
+    def test_what_two_layers_keep_together_is_weighed_once(self):
+        kept = torch.zeros(5)
+        seen = set()
+        assert cost.weigh({"a": kept, "b": [kept, (torch.zeros(2, dtype=torch.int64), 7, "x")]}, seen) == 5 * 4 + 2 * 8
+        assert cost.weigh(kept, seen) == 0
+
+    def test_a_context_of_one_token(self):
+        cost = model_cost(GPT(replace(HAND, max_seq_len=1), VOCAB_SIZE))
+        assert (cost.cache_per_token, cost.cache_fixed) == (3 * 2 * 2 * 10 * 4, 0)
+
+
+class TestModels:
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_the_parts_of_a_preset_are_the_whole(self, name):
+        config, vocab_size = config_of(name)
+        config = replace(config, max_seq_len=40)
+        model = build_model(config, vocab_size)
+        cost = model_cost(model)
+        assert cost.parameters == model.num_parameters() == sum(weight.numel() for weight in model.parameters())
+        assert len({part.place for part in cost.parts}) == len(cost.parts)
+
+    def test_nothing_counted_is_lost(self, monkeypatch):
+        """Without what blocks say of themselves, the parts add up to what torch counts for the whole."""
+        for block in block_menu(CONFIG).values():
+            if "flops_per_token" in vars(block):
+                monkeypatch.delattr(block, "flops_per_token")
+        monkeypatch.delattr(SoftmaxAttention, "flops_per_token", raising=False)
+        branches = ["Norm->Attn->+->Norm->MLP->+", "Norm->MLP(gated=False)->+"]
+        config = replace(HAND, layers=(branches, "|->MLP->+", "Attn->+->Norm"))
+        model = GPT(config, VOCAB_SIZE)
+        cost = model_cost(model)
+        with as_torch_does_it(model), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 20, dtype=torch.int64))
+        assert cost.flops * 20 == counter.get_total_flops() > 0
+        steps = [(part.step, part.signs) for part in cost.parts if part.place.startswith("layers.")]
+        assert steps == [
+            ("Norm", ()), ("Attn", ("+",)), ("Norm", ()), ("MLP", ("+",)), ("Norm", ()), ("MLP(gated=False)", ("+",)),
+            ("MLP", ("+",)), ("Attn", ("+",)), ("Norm", ()),
+        ]  # fmt: skip
+
+    def test_the_model_is_left_as_it_was(self):
+        model = GPT(replace(HAND, attention="sdpa", dropout=0.5), VOCAB_SIZE).train()
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        backends = [module.backend for module in model.modules() if hasattr(module, "backend")]
+        state = torch.get_rng_state()
+        model_cost(model)
+        assert model.training and all(module.training for module in model.modules())
+        assert [module.backend for module in model.modules() if hasattr(module, "backend")] == backends
+        assert torch.get_rng_state().equal(state) and not any(module._forward_hooks for module in model.modules())
+        assert all(weight.equal(weights[name]) for name, weight in model.state_dict().items())
+        cost_of("1m", 4)
+        assert torch.get_rng_state().equal(state)
+
+    def test_a_model_of_a_plugin(self):
+        config = replace(HAND, plugins=("own_models",), model="Recurrent", num_layers=2)
+        cost = model_cost(build_model(config, VOCAB_SIZE))
+        assert cost.by_kind("flops") == {"table": 0, "lstm": 2 * 2 * 2 * 4 * 24 * 24, "head": 2 * 24 * VOCAB_SIZE, "Recurrent": 0}
+        assert (cost.cache_per_token, cost.cache_fixed) == (0, 2 * 2 * 24 * 4)  # states and cells
+        cost = model_cost(build_model(replace(config, model="Trigram"), VOCAB_SIZE))
+        assert cost.parameters == 2 * VOCAB_SIZE**2 and cost.flops == cost.cache == 0
+
+    def test_a_model_that_says_it_itself(self):
+        class Own(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.config, self.vocab_size = HAND, VOCAB_SIZE
+                self.table = nn.Embedding(VOCAB_SIZE, 24)
+                self.head = nn.Linear(24, VOCAB_SIZE)
+
+            def forward(self, tokens, targets=None):
+                return self.head(self.table(tokens)), None
+
+            def flops_per_token(self, T):
+                return 1000.0 + T
+
+        cost = model_cost(Own(), 12)
+        assert cost.flops == 1012 and cost.parameters == 24 * VOCAB_SIZE + 25 * VOCAB_SIZE
+        del Own.flops_per_token
+        assert model_cost(Own(), 12).flops == 2 * 24 * VOCAB_SIZE
+
+    def test_a_block_in_two_places_is_one_part(self):
+        model = GPT(HAND, VOCAB_SIZE)
+        once = model_cost(model)
+        model.layers[2] = model.layers[0]
+        cost = model_cost(model)
+        assert cost.flops == once.flops and len(cost.parts) == len(once.parts) - 4
+        assert cost.parameters == sum(weight.numel() for weight in model.parameters())
+
+
+def measure(layer: str, name: str):
+    """The block in a layer string; what torch counts for each of T tokens: FLOPs of products, and of elementwise work; and of
+    all heads the scores that were made, and those among them that are not hidden."""
+    torch.manual_seed(0)
+    model = build_model(replace(LONG, layers=layer), VOCAB_SIZE).eval()
+    found = zip(model.layers[0].branches[0].blocks, steps_with_signs(layer), strict=True)
+    block = next(block for block, (step, _, _) in found if step == name)
+    counted, made, seen = [], 0, 0
+    softmax = getattr(block, "softmax", None)
+
+    def watched(scores):
+        nonlocal made, seen
+        made, seen = made + scores.numel(), seen + (scores > -torch.inf).sum().item()
+        return softmax(scores)
+
+    if softmax:
+        block.softmax = watched
+    block.register_forward_pre_hook(lambda *_: counted.append(-counter.get_total_flops()))
+    block.register_forward_hook(lambda *_: counted.append(counter.get_total_flops()))
+    memory = torch.randn(1, T, getattr(block, "memory_dim", LONG.dim))
+    with torch.no_grad(), as_torch_does_it(model):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randint(VOCAB_SIZE, (1, T)), memory=memory)
+        products, made_once, seen_once = sum(counted), made, seen
+        counted.clear()
+        formulas = {operation: (lambda *_, out_shape, **__: out_shape.numel()) for operation in ELEMENTWISE}
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+            model(torch.randint(VOCAB_SIZE, (1, T)), memory=memory)
+    return block, products / T, (sum(counted) - products) / T, made_once / T, seen_once / T
+
+
+@pytest.mark.parametrize("name", WITH_METHOD)
+class TestBlocksThatCountForThemselves:
+    def test_against_torch(self, name):
+        """Attention counts what is seen, torch all that is multiplied: the difference is the scores that are hidden.
+
+        All others count products as torch does; where they write them out as sums, not more than there are.
+        """
+        for layer in layers_to_try(name, block_menu(LONG)[name]):
+            block, products, elementwise, made, seen = measure(layer, name)
+            said = block.flops_per_token(T)
+            if isinstance(block, SoftmaxAttention):
+                narrow = block.head_dim - getattr(block, "v_dim", block.head_dim)  # values padded to the width of keys
+                assert said == pytest.approx(products - 4 * block.head_dim * (made - seen) - 2 * narrow * seen)
+                assert said < products or made == seen
+            elif said != pytest.approx(products):
+                assert products <= said <= products + 1.5 * elementwise
+
+    def test_more_tokens_are_not_less_work_for_one(self, name):
+        for layer in layers_to_try(name, block_menu(CONFIG)[name]):
+            costs = [cost.block_cost(name, layer, replace(CONFIG, max_seq_len=480), length).flops for length in (1, 7, 60, 480)]
+            assert 0 <= costs[0] and costs == sorted(costs)
+
+
+def test_a_short_convolution_counts_as_torchs_own():
+    block = block_menu(CONFIG)["ShortConv"](dim=24, width=4)
+    with FlopCounterMode(display=False) as counter:
+        F.conv1d(torch.zeros(1, 24, 50 + 3), torch.zeros(24, 1, 4), groups=24)
+    assert block.flops_per_token(50) * 50 == counter.get_total_flops()
+
+
+def test_the_whole_square_is_what_torch_counts_for_plain_attention():
+    """So what is not seen is (T - 1) / 2 pairs for each token."""
+    block, products, _, made, seen = measure("Attn", "Attn")
+    assert made == 4 * T and seen == 4 * (T + 1) / 2
+    assert products - block.flops_per_token(T) == pytest.approx(4 * 4 * 8 * (T - 1) / 2)
+
+
+class TestTables:
+    def test_every_block_of_the_menu_has_a_row(self):
+        shown = block_costs(CONFIG, 16)
+        assert list(shown.index) == list(block_menu(CONFIG))
+        assert list(shown) == ["in", "parameters", "FLOPs per token", "cache bytes per token", "cache bytes fixed"]
+        assert shown.loc["MLP", "FLOPs per token"] == 2 * shown.loc["MLP", "parameters"]
+        assert shown.loc["Norm"].drop("in").equals(shown.loc["RMSNorm"].drop("in"))
+
+    def test_presets_side_by_side_and_runs(self, tiny_run):
+        shown = comparison("1m", tiny_run, T=30)
+        assert list(shown) == ["1m", "tiny"] and shown.loc["context", "tokens"].tolist() == [30, 30]
+        model, _ = load_model(tiny_run)
+        assert shown.loc[("parameters", "all"), "tiny"] == model.num_parameters()
+        for label in ("parameters", "FLOPs per token", "cache bytes per token"):
+            rows = shown.loc[label]
+            assert rows.drop([row for row in rows.index if row.startswith("all")]).sum().tolist() == rows.loc["all"].tolist()
+        assert (shown.loc["FLOPs per token"].loc["all, in training"] == 3 * shown.loc["FLOPs per token"].loc["all"]).all()
+
+    def test_a_run_goes_before_a_preset_of_its_name(self, make_config):
+        next(train(MODEL, make_config(), "1m"))
+        assert config_of("1m") == (MODEL, 131) and config_of("2m")[0] == PRESETS["2m"].model
+
+    def test_in_the_terminal(self, capsys):
+        main(["1m", "llama3_like", "--T", "8"])
+        shown = capsys.readouterr().out
+        assert "993,024" in shown and "llama3_like" in shown and "Attention" in shown
+        with pytest.raises(ValueError, match=r"'gemma2_lik' is neither a preset nor a run\. Did you mean 'gemma2_like'"):
+            main(["gemma2_lik"])
+        for words, told in (([], "name presets or runs"), (["1m", "--T", "0"], "give at least 1")):
+            with pytest.raises(SystemExit):
+                main(words)
+            assert told in capsys.readouterr().err
+
+
+def test_a_layer_string_and_its_steps():
+    steps = steps_with_signs("|->Norm->Attn(window=64, norm='LayerNorm')->+->|->MLP")
+    assert steps == [("Norm", {}, ()), ("Attn", {"window": 64, "norm": "LayerNorm"}, ("+", "|")), ("MLP", {}, ())]
+    assert written(*steps[1][:2]) == "Attn(window=64, norm='LayerNorm')" and written("MLP", {}) == "MLP"
+
+
+def test_a_run_logs_what_it_has_spent(tiny_run):
+    log = Run(tiny_run).log()
+    assert log["flops"].tolist() == (log["tokens"] * cost_of(tiny_run).training_flops).tolist()
