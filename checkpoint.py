@@ -35,6 +35,7 @@ class Record:
     gradient_norm: float  # before clipping
     tokens_per_second: float  # without evaluations
     peak_memory_mb: float  # resident memory of the process so far; of the GPU on CUDA
+    flops: float | None = None  # spent on these tokens so far, forward and backward; None in checkpoints older than this
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Training:
     validation: list[str]  # the stories that every evaluation scores
     average: AveragedModel | None = None  # of the weights, where it is to be scored and kept instead of the last ones
     choices: Choices | None = None  # what was found to be the fastest way on this machine
+    flops_per_token: float = 0.0  # forward and backward, of a sequence as long as the context
     continued_from: str | None = None  # the run whose weights it began with
     rows: int = 0  # of the stream of rows that are read, those of the earlier run too
     step: int = 0

@@ -6,6 +6,7 @@ from collections import Counter
 from torch import nn
 
 from command_line import command
+from cost import cost_of, model_cost
 from data import choose_validation
 from evaluation import evaluate
 from inference import generate
@@ -13,11 +14,12 @@ from runs import Run, load_model
 from sources import open_source
 
 PROMPTS = ("Once upon a time", "One day, Lily", "Tim was")
-AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds"}
+AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds", "flops": "training FLOPs"}
+SCORES = {"loss": "validation_loss", "bits per byte": "bits_per_byte"}
 
 
 def plot_losses(*names: str, by: str = "step", axes=None):
-    """Training loss (thin) and validation loss (thick) of runs, in nats per token, by step, tokens or seconds.
+    """Training loss (thin) and validation loss (thick) of runs, in nats per token, by step, tokens, seconds or flops.
 
     Returns the matplotlib axes. The legend names the data, and the title says so where they differ, as losses do not compare
     then; runs of other tokenizers are better compared in bits per byte.
@@ -25,12 +27,11 @@ def plot_losses(*names: str, by: str = "step", axes=None):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    if by not in AXES:
-        raise ValueError(f"by={by!r}: it must be one of {', '.join(AXES)}")
+    check_axis(by)
     axes = axes or plt.subplots(figsize=(8, 4), layout="constrained")[1]
     scored_on = set()
     for number, name in enumerate(names):
-        saved, log = Run(name).load("model.pth", {"data", "validation_fingerprint"}), Run(name).log()
+        saved, log = Run(name).load("model.pth", {"data", "validation_fingerprint"}), log_with_flops(name)
         scored_on.add(saved["validation_fingerprint"])
         measured = log.dropna(subset="validation_loss")
         axes.plot(log[by], log["train_loss"], color=f"C{number}", linewidth=0.6, alpha=0.6)
@@ -41,6 +42,45 @@ def plot_losses(*names: str, by: str = "step", axes=None):
     axes.grid(alpha=0.3)
     axes.legend()
     return axes
+
+
+def check_axis(by: str):
+    if by not in AXES:
+        raise ValueError(f"by={by!r}: it must be one of {', '.join(AXES)}")
+
+
+def log_with_flops(name: str):
+    """log_data.csv as a pandas DataFrame. Where a run is older than the column flops, it is worked out from its tokens."""
+    log = Run(name).log()
+    if "flops" not in log or log["flops"].isna().any():
+        log["flops"] = log["tokens"] * cost_of(name).training_flops
+    return log
+
+
+def at_equal(*names: str, by: str = "flops", budget: float | None = None):
+    """A pandas DataFrame with a row for each run: its validation scores when it had spent as much as the others.
+
+    The budget is in steps, tokens, seconds or flops; by default it is what the shortest run has spent. A score between two
+    evaluations is on the line between them, and NaN where a run has none on both sides. Runs on different data do not compare.
+    """
+    import numpy as np
+    import pandas as pd
+
+    check_axis(by)
+    logs = {name: log_with_flops(name).dropna(subset="validation_loss") for name in names}
+    for name, log in logs.items():
+        if log.empty:
+            raise ValueError(f"the run {name!r} was stopped before it was evaluated: go on with it by resume, and compare then")
+    budget = min(log[by].max() for log in logs.values()) if budget is None else budget
+    rows = {}
+    for name, log in logs.items():
+        rows[name] = {
+            "data": Run(name).load("model.pth", {"data"})["data"],
+            "parameters": cost_of(name).parameters,
+            AXES[by]: budget,
+            **{label: np.interp(budget, log[by], log[score], left=np.nan, right=np.nan) for label, score in SCORES.items()},
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 class LivePlot:
@@ -80,7 +120,7 @@ class LivePlot:
 def table(
     *names: str, top_k: tuple[int, ...] = (1, 5, 10), num_stories: int | None = None, data_if_missing: str | None = None
 ):
-    """A pandas DataFrame with a row for each run: data, parameters, bits per byte and top-k accuracy.
+    """A pandas DataFrame with a row for each run: data, parameters, FLOPs, minutes, bits per byte and top-k accuracy.
 
     Every model is scored on the whole validation set of the data it was trained on, or on its first num_stories. Top-k
     accuracy is the share of tokens that were among the k most likely, given the true text before them. Where a run's data
@@ -91,6 +131,7 @@ def table(
     rows, found = {}, {}
     for name in names:
         model, tokenizer = load_model(name)
+        log = log_with_flops(name)
         wanted = Run(name).train_config.data
         if wanted not in found:
             found[wanted] = validation_stories(wanted, data_if_missing)
@@ -101,7 +142,9 @@ def table(
             "stories": len(score.story_nats),
             "parameters": num_parameters(model),
             "without embeddings": num_parameters(model, embeddings=False),
-            "minutes": Run(name).log()["seconds"].max() / 60,
+            "FLOPs per token": model_cost(model).flops,
+            "training FLOPs": log["flops"].max(),
+            "minutes": log["seconds"].max() / 60,
             "loss": score.loss,
             "bits per byte": score.bits_per_byte,
             **{f"top-{k}": share for k, share in score.top_k.items()},

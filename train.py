@@ -35,6 +35,7 @@ import probe
 from checkpoint import Record, Training
 from command_line import Arguments
 from config import ModelConfig, TrainConfig
+from cost import model_cost
 from data import load_data, story_ids
 from machine import choose_device, is_out_of_memory, peak_memory_mb
 from menu import build_model, check_fits, needs_of
@@ -109,6 +110,7 @@ def train(
             record = Record(
                 training.step, training.tokens, training.seconds, train_loss, None, None, None, learning_rate, gradient_norm,
                 tokens_per_second=num_targets / (now - step_began), peak_memory_mb=peak_memory_mb(device),
+                flops=training.flops_per_token * training.tokens,
             )  # fmt: skip
             if finished or training.step % train_config.eval_every == 0:
                 score = training.evaluate()
@@ -153,6 +155,7 @@ def prepare(
     validation = data.validation[: train_config.eval_stories]
     average = average_of_weights(model, train_config.weight_averaging) if train_config.weight_averaging else None
     training = Training(run, model, optimizers, tokenizer, data, validation, average)
+    training.flops_per_token = model_cost(model).training_flops
     if resume:
         training.restore()
         if is_finished(training.step, training.seconds, train_config):

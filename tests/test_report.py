@@ -5,13 +5,14 @@ import subprocess
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
 from command_line import command, parse
 from config import ModelConfig, TrainConfig
 from conftest import MODEL
 from presets import PRESETS
-from report import PROMPTS, plot_losses, samples, table, write_report
+from report import PROMPTS, at_equal, plot_losses, samples, table, write_report
 from runs import Run, load_model
 from train import train
 
@@ -23,7 +24,7 @@ def close_figures():
 
 
 class TestPlot:
-    @pytest.mark.parametrize("by", ["step", "tokens", "seconds"])
+    @pytest.mark.parametrize("by", ["step", "tokens", "seconds", "flops"])
     def test_training_and_validation_by(self, tiny_run, by):
         axes = plot_losses(tiny_run, by=by)
         training, validation = axes.get_lines()
@@ -31,7 +32,7 @@ class TestPlot:
         assert training.get_xdata().tolist() == validation.get_xdata().tolist() == log[by].tolist()
         assert training.get_ydata().tolist() == log["train_loss"].tolist()
         assert validation.get_ydata().tolist() == log["validation_loss"].tolist()
-        assert by.rstrip("s") in axes.get_xlabel()
+        assert by.rstrip("s") in axes.get_xlabel().lower()
 
     def test_several_runs_on_given_axes_each_with_its_data(self, tiny_run, make_config):
         list(train(MODEL, make_config(max_steps=25, eval_every=15), "other"))
@@ -42,7 +43,7 @@ class TestPlot:
         assert axes.get_lines()[3].get_xdata().tolist() == [15, 25]  # rows without a validation are no gap
 
     def test_unknown_axis_and_unknown_run(self, tiny_run):
-        with pytest.raises(ValueError, match="by='time': it must be one of step, tokens, seconds"):
+        with pytest.raises(ValueError, match="by='time': it must be one of step, tokens, seconds, flops"):
             plot_losses(tiny_run, by="time")
         with pytest.raises(FileNotFoundError, match="no run is called 'nobody'"):
             plot_losses("nobody")
@@ -89,13 +90,15 @@ class TestTables:
         shown = table(tiny_run, "other", top_k=(1, 5))
         assert shown.index.tolist() == ["tiny", "other"]
         assert list(shown) == [
-            "data", "stories", "parameters", "without embeddings", "minutes", "loss", "bits per byte", "top-1", "top-5",
+            "data", "stories", "parameters", "without embeddings", "FLOPs per token", "training FLOPs", "minutes", "loss",
+            "bits per byte", "top-1", "top-5",
         ]  # fmt: skip
         assert shown["data"].tolist() == ["little.txt"] * 2 and shown["stories"].tolist() == [200, 200]
         for name, row in shown.iterrows():
             log = Run(name).log()
             assert row["bits per byte"] == pytest.approx(log["bits_per_byte"].min(), rel=1e-5)
             assert row["minutes"] == pytest.approx(log["seconds"].iloc[-1] / 60)
+            assert row["training FLOPs"] == pytest.approx(3 * row["FLOPs per token"] * log["tokens"].iloc[-1])
             assert 0 <= row["top-1"] <= row["top-5"] <= 1
         model, _ = load_model("tiny")
         assert shown.loc["tiny", "parameters"] == sum(weight.numel() for weight in model.parameters())
@@ -127,6 +130,51 @@ class TestTables:
         for prompt, row in told.iterrows():
             assert all(story.startswith(prompt) for story in row)
         assert told.equals(samples(tiny_run, "other", prompts=("Tom", "Lily had a"), seed=3))
+
+
+class TestEqualBudgets:
+    def test_what_the_shortest_run_has_spent(self, tiny_run, make_config):
+        """tiny was scored at 10 and 20 steps, the other at 6, 12 and 15."""
+        list(train(MODEL, make_config(max_steps=15, eval_every=6), "other"))
+        shown = at_equal(tiny_run, "other", by="step")
+        assert shown.index.tolist() == ["tiny", "other"] and shown["steps"].tolist() == [15, 15]
+        scored = Run(tiny_run).log().dropna(subset="validation_loss").set_index("step")
+        for label, column in (("loss", "validation_loss"), ("bits per byte", "bits_per_byte")):
+            assert shown.loc["tiny", label] == pytest.approx((scored.loc[10, column] + scored.loc[20, column]) / 2)
+            assert shown.loc["other", label] == Run("other").log()[column].iloc[-1]
+        assert shown["parameters"].tolist() == [load_model("tiny")[0].num_parameters()] * 2
+
+    def test_equal_flops_are_more_steps_for_a_smaller_model(self, tiny_run, make_config):
+        list(train(replace(MODEL, dim=8), make_config(max_steps=60, eval_every=4), "small"))
+        shown = at_equal(tiny_run, "small")
+        budget = Run(tiny_run).log()["flops"].iloc[-1]
+        assert shown["training FLOPs"].tolist() == [budget, budget]
+        assert shown.loc["tiny", "loss"] == Run(tiny_run).log()["validation_loss"].iloc[-1]
+        log = Run("small").log().dropna(subset="validation_loss")
+        before, after = log[log["flops"] <= budget].iloc[-1], log[log["flops"] > budget].iloc[0]
+        assert before["step"] > 20
+        between = sorted([before["validation_loss"], after["validation_loss"]])
+        assert between[0] <= shown.loc["small", "loss"] <= between[1]
+
+    def test_beyond_what_was_measured_there_is_nothing(self, tiny_run):
+        assert at_equal(tiny_run, by="step", budget=5)["loss"].isna().all()
+        assert at_equal(tiny_run, by="step", budget=21)["bits per byte"].isna().all()
+        assert at_equal(tiny_run, by="step", budget=20)["loss"].notna().all()
+
+    def test_bad_input(self, tiny_run, make_config):
+        with pytest.raises(ValueError, match="by='minutes': it must be one of step"):
+            at_equal(tiny_run, by="minutes")
+        next(train(MODEL, make_config(), "young"))
+        with pytest.raises(ValueError, match="the run 'young' was stopped before it was evaluated"):
+            at_equal(tiny_run, "young")
+
+    def test_a_run_that_is_older_than_the_column(self, tiny_run):
+        expected, path = at_equal(tiny_run), Run(tiny_run).path("log_data.csv")
+        log = pd.read_csv(path)
+        log.drop(columns="flops").to_csv(path, index=False)
+        assert at_equal(tiny_run).equals(expected)
+        assert plot_losses(tiny_run, by="flops").get_lines()[0].get_xdata().tolist() == log["flops"].tolist()
+        assert table(tiny_run, num_stories=5).loc[tiny_run, "training FLOPs"] == log["flops"].iloc[-1]
 
 
 class TestWriteReport:
