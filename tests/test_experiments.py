@@ -1,7 +1,9 @@
 """Promises to those who plug in an idea of their own: blocks, whole models, experiments, and clear words where that fails."""
 
+import importlib
 import itertools
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -18,6 +20,7 @@ from errors import one_line_error
 import experiment
 import tools
 from conftest import MODEL
+from contract import CONFIG, check_block
 from evaluation import evaluate
 from inference import generate
 from menu import block_menu, build_model
@@ -261,3 +264,24 @@ def test_a_run_whose_plugin_is_gone_says_so(make_config, folders, monkeypatch):
     (folders / "gone_soon.py").unlink()
     monkeypatch.delitem(sys.modules, "gone_soon")
     one_line_error(lambda: load_model("orphan"), "the plugin 'gone_soon' cannot be imported", error=ImportError)
+
+
+@pytest.mark.parametrize("page, file, kind", [
+    ("README.md", "my_blocks.py", "BLOCKS"),
+    ("CONTRIBUTING.md", "my_blocks.py", "BLOCKS"),
+    ("CONTRIBUTING.md", "my_model.py", "MODELS"),
+])  # fmt: skip
+def test_what_the_pages_show_keeps_its_promises(page, file, kind, folders, monkeypatch, make_config):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    (source,) = re.findall(rf"```python\n# {re.escape(file)}\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.syspath_prepend(str(folders))
+    module = file.removesuffix(".py")
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    (folders / file).write_text(source, encoding="utf-8")
+    for name in getattr(importlib.import_module(module), kind):
+        if kind == "BLOCKS":
+            check_block(name, replace(CONFIG, plugins=(module,)))
+        else:
+            *_, last = train(replace(MODEL, plugins=(module,), model=name), make_config(max_steps=10), "shown")
+            assert last.validation_loss < 5.5
+    monkeypatch.delitem(sys.modules, module)
