@@ -59,6 +59,7 @@ class Training:
     best_loss: float = math.inf
     unlogged: list[Record] = field(default_factory=list)  # of the steps since the last row of the log
     log: list[dict] = field(default_factory=list)
+    block_log: list[dict] = field(default_factory=list)  # what blocks reported of themselves at every evaluation
 
     def start_from(self, name: str):
         """Begin with the best weights of another run. Raises ValueError where its tokenizer or its architecture is another."""
@@ -97,6 +98,15 @@ class Training:
             pace = fmean(record.tokens_per_second for record in self.unlogged)
             self.log.append(asdict(replace(record, train_loss=loss, tokens_per_second=pace)))
             self.unlogged = []
+        if record.validation_loss is not None:
+            for place, block in self.reporting_blocks.items():
+                reported = {"step": record.step, "block": place}
+                self.block_log += [reported | {"name": name, "value": value} for name, value in block.report().items()]
+
+    @property
+    def reporting_blocks(self) -> dict[str, torch.nn.Module]:
+        """Those that have something to say of themselves, by their place in the model."""
+        return {place: block for place, block in self.model.named_modules() if hasattr(block, "report")}
 
     def save_model(self):
         """Write model.pth: the weights, and the tokenizer and the data that they belong to."""
@@ -109,18 +119,21 @@ class Training:
         })  # fmt: skip
 
     def save(self):
-        """Write checkpoint.pth and log_data.csv. Raises FloatingPointError for a broken model, which would replace a good one."""
+        """Write checkpoint.pth and the logs. Raises FloatingPointError for a broken model, which would replace a good one."""
         if not math.isfinite(self.score(self.model, self.validation[:8]).loss):
             raise self.not_finite(self.step)
         if math.isinf(self.best_loss):
             self.save_model()
         self.run.save_log(self.log, [field.name for field in fields(Record)])
+        if self.block_log:
+            self.run.save_log(self.block_log, ["step", "block", "name", "value"], "blocks.csv")
         self.run.save("checkpoint.pth", {
             "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "best_loss": self.best_loss,
             "unlogged": [asdict(record) for record in self.unlogged], "data": self.data.fingerprint,
             "average": self.average and self.average.state_dict(), "choices": self.choices and asdict(self.choices),
-            "continued_from": self.continued_from, "rows": self.rows, "random_state": random_state(),
+            "continued_from": self.continued_from, "rows": self.rows, "random_state": random_state(), "block_log": self.block_log,
+            "counts": {place: dict(block.named_buffers()) for place, block in self.reporting_blocks.items()},
         })  # fmt: skip
 
     def restore(self):
@@ -137,6 +150,10 @@ class Training:
             self.average.load_state_dict(saved["average"])
         self.unlogged = [Record(**values) for values in saved["unlogged"]]
         self.log = [row for row in self.run.log_rows() if int(row["step"]) <= self.step]
+        self.block_log = saved.get("block_log", [])  # which older checkpoints do not have
+        for place, block in self.reporting_blocks.items():  # what they have counted since the last evaluation is in no state dict
+            for name, counted in saved.get("counts", {}).get(place, {}).items():
+                block.get_buffer(name).copy_(counted)
         set_random_state(saved["random_state"])
 
     def not_finite(self, step: int) -> FloatingPointError:

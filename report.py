@@ -218,10 +218,26 @@ def write_report(name: str) -> list[str]:
         f"- best at step {int(best.step):,}: {best.bits_per_byte:.4f} bits per byte, loss {best.validation_loss:.4f} nats per "
         f"token, perplexity {best.perplexity:.2f}, on {saved['validation_stories']} validation stories",
     ]
+    if dead := dead_experts(name):
+        numbers.append(f"- {dead}")
     told = "\n\n".join("> " + story.replace("\n", "\n>\n> ") for story in stories)
     again = command(run.model_config, config, continued_from=saved["continued_from"])
     run.save_text("README.md", README.format(name=name, numbers="\n".join(numbers), stories=told, command=again))
     return stories
+
+
+def dead_experts(name: str) -> str | None:
+    """One line on the experts of a run that were not used any more in the end; None where there are none."""
+    import pandas as pd
+
+    if not (Run(name).folder / "blocks.csv").exists():
+        return None
+    reports = pd.read_csv(Run(name).path("blocks.csv"))
+    last = reports[(reports["step"] == reports["step"].max()) & (reports["name"] == "dead_experts") & (reports["value"] > 0)]
+    if last.empty:
+        return None
+    places = ", ".join(f"{int(number)} in {place}" for place, number in zip(last["block"], last["value"], strict=True))
+    return f"dead experts, which no token chose since the evaluation before: {places}. A higher balance_loss or bias_rate helps"
 
 
 README = """# {name}

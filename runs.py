@@ -4,6 +4,7 @@ README.md          numbers, a sample, how to reproduce
 model_config.json  the architecture
 train_config.json  how it was trained
 log_data.csv       a row for every few steps
+blocks.csv         what blocks report of themselves at every evaluation, such as how evenly experts are used; where there are such
 model.pth          the best weights so far, and the size and fingerprint of the tokenizer they belong to
 checkpoint.pth     the last state of the training, to resume from
 loss.png           the loss curve
@@ -159,13 +160,13 @@ class Run:
     def save_text(self, file: str, text: str):
         self._write(file, text.encode())
 
-    def save_log(self, rows: list[dict], columns: list[str]):
-        """Write log_data.csv: empty where a value is None, floats in full so that they are read back as they were."""
+    def save_log(self, rows: list[dict], columns: list[str], file: str = "log_data.csv"):
+        """Write a table: empty where a value is None, floats in full so that they are read back as they were."""
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        self.save_text("log_data.csv", text.getvalue())
+        self.save_text(file, text.getvalue())
 
     def save_figure(self, file: str, figure):
         image = io.BytesIO()

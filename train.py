@@ -41,7 +41,7 @@ from machine import choose_device, is_out_of_memory, peak_memory_mb
 from menu import build_model, check_fits, needs_of
 from model import IGNORE
 from optim import average_of_weights, build_optimizers, growing_batch_size, growing_window, scheduled_learning_rate
-from report import write_report
+from report import dead_experts, write_report
 from runs import Run, default_name
 from tokenizer import load_tokenizer
 
@@ -244,6 +244,8 @@ def main(arguments: Arguments):
         print(f"the {config.max_minutes:g} minutes were over after {record.step:,} of {config.max_steps:,} steps")
     for story in write_report(name):
         print(f"\n{story}")
+    if dead := dead_experts(name):
+        print(f"\n{dead}")
     print(f"""
 {record.bits_per_byte:.3f} bits per byte after {record.step:,} steps. Loss curve: {shown_path(run.folder / "loss.png")}
 More stories:         {python} inference.py {name} "Once upon a time"
