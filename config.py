@@ -16,6 +16,11 @@ Layers = str | list[str] | tuple[str | list[str], ...]
 
 PRE_NORM = "Norm->Attn->+->Norm->MLP->+"
 SANDWICH_NORM = "Norm->Attn->Norm->+->Norm->MLP->Norm->+"
+PERI_NORM = SANDWICH_NORM  # with "Norm->|->" before the first layer, which norms the embeddings (arXiv 2502.02732, section 3)
+POST_NORM = "Attn->+->Norm->|->MLP->+->Norm"
+# For two layers: the first half of a deeper model repeats the first of them, the second half the second.
+U_NET = (f"{PRE_NORM}->SkipOut", f"SkipIn->|->{PRE_NORM}")
+HYPER_CONNECTIONS = "HyperRead->Norm->Attn->HyperWrite->HyperRead->Norm->MLP->HyperWrite"
 
 
 @dataclass(frozen=True)

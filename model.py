@@ -301,14 +301,15 @@ class Steps(LoggingModule):
 
 
 def scale_residual_output(block: nn.Module, scale: float):
-    """Shrink a block's last matrix, called w_out, so that the sum of all residual updates does not grow with the depth.
+    """Shrink a block's last matrices, called w_out, so that the sum of all residual updates does not grow with the depth.
 
     By 1 / sqrt(number of residual updates), as in GPT-2 (Radford et al. 2019, section 2.3); by 0 for zero_init.
     """
-    if hasattr(block, "w_out"):
-        weight = block.w_out if isinstance(block.w_out, nn.Parameter) else block.w_out.weight
-        with torch.no_grad():
-            weight.mul_(scale)
+    for part in block.modules():
+        if hasattr(part, "w_out"):
+            weight = part.w_out if isinstance(part.w_out, nn.Parameter) else part.w_out.weight
+            with torch.no_grad():
+                weight.mul_(scale)
 
 
 class Layer(LoggingModule):
@@ -327,6 +328,12 @@ class Layer(LoggingModule):
         if len(self.branches) == 1:
             return self.branches[0](x, **needs)
         return x + sum(branch(x, **needs) - x for branch in self.branches)
+
+
+def repeatable(layer: Layer, x: Tensor, shared: dict, **needs) -> tuple[Tensor, dict]:
+    """What a layer gives, and what `shared` is then; the given one stays as it is, so that the same may be done again."""
+    shared = {name: left.copy() if isinstance(left, list | dict) else left for name, left in shared.items()}
+    return layer(x, shared=shared, **needs), shared
 
 
 @dataclass
@@ -412,12 +419,12 @@ class GPT(LoggingModule):
         if self.config.positions == "rope":
             rope = self.rope_cos[None, start:S], self.rope_sin[None, start:S]  # it sees distances alone: no need for positions
         x = F.dropout(x, self.dropout, self.training)
-        needs = {"rope": rope, "first": first, "tokens": tokens, "memory": memory, "shared": {}}
+        needs, shared = {"rope": rope, "first": first, "tokens": tokens, "memory": memory}, {}
         for layer in self.layers:
             if self.checkpoint_layers and self.training:
-                x = checkpoint(layer, x, use_reentrant=False, **needs)
+                x, shared = checkpoint(repeatable, layer, x, shared, use_reentrant=False, **needs)
             else:
-                x = layer(x, cache=None if cache is None else cache.blocks, **needs)
+                x = layer(x, cache=None if cache is None else cache.blocks, shared=shared, **needs)
         if cache is not None:
             cache.num_tokens = S
 
@@ -427,12 +434,12 @@ class GPT(LoggingModule):
         if targets is not None and self.loss_chunk and self.training:
             cap = self.config.logit_soft_cap
             loss = chunked_cross_entropy(x, self.head.weight, targets, cap, self.loss_chunk, self.backend)
-            return None, sum(needs["shared"].get("losses", []), loss)
+            return None, sum(shared.get("losses", []), loss)
         logits = soft_cap(self.head(x), self.config.logit_soft_cap).float()  # (B, T, vocab_size)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-        return logits, sum(needs["shared"].get("losses", []), loss) if self.training else loss
+        return logits, sum(shared.get("losses", []), loss) if self.training else loss
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """How many numbers are learned; without embeddings, the tables of tokens and positions and the head are left out."""

@@ -16,12 +16,13 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
 
     Weight decay pulls on matrices alone: not on norms, biases and embeddings. The lr_scale of a group is a factor on the
-    learning rate of the step.
+    learning rate of the step. Blocks with a method `after_step` are called after each.
     """
     tables = {id(table.weight) for table in model.modules() if isinstance(table, torch.nn.Embedding)}
     matrices, rest = [], []
-    for weight in model.parameters():
-        (matrices if weight.ndim >= 2 and id(weight) not in tables else rest).append(weight)
+    for name, weight in model.named_parameters():
+        is_matrix = weight.ndim >= 2 and id(weight) not in tables and not name.endswith("bias")
+        (matrices if is_matrix else rest).append(weight)
     groups = [{"params": rest, "weight_decay": 0.0, "lr_scale": 1.0}]
     optimizers = []
     if config.optimizer == "Muon":
@@ -35,6 +36,9 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     optimizers.append(torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr_max, betas=config.betas, eps=config.eps, fused=True,
     ))  # fmt: skip
+    for block in model.modules():
+        if hasattr(block, "after_step"):
+            optimizers[-1].register_step_post_hook(lambda *_, after_step=block.after_step: after_step())
     return optimizers
 
 
@@ -56,7 +60,7 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is not None:
                     by_shape[weight.shape].append(weight)
-            for (rows, columns), weights in by_shape.items():
+            for (*_, rows, columns), weights in by_shape.items():  # several matrices where a weight is a stack of them
                 gradients = [weight.grad for weight in weights]
                 for weight in weights:
                     if "momentum" not in self.state[weight]:
@@ -64,7 +68,7 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[weight]["momentum"] for weight in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's look ahead
-                updates = orthogonalise(torch.stack(ahead))
+                updates = orthogonalise(torch.stack(ahead).view(-1, rows, columns)).view(len(weights), *weights[0].shape)
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, list(updates.unbind()), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
 

@@ -3,13 +3,15 @@
 They plug in as an experiment does, by name in the layer string; see model.py for what a block may ask for.
 """
 
-from modules import attention, convolution, cross_attention, embeddings, latent_attention, sparse_attention, values
+from modules import attention, convolution, cross_attention, embeddings, latent_attention, moe, residual, sparse_attention, values
 
 BLOCKS = (
     attention.BLOCKS
     | latent_attention.BLOCKS
     | sparse_attention.BLOCKS
     | cross_attention.BLOCKS
+    | moe.BLOCKS
+    | residual.BLOCKS
     | values.BLOCKS
     | convolution.BLOCKS
     | embeddings.BLOCKS
