@@ -56,7 +56,8 @@ PRESETS: dict[str, Preset] = {
         )
     ),
     # Gemma 3 4B (arXiv 2503.19786, section 2): heads together 4/5 as wide as the stream, the MLP 4 times; 5 layers see a
-    # window, the sixth sees all and has long wavelengths. The window is an eighth of the context, there 1/128.
+    # window, the sixth sees all and has long wavelengths (there 8 times longer still). The window is an eighth of the context,
+    # there 1/128.
     "gemma3_like": Preset(
         ModelConfig(
             dim=120, num_layers=6, head_dim=24, mlp_dim=720, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6,
@@ -85,7 +86,8 @@ PRESETS: dict[str, Preset] = {
     ),
     # DeepSeek-V3 (arXiv 2412.19437, section 4.2): keys and queries have half as many channels with RoPE as without; a shared
     # expert in all layers but the first, which are dense (3 of 61 there). 4 of 16 experts instead of 8 of 256, half as wide as
-    # the stream instead of 2/7, the latents 1/3 and 1/2 of it instead of 1/14 and 3/14; no groups of experts.
+    # the stream instead of 2/7, the latents 1/3 and 1/2 of it instead of 1/14 and 3/14; no groups of experts, and no second
+    # token is predicted.
     "deepseek_like": Preset(
         ModelConfig(
             dim=96, num_layers=4, num_kv_heads=4, head_dim=16, norm_eps=1e-6, tied_embeddings=False, mlp_dim=384, layers=(
@@ -112,11 +114,11 @@ PRESETS: dict[str, Preset] = {
                 f"Bigram(size=1536)->Norm->ShortConv(width=2)->|->{VALUES}", f"Shortcut->|->{PRE_NORM}", VALUES,
             ),
             num_heads=2, num_kv_heads=1, head_dim=64, max_seq_len=256, activation="ReLU2", gated=False, qk_norm=True,
-            zero_init=True, tied_embeddings=False, logit_soft_cap=15.0,
+            zero_init=True, tied_embeddings=False,
         ),
         TrainConfig(
-            tokenizer="bpe_tokenizer_2048", batch_size=8, optimizer="Muon", lr_max=0.032, muon_lr_scale=0.5, warmup_steps=30,
-            weight_averaging=0.98, max_minutes=10.0,
+            tokenizer="bpe_tokenizer_2048", batch_size=8, optimizer="Muon", lr_max=0.032, muon_lr_scale=0.5, muon_momentum=0.9,
+            betas=(0.4, 0.99), warmup_steps=30, weight_averaging=0.98, max_minutes=10.0,
         ),
     ),
 }  # fmt: skip
