@@ -1,4 +1,4 @@
-"""Every attention of the menu is what its paper says: against loops over the tokens, or against `transformers` and torch.
+"""Every attention of the menu is what its paper says: against its formula head by head, or against `transformers` and torch.
 
 B batch, H query heads, G key/value heads, T time, K head dim.
 """
@@ -57,19 +57,18 @@ def projections(block, x, theta=None, share=1.0):
     return (turned(q, theta, share), turned(k, theta, share), v) if theta else (q, k, v)
 
 
-def looped(q, k, v, sees, bias=lambda h, t, j: 0.0, sinks=None):
-    """Attention, query by query in float64; sees(b, h, t, j) says which keys.  (B, H, T, K)"""
+def attended(q, k, v, sees, bias=lambda h, t, j: 0.0, sinks=None):
+    """Attention in float64, head by head; sees(b, h, t, j) says which times t see which times j.  (B, H, T, K)"""
     B, H, T, K = q.shape
+    t, j = torch.arange(T)[:, None], torch.arange(T)
     out = torch.zeros(B, H, T, K, dtype=torch.float64)
     for b in range(B):
         for h in range(H):
             g = h // (H // k.shape[1])
-            for t in range(T):
-                keys = [j for j in range(T) if sees(b, h, t, j)]
-                scores = k[b, g, keys] @ q[b, h, t] / math.sqrt(K) + torch.tensor([bias(h, t, j) for j in keys])
-                if sinks is not None:
-                    scores = torch.cat([scores, sinks[h : h + 1].double()])
-                out[b, h, t] = scores.softmax(0)[: len(keys)] @ v[b, g, keys]
+            scores = q[b, h] @ k[b, g].T / math.sqrt(K) + bias(h, t, j)
+            weights = scores.masked_fill(~sees(b, h, t, j), -math.inf).exp()
+            all_weights = weights.sum(dim=1, keepdim=True) + (0.0 if sinks is None else sinks[h].double().exp())
+            out[b, h] = weights / all_weights @ v[b, g]
     return out
 
 
@@ -79,27 +78,27 @@ def finished(block, mixed):
 
 
 def causal(b, h, t, j):
-    return STORIES[b, t] <= j <= t
+    return (STORIES[b][t] <= j) & (j <= t)
 
 
 def near(b, h, t, j):
-    return causal(b, h, t, j) and t - j < 6
+    return causal(b, h, t, j) & (t - j < 6)
 
 
 def near_or_kept(b, h, t, j):
-    return causal(b, h, t, j) and (t - j < 6 or j < STORIES[b, t] + 3)
+    return causal(b, h, t, j) & ((t - j < 6) | (j < STORIES[b][t] + 3))
 
 
 def strided(b, h, t, j):
-    return causal(b, h, t, j) and (t - j < 6 if h < 2 else (t - j) % 5 == 0 and t - j < 20)
+    return causal(b, h, t, j) & (t - j < 6 if h < 2 else ((t - j) % 5 == 0) & (t - j < 20))
 
 
 def strided_to_the_first(b, h, t, j):
-    return causal(b, h, t, j) and (t - j < 7 if h < 2 else (t - j) % 7 == 0)
+    return causal(b, h, t, j) & (t - j < 7 if h < 2 else (t - j) % 7 == 0)
 
 
 def in_blocks(b, h, t, j):
-    return causal(b, h, t, j) and (t - j) // 6 in (0, 2, 9)
+    return causal(b, h, t, j) & torch.isin((t - j) // 6, torch.tensor([0, 2, 9]))
 
 
 def alibi(h, t, j):
@@ -130,7 +129,7 @@ def test_each_token_sees_what_the_pattern_says(layer):
     has_rope = hasattr(block, "rope_table")
     q, k, v = projections(block, x, theta=10_000.0 if has_rope else None)
     bias = alibi if "Alibi" in layer else lambda h, t, j: 0.0
-    expected = finished(block, looped(q, k, v, PATTERNS[layer], bias, getattr(block, "sinks", None)))
+    expected = finished(block, attended(q, k, v, PATTERNS[layer], bias, getattr(block, "sinks", None)))
     torch.testing.assert_close(block(x, first=STORIES), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -222,7 +221,8 @@ def test_flops_of_a_token_alone_are_those_that_torch_counts(layer):
 def test_flops_count_the_pairs_that_see_each_other(layer):
     block = build(layer)
     for T in (5, 67, 150):  # the second row of the stories is a single one
-        pairs = sum(PATTERNS[layer](1, h, t, j) for h in range(4) for t in range(T) for j in range(t + 1))
+        times = torch.arange(T)
+        pairs = sum(PATTERNS[layer](1, h, times[:, None], times).sum().item() for h in range(4))
         assert block.seen_per_token(T) == pytest.approx(pairs / T / 4)
         matrices = block.flops_per_token(T) - 4 * 4 * 8 * pairs / T / 4
         assert matrices == pytest.approx(2 * sum(w.numel() for w in block.parameters() if w.dim() == 2))
@@ -239,9 +239,9 @@ def test_values_of_a_latent_cost_what_they_are_wide():
 def test_a_rope_of_its_own(theta, share):
     block, x = build(f"RopeAttn(rope_theta={theta}, rope_share={share})"), some(2, 150, 24)
     q, k, v = projections(block, x, theta, share)
-    torch.testing.assert_close(block(x), finished(block, looped(q, k, v, lambda b, h, t, j: j <= t)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(block(x), finished(block, attended(q, k, v, lambda b, h, t, j: j <= t)), atol=1e-5, rtol=1e-5)
     without = build(f"RopeAttn(rope_theta={theta}, rope_share={share})", replace(CONFIG, positions="none"))
-    still = looped(*projections(without, x), lambda b, h, t, j: j <= t)
+    still = attended(*projections(without, x), lambda b, h, t, j: j <= t)
     torch.testing.assert_close(without(x), finished(without, still), atol=1e-5, rtol=1e-5)
 
 
@@ -347,7 +347,7 @@ def test_the_gate_is_that_of_qwen3_next():
 
 def test_a_gate_for_each_head():
     block, x = build("GatedAttn(gate='head')"), some(2, 40, 24)
-    mixed = looped(*projections(block, x, 10_000.0), lambda b, h, t, j: j <= t)
+    mixed = attended(*projections(block, x, 10_000.0), lambda b, h, t, j: j <= t)
     gates = torch.sigmoid(x @ block.w_gate.weight.T)  # (2, 40, 4)
     torch.testing.assert_close(block(x), finished(block, mixed * gates.transpose(1, 2)[..., None]), atol=1e-5, rtol=1e-5)
 
