@@ -25,11 +25,11 @@ bench: $(VENV)/installed-dev  ## short versions of the benchmarks
 	$(RUN) benchmarks/train_speed.py --short
 	$(RUN) benchmarks/time_to_loss.py --minutes 1 --seeds 0 --data auto --longest_story 1000
 
-# The run that train.ipynb leaves is not for git, so it goes to a folder of its own.
+# The runs that two of them leave are not for git, so they go to a folder of their own.
 notebooks: $(VENV)/installed-dev  ## run the notebooks and keep their outputs, as people read them on the web
-	BASEGPT_RUNS=$(VENV)/notebook_runs $(EXECUTE) train.ipynb
+	BASEGPT_RUNS=$(abspath $(VENV))/notebook_runs $(EXECUTE) train.ipynb experiments/example/example.ipynb
 	$(EXECUTE) $(filter-out train.ipynb,$(wildcard *.ipynb))
-	$(RUN) -m nbconvert --coalesce-streams --log-level WARN *.ipynb
+	$(RUN) -m nbconvert --coalesce-streams --log-level WARN *.ipynb experiments/example/example.ipynb
 	$(RUN) -m pytest tests/test_notebooks.py -k committed
 
 clean:  ## remove the virtual environment

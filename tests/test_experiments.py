@@ -16,8 +16,10 @@ import nbformat
 import pytest
 import torch
 from errors import one_line_error
+from torch import nn
 
 import experiment
+import probe
 import tools
 from conftest import MODEL
 from contract import CONFIG, check_block
@@ -87,6 +89,29 @@ def test_a_model_that_does_not_count_its_parameters_is_counted():
     assert num_parameters(recurrent, embeddings=False) == lstm
     assert num_parameters(recurrent) == lstm + 50 * 16 + 50 * 16 + 50
     assert num_parameters(trigram) == 2 * 50 * 50 and num_parameters(trigram, embeddings=False) == 0
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_it_is_measured_how_an_own_model_trains_fastest(name, make_config, monkeypatch, capsys):
+    monkeypatch.setattr(probe, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(probe, "SHORT_RUN", 0)
+    model = build_model(replace(OWN[name], attention="sdpa"), 50)
+    config = make_config(**TRAINING[name], max_steps=None, max_minutes=1.0)
+    chosen = probe.choose(model, config, torch.device("cpu"))
+    assert chosen.micro_batch_size in (1, 2, 4) and not chosen.compile
+    assert "this machine: " in capsys.readouterr().err
+    plain = replace(chosen, dtype="float32")
+    assert probe.difference(model, plain, torch.device("cpu")) == ""
+    assert min(probe.memory_needed(model, config, torch.device("cpu"))) > 0
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_an_own_model_may_be_compiled(name, monkeypatch):
+    calls = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, dynamic: calls.append(module))
+    model = build_model(OWN[name], 50)
+    probe.compile_parts(model)
+    assert calls == [model]
 
 
 def test_what_an_own_model_cannot_do_is_said(make_config):
