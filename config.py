@@ -133,6 +133,7 @@ class TrainConfig:
     checkpoint_every: int = 250  # steps between two checkpoints
     optimizer: Literal["AdamW", "Muon"] = "AdamW"  # Muon is for the hidden matrices; AdamW does the rest
     muon_lr_scale: float = 1.0  # Muon's learning rate is so many times that of AdamW
+    muon_momentum: float = 0.95  # Muon's memory of gradients: the share it keeps a step
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's memory of gradients and of their squares
     eps: float = 1e-8  # AdamW's guard against dividing by zero
     weight_decay: float = 0.1  # pull towards zero; not on norms, biases and embeddings
@@ -164,6 +165,7 @@ class TrainConfig:
         for name in ("lr_max", "eps", "restart_mult", "muon_lr_scale"):
             require(getattr(self, name) > 0, self, name, "give a positive number")
         require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "give two numbers from 0 to below 1")
+        require(0 <= self.muon_momentum < 1, self, "muon_momentum", "give a share from 0 to below 1")
         require(self.eval_stories >= 200, self, "eval_stories", "fewer than 200 cannot tell models apart")
         require(self.max_steps or self.max_minutes, self, "max_steps", "give max_steps or max_minutes, or it never ends")
         require(self.threads == "auto" or self.threads >= 1, self, "threads", "give a whole number of at least 1, or auto")

@@ -31,7 +31,8 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
         hidden = [weight for weight in matrices if id(weight) in linears and weight is not head]
         hidden_ids = {id(weight) for weight in hidden}
         matrices = [weight for weight in matrices if id(weight) not in hidden_ids]
-        optimizers.append(Muon([{"params": hidden, "lr_scale": config.muon_lr_scale}], config.lr_max, config.weight_decay))
+        hidden_group = {"params": hidden, "lr_scale": config.muon_lr_scale}
+        optimizers.append(Muon([hidden_group], config.lr_max, config.weight_decay, config.muon_momentum))
     groups.append({"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0})
     optimizers.append(torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr_max, betas=config.betas, eps=config.eps, fused=True,

@@ -23,14 +23,13 @@ VALUES = "ValueAttn(residual=False, embedding=True)"
 
 ABLATIONS: dict[str, list[str]] = {
     # what the speedrun has
-    "AdamW": ["train.optimizer=AdamW", "train.lr_max=0.004"],
+    "AdamW": ["train.optimizer=AdamW", "train.lr_max=0.004", "train.betas=(0.9, 0.95)"],
     "no_weight_averaging": ["train.weight_averaging=None"],
     "no_qk_norm": ["model.qk_norm=False"],
     "SwiGLU": ["model.activation=SiLU", "model.gated=True"],
     "GELU": ["model.activation=GELU"],
     "no_zero_init": ["model.zero_init=False"],
     "tied": ["model.tied_embeddings=True"],
-    "no_soft_cap": ["model.logit_soft_cap=None"],
     "no_pairs": [layers(("Bigram(size=1536)->", ""))],
     "no_short_convolution": [layers(("->ShortConv(width=2)", ""))],
     "no_embedding_shortcut": [layers(("Shortcut->|->", ""))],
@@ -40,7 +39,11 @@ ABLATIONS: dict[str, list[str]] = {
     "vocabulary_of_1024": ["train.tokenizer=bpe_tokenizer_1024"],
     "torch_alone": ["model.attention=sdpa"],
     "no_chunked_loss": ["train.loss_chunk=None"],
+    "AdamW_betas_of_0.9_0.95": ["train.betas=(0.9, 0.95)"],
+    "batches_of_8": ["train.batch_size=8", "train.batch_size_start=None"],
+    "batches_of_16": ["train.batch_size_start=None"],
     # what it does not have
+    "logit_soft_cap": ["model.logit_soft_cap=15.0"],
     "value_residual": [layers(("->Attn", "->ValueAttn"), (VALUES, "ValueAttn(residual=True, embedding=True)"))],
     "convolutions_in_each_layer": [
         layers(
@@ -52,7 +55,7 @@ ABLATIONS: dict[str, list[str]] = {
         "model.zero_init=False",
         layers(("Attn->+", "Attn->Norm->+"), (f"{VALUES}->+", f"{VALUES}->Norm->+"), ("MLP->+", "MLP->Norm->+")),
     ],
-    "growing_batch": ["train.batch_size=16", "train.batch_size_start=4"],
+    "Muon_momentum_of_0.9": ["train.muon_momentum=0.9"],
     "growing_window": ["train.window_start=32"],
     "cosine": ["train.schedule=cosine"],
     "wsd": ["train.schedule=wsd"],
