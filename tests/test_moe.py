@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from errors import one_line_error
 from torch.utils.flop_counter import FlopCounterMode
 
+from command_line import Arguments
 from config import ModelConfig
 from conftest import MODEL
 from contract import check_block
 from model import GPT, IGNORE, MLP, Cache, Steps
 from modules.moe import MoE
 from optim import Muon, build_optimizers
-from report import dead_experts, write_report
+from report import dead_experts
 from runs import Run, load_model
-from train import train
+from train import main, train
 
 D = 16
 TINY = replace(MODEL, layers="Norm->Attn->+->Norm->MoE(num_experts=4)->+")
@@ -340,14 +341,13 @@ class TestReport:
     def test_without_experts_there_is_no_blocks_csv(self, tiny_run):
         assert not (Run(tiny_run).folder / "blocks.csv").exists() and dead_experts(tiny_run) is None
 
-    def test_dead_experts_are_told_in_the_end(self, make_config, monkeypatch):
+    def test_dead_experts_are_told_in_the_end(self, make_config, monkeypatch, capsys):
         layers = "Norm->MoE(num_experts=3, top_k=1, renormalise=False, bias_rate=0.0)->+"
         monkeypatch.setattr(MoE, "after_step", lambda moe: moe.selection_bias.copy_(torch.tensor([0.0, 0.0, -9.0])))
-        for _ in train(replace(MODEL, layers=layers), make_config(), "dying"):
-            pass
+        main(Arguments(name="dying", model=replace(MODEL, layers=layers), train=make_config()))
         told = dead_experts("dying")
-        assert "\n" not in told and "1 in layers.0.branches.0.blocks.1" in told
-        write_report("dying")
+        assert "1 in layers.0.branches.0.blocks.1" in told
+        assert told in capsys.readouterr().out.splitlines()
         assert told in Run("dying").path("README.md").read_text(encoding="utf-8")
 
 

@@ -183,14 +183,17 @@ class TestHyperConnections:
         torch.manual_seed(0)
         layers = "->".join(f"HyperRead(dynamic=False, stream={stream})->Norm->MLP->HyperWrite" for stream in reads)
         steps = Steps(layers, MODEL, num_residuals=1)
-        optimizer = torch.optim.Adam(steps.parameters(), lr=1e-2)
-        for _ in range(5):
+        for block in steps.blocks:
+            if isinstance(block, MLP):
+                randomised(block)
+        optimizer = torch.optim.SGD(steps.parameters(), lr=0.1)
+        for _ in range(10):
             shared, x = {}, torch.randn(2, 6, D)
             (steps(x, shared=shared) - x.flip(-1)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         streams = shared["streams"].unbind(dim=2)
-        far = [(one - other).abs().max().item() > 1e-3 for one, other in itertools.combinations(streams, 2)]
+        far = [(one - other).abs().max().item() > 1e-4 for one, other in itertools.combinations(streams, 2)]
         assert far == apart
 
     def test_dropout_is_that_of_the_residual_updates(self):
