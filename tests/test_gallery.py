@@ -1,0 +1,59 @@
+"""Promises of gallery.py: every block of the menu is shown, with its shapes, its state and its cost."""
+
+import html
+
+import pytest
+import torch
+
+from config import ModelConfig
+from cost import model_cost
+from gallery import as_html, families, show_blocks, watch
+from menu import block_menu, build_model
+
+TOY = ModelConfig(dim=16, num_heads=8, num_kv_heads=4, head_dim=6, mlp_dim=48, max_seq_len=7)
+TOKENS = torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+def test_every_block_is_in_one_family():
+    found = families(TOY)
+    assert sorted(name for names in found.values() for name in names) == sorted(block_menu(TOY).keys() - {"Norm"})
+    assert found["norms"] == ["RMSNorm", "LayerNorm", "CosineNorm", "DynamicTanh"]
+    assert all(block_menu(TOY)[name].__module__ == module for module, names in found.items() for name in names)
+
+
+def test_every_block_is_displayed(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *parts: shown.extend(part.data for part in parts))
+    show_blocks(TOY, TOKENS, vocab_size=11)
+    headings = [text.splitlines()[0] for text in shown if text.startswith("#")]
+    expected = []
+    for module, names in families(TOY).items():
+        expected += [f"### {module.replace('.', '/')}.py", *(f"#### {name}" for name in names)]
+    assert headings == expected
+    for name, block in block_menu(TOY).items():
+        if name != "Norm":
+            text = shown[shown.index(next(text for text in shown if text.startswith(f"#### {name}\n"))) + 1]
+            assert block.__name__ in text and "(2, 5, 16) → (2, 5, 16)" in html.unescape(text) and "✗" not in text
+
+
+def test_a_plugin_shows_by_itself():
+    config = ModelConfig(dim=16, num_heads=2, plugins=("experiments.example.blocks",), max_seq_len=7)
+    assert "experiments.example.blocks" in families(config)
+
+
+@pytest.mark.parametrize(
+    "name, layer, remembers",
+    [
+        ("Attn", "Norm->Attn->+", {"k": (2, 4, 5, 6), "v": (2, 4, 5, 6)}),
+        ("ShortConv", "ShortConv(width=4)", {"past": (2, 3, 16)}),
+        ("MLP", "MLP", {}),
+    ],
+)
+def test_state_and_cost(name, layer, remembers):
+    shown = watch(name, layer, TOY, TOKENS, vocab_size=11)
+    assert shown.remembers == remembers and shown.layer == layer
+    config = ModelConfig(dim=16, num_layers=1, layers=layer, num_heads=8, num_kv_heads=4, head_dim=6, mlp_dim=48, max_seq_len=5)
+    kind = block_menu(TOY)[name].__name__
+    assert shown.part.flops == model_cost(build_model(config, 11)).by_kind("flops")[kind]
+    told = as_html(shown)
+    assert f"{shown.part.parameters:,} parameters" in told and ("nothing" in told) == (not remembers)
