@@ -248,7 +248,7 @@ def seconds_per_token(model: GPT, config: TrainConfig, choices: Choices, device:
     apply(replace(choices, compile=False), model)
     step = steps_of(model, config, choices.micro_batch_size, device)
     times, until = [], time.perf_counter() + 1.5 * MEASURE_SECONDS
-    while len(times) < 3 and time.perf_counter() < until or not times:
+    while not times or (len(times) < 3 and time.perf_counter() < until):
         began = time.perf_counter()
         step(choices.dtype)
         times.append(time.perf_counter() - began)
