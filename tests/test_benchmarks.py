@@ -49,10 +49,10 @@ def test_time_to_loss_goes_on_and_compares(corpus, tmp_path):
     line = results.read_text()
     assert [seconds > 0 for seconds, _ in json.loads(line)["curve"]] == [True, True]
 
-    table = rows(run("time_to_loss.py", *words, "--seeds", "0", "--ablate", "growing_batch", "no_zero_init", "--save", str(page)))
-    assert table["0"] == first and float(table["growing_batch"][2]) != 0 and "no_zero_init" not in table
+    table = rows(run("time_to_loss.py", *words, "--seeds", "0", "--ablate", "batches_of_8", "no_zero_init", "--save", str(page)))
+    assert table["0"] == first and float(table["batches_of_8"][2]) != 0 and "no_zero_init" not in table
     assert results.read_text().startswith(line) and results.read_text().count("\n") == 2
-    assert page.with_suffix(".png").stat().st_size > 0 and "growing_batch" in page.with_suffix(".md").read_text()
+    assert page.with_suffix(".png").stat().st_size > 0 and "batches_of_8" in page.with_suffix(".md").read_text()
 
 
 @pytest.fixture
