@@ -168,7 +168,7 @@ class Attention(SoftmaxAttention):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245).  (B, T, D) → (B, T, D)
 
     num_kv_heads = num_heads is multi-head attention, 1 is multi-query attention. Scores are q k times query_scale, None is
-    1 / sqrt(head_dim).
+    1 / sqrt(head_dim). out_bias says whether the last matrix has a bias, None is as the others.
     """
 
     def __init__(
@@ -182,6 +182,7 @@ class Attention(SoftmaxAttention):
         norm: str = "RMSNorm",
         norm_eps: float = 1e-5,
         query_scale: float | None = None,
+        out_bias: bool | None = None,
         **softmax,
     ):
         super().__init__(num_heads, num_kv_heads, head_dim, **softmax)
@@ -190,7 +191,7 @@ class Attention(SoftmaxAttention):
         self.w_q = linear(dim, num_heads * head_dim, bias=linear_bias)
         self.w_k = linear(dim, num_kv_heads * head_dim, bias=linear_bias)
         self.w_v = linear(dim, num_kv_heads * head_dim, bias=linear_bias)
-        self.w_out = linear(num_heads * head_dim, dim, bias=linear_bias)
+        self.w_out = linear(num_heads * head_dim, dim, bias=linear_bias if out_bias is None else out_bias)
         self.q_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
         self.k_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
         self.query_scale = query_scale

@@ -28,15 +28,15 @@ class SkipOut(LoggingModule):
 class SkipIn(LoggingModule):
     """x + a skip, with what the SkipOut that belongs to it has left and a learned number a.  (B, T, D) → (B, T, D)
 
-    As modded-nanogpt has it (Jordan et al. 2024). `weight` is what a begins with. In a layer string write `SkipIn->|->` where
-    what follows adds to the sum. Raises ValueError where nothing is left that no other SkipIn took.
+    As modded-nanogpt has it (Jordan et al. 2024). `weight` is what a begins with, and stays without learned. In a layer string
+    write `SkipIn->|->` where what follows adds to the sum. Raises ValueError where nothing is left that no other SkipIn took.
     """
 
-    examples = ("SkipOut->Norm->MLP->SkipIn(weight=0.5)",)
+    examples = ("SkipOut->Norm->MLP->SkipIn(weight=0.5)", "SkipOut->Norm->MLP->SkipIn(learned=False)")
 
-    def __init__(self, weight: float = 1.0):
+    def __init__(self, weight: float = 1.0, learned: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor(float(weight)))
+        self.weight = nn.Parameter(torch.tensor(float(weight))) if learned else weight
 
     def forward(self, x, *, shared):
         if not shared.get("skips"):

@@ -1,0 +1,127 @@
+"""Griffin's recurrent block: a gated linear recurrence behind a short convolution (De et al. 2024, arXiv 2402.19427).
+
+B batch, T time, D model dim, W width of the recurrence, H blocks of the gates' matrices.
+
+    here             paper     what it is (sections 2.3 and 2.4)
+    inner            x_t       what goes into the recurrence: the input, projected to W channels, behind the convolution
+    remember         r_t       the recurrence gate, a sigmoid (equation 1): 0 keeps the state as it is
+    admit            i_t       the input gate, a sigmoid (equation 2)
+    forgetting       Λ         learned, a number for each channel: a = sigmoid(Λ)
+    SHARPNESS        c         8
+    decay            a_t       a^(c r_t) (equation 3)
+    update                     sqrt(1 - a_t²) (i_t x_t), what is added to the state
+    state            h_t       a_t h_{t-1} + update (equation 4)
+    w_gate, w_in, w_out        the matrices of the gated branch, the recurrent branch, and behind both (section 2.3)
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+from model import ACTIVATIONS, linear
+from modules.chunks import check_sizes
+from modules.convolution import ShortConv
+from modules.scan import check_rows, recurrence, scan
+from tools import LoggingModule
+
+SHARPNESS = 8.0
+LEAST_ROOT = 2.5e-7  # below it sqrt(1 - a²) has no gradient, which would be infinite at 0; nowhere is it above 1000
+
+
+class RGLRU(LoggingModule):
+    """The recurrent block with the real-gated linear recurrent unit (arXiv 2402.19427, section 2.3).  (B, T, D) → (B, T, D)
+
+    Two branches of `width` channels, by default D (the paper takes about 4 D / 3): one goes through GELU, the other through a
+    convolution over conv_width tokens and the recurrence; their product goes through the last matrix. The gates' matrices are
+    block-diagonal, of `blocks` blocks, by default num_heads. A story begins with a decay of 0, so its first token comes into
+    the state unscaled, as in the published RecurrentGemma. A window is nothing to a recurrence: it reaches back to the
+    beginning of the story.
+    """
+
+    examples = ("RGLRU", "Norm->RGLRU(width=36, blocks=6, conv_width=2, linear_bias=True)->+")
+
+    def __init__(
+        self, dim: int, num_heads: int, width: int | None = None, blocks: int | None = None, conv_width: int = 4,
+        linear_bias: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        width, blocks = dim if width is None else width, num_heads if blocks is None else blocks
+        check_sizes(width=width, blocks=blocks, conv_width=conv_width)
+        if width % blocks:
+            raise ValueError(f"blocks={blocks}: it must divide width={width}. By default that is dim, and blocks is num_heads")
+        self.blocks = blocks
+        self.w_gate = linear(dim, width, bias=linear_bias)
+        self.w_in = linear(dim, width, bias=linear_bias)
+        for matrix in (self.w_gate, self.w_in):  # larger than ours are, as their product goes on
+            nn.init.normal_(matrix.weight, std=dim**-0.5)
+        self.conv = ShortConv(width, conv_width)
+        self.conv_bias = nn.Parameter(torch.zeros(width))
+        block = width // blocks
+        self.w_remember = nn.Parameter(torch.randn(blocks, block, block) * 0.1 * block**-0.5)
+        self.w_admit = nn.Parameter(torch.randn(blocks, block, block) * 0.1 * block**-0.5)
+        self.remember_bias = nn.Parameter(torch.zeros(width))
+        self.admit_bias = nn.Parameter(torch.zeros(width))
+        # a^c begins evenly from 0.9 to 0.999 (section 2.4)
+        a = torch.empty(width).uniform_(0.9, 0.999) ** (1 / SHARPNESS)
+        self.forgetting = nn.Parameter(torch.logit(a))
+        self.w_out = linear(width, dim, bias=linear_bias)
+        self.backend = "auto"
+
+    def forward(self, x, *, first=None, cache=None):
+        """first (B, T): the recurrence begins anew where first[b, t] is t. The cache keeps the state and the last few inputs."""
+        B, T, D = x.shape
+        state = None if cache is None else cache.get("state")
+        if state is not None:
+            check_rows(state, B)
+        conv_cache = None if cache is None else cache.setdefault("conv", {})
+        inner = self.conv(self.w_in(x), first=first, cache=conv_cache) + self.conv_bias
+        W = inner.shape[2]
+        decay, update = self.gated(inner.float(), self.begins(first, state, T, x.device))
+        states = (recurrence if T == 1 else scan)(decay, update, state)  # (B, T, W)
+        if cache is not None:
+            cache["state"] = states[:, -1]
+        return self.w_out(self.gate(self.w_gate(x), states))
+
+    def begins(self, first, state, T, device):
+        """(B, T) or (1, T), True where a story begins."""
+        places = torch.arange(T, device=device)
+        if first is not None:
+            return first == places
+        return (places == 0)[None] & (state is None)
+
+    def gated(self, inner, begins):
+        """Equations 1 to 4: the decay and the update of each step, in float32.  (B, T, W), (B, T) → twice (B, T, W)"""
+        B, T, W = inner.shape
+        remember, admit = self.gates(inner)
+        log_decay = -SHARPNESS * F.softplus(-self.forgetting) * remember  # log sigmoid(Λ) is -softplus(-Λ)
+        log_decay = log_decay.masked_fill(begins[..., None], -math.inf)  # (B, T, W)
+        rest = -torch.expm1(2 * log_decay)  # 1 - a_t², exact near 0, too
+        return log_decay.exp(), rest.clamp(min=LEAST_ROOT).sqrt() * admit * inner
+
+    def gates(self, inner):
+        """Both gates by one product with all blocks.  (B, T, W) → twice (B, T, W)"""
+        B, T, W = inner.shape
+        H = self.blocks
+        weights = torch.cat([self.w_remember, self.w_admit], dim=2)  # (H, W // H, 2 * W // H)
+        biases = torch.cat([self.remember_bias.view(H, 1, -1), self.admit_bias.view(H, 1, -1)], dim=2)
+        with torch.autocast(inner.device.type, enabled=False):
+            gates = torch.baddbmm(biases, inner.view(B * T, H, -1).transpose(0, 1), weights).sigmoid()
+        gates = gates.view(H, B, T, 2, -1).permute(3, 1, 2, 0, 4)  # (2, B, T, H, W // H)
+        return gates.reshape(2, B, T, W).unbind()
+
+    def gate(self, gate, states):
+        """The product of both branches.  Twice (B, T, W) → (B, T, W)"""
+        if kernels.fit(self.backend, gate):
+            return kernels.activate("GELU", gate, states)
+        return ACTIVATIONS["GELU"](gate) * states.type_as(gate)
+
+    def flops_per_token(self, T: int) -> float:
+        """The matrices, the convolution, and the recurrence: a multiply-add for a channel, thrice where it is a scan."""
+        matrices = sum(w.numel() for w in (self.w_gate.weight, self.w_in.weight, self.w_out.weight, self.w_remember, self.w_admit))
+        return 2 * matrices + self.conv.flops_per_token(T) + 6 * self.forgetting.numel()
+
+
+BLOCKS = {"RGLRU": RGLRU}
