@@ -93,12 +93,15 @@ def text_lines(row: Row, indent: str) -> Iterator[tuple[str, ...]]:
 STYLE = """
 .architecture-diff { font: 13px/1.45 system-ui, sans-serif; color: inherit; overflow-x: auto }
 .architecture-diff table { border-collapse: collapse; margin: 0 0 1.2em; font-size: 13px; width: auto }
-.architecture-diff th, .architecture-diff td { padding: 2px 8px; text-align: left; vertical-align: top; white-space: normal }
+.architecture-diff th, .architecture-diff td { padding: 2px 8px; vertical-align: top; white-space: normal }
+.architecture-diff.architecture-diff :is(th, td) { text-align: left }
+.architecture-diff.architecture-diff .number { text-align: right }
+.architecture-diff.architecture-diff .mark { text-align: center }
 .architecture-diff td { max-width: 34em; overflow-wrap: anywhere }
 .architecture-diff table tr:nth-child(n) { background: none; border: 0; border-bottom: 1px solid #8883 }
 .architecture-diff thead th { border-bottom: 2px solid #8888; vertical-align: bottom }
-.architecture-diff .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-.architecture-diff .mark { text-align: center; font-weight: 700; border-left: 1px solid #8885; border-right: 1px solid #8885 }
+.architecture-diff .number { white-space: nowrap; font-variant-numeric: tabular-nums }
+.architecture-diff .mark { font-weight: 700; border-left: 1px solid #8885; border-right: 1px solid #8885 }
 .architecture-diff .group td { border-top: 2px solid #8885; font-weight: 600 }
 .architecture-diff .inside td:first-child, .architecture-diff .inside .mark + td { padding-left: 2em }
 .architecture-diff .quiet { opacity: .65; font-weight: 400 }

@@ -13,7 +13,8 @@ Each of the keywords may be missing. story_ids (B, T) number the stories of a ro
 without them trains with padded packing, or without mask_stories. window is how many tokens back one may look: without it there
 is no window_start. cache, a model.Cache, lasts as long as a story is written, and the tokens are then the new ones alone;
 cache.blocks[self] is a dict, empty at first, for what is to be remembered. Without a cache all is read again for each token.
-More is not asked for, but heeded: a method num_parameters(embeddings) -> int; a last matrix called head, which is not for Muon.
+More is not asked for, but heeded: a method num_parameters(embeddings) -> int; a last matrix called head, which is not for Muon;
+a method flops_per_token(T) -> float, where torch cannot count them (cost.py).
 """
 
 import importlib
