@@ -145,7 +145,8 @@ class SinkAttention(RotaryAttention):
     those in the text, not in the cache.
 
     Torch's kernel knows no sinks: here one more key and one more channel stand for them, and no causal half is left out. Kept
-    tokens are written out, in blocks, since each query may have others; our own kernel is for learned sinks alone.
+    tokens take a mask, and in long sequences they are written out in blocks, since each query may have others of its own:
+    per FLOP that takes longer than Attn. Our own kernel is for learned sinks alone.
     """
 
     examples = ("SinkAttn", "SinkAttn(keep=2, window=5)", "SinkAttn(learned=False, keep=3, window=7)", "SinkAttn(window=5)")
@@ -177,7 +178,7 @@ class SinkAttention(RotaryAttention):
             return super().blend(q, k, v, first, window)
         spans = ((0, window - 1),)
         L, back = blocks_needed(spans)
-        if T == S and T > L * len(back):
+        if T == S and T > 4 * L * len(back):  # below that, the mask's fused kernel is faster
             return self.with_kept(q, k, v, first, window)
         near, all_before = visible(T, S, first, q.device, spans), visible(T, S, first, q.device)
         begins = 0 if first is None else first[:, None, :, None]

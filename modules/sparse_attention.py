@@ -83,7 +83,8 @@ class BlockAttention(RotaryAttention):
     back says which, in blocks: (1,) is the one before, which makes a window of two blocks, and (1, 2, 4, 8) reaches far for the
     work of four (Li et al. 2019, arXiv 1907.00235, section 4.2). As the patterns of Qiu et al. 2019, arXiv 1911.02972, section
     3, but blocks are counted from each token, not from the beginning of the row, so that stories in a row look as when alone.
-    Our own kernel is for what is contiguous, so torch's does this.
+    Our own kernel is for what is contiguous, so torch's does this, and up to half of the scores that it makes are hidden: per
+    FLOP that takes longer than Attn.
     """
 
     examples = ("BlockAttn(block=5, back=(3,))", "BlockAttn(block=8, back=(1, 2, 5))", "BlockAttn")

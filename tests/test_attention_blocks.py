@@ -146,6 +146,24 @@ def test_every_backend_gives_the_same_output_and_gradients(layer):
             torch.testing.assert_close(other, results[0], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("options", ["", ", learned=False", ", attention_soft_cap=1.0"])
+def test_kept_tokens_of_long_sequences(options):
+    """Against the mask, in stories of several lengths and in windows that begin in each of them."""
+    T, window, keep = 420, 11, 3
+    block, x = build(f"SinkAttn(window={window}, keep={keep}{options})"), some(2, T, 24).requires_grad_()
+    times = torch.arange(T)
+    stories = torch.stack([times - times % 97, (times - 200).clamp(min=0)])
+    for first in (None, stories):
+        begins = torch.zeros(2, T, dtype=torch.long) if first is None else first
+        seen = (times <= times[:, None]) & (times >= begins[..., None])
+        seen = seen & ((times > times[:, None] - window) | (times < begins[..., None] + keep))  # (2, T, T)
+        q, k, v = block.project(x, block.next_rope(T, None))
+        expected, got = block.attend(q, k, v, seen[:, None]), block.mix(q, k, v, first, None)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        gradients = (torch.autograd.grad(y, [x, block.w_v.weight], some(2, 4, T, 8), retain_graph=True) for y in (got, expected))
+        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
 def test_what_the_base_model_asks_for_reaches_its_variants():
     config = replace(CONFIG, attention="plain", attention_soft_cap=3.0, dropout=0.25, qk_norm=True, norm_eps=0.1)
     for layer in (*PATTERNS, "GatedAttn", "DiffAttn", "ValueAttn"):
@@ -466,7 +484,7 @@ def test_dropout_is_for_training_and_follows_the_seed():
         assert torch.equal(drawn[0], drawn[1]) and not torch.allclose(drawn[0], drawn[2]), layer
 
 
-@pytest.mark.parametrize("layer", ["Attn(window=6)", "SinkAttn(window=6, keep=3)", "BlockAttn(block=6)", "LatentAttn(window=6)"])
+@pytest.mark.parametrize("layer", ["Attn(window=6)", "SinkAttn(window=6)", "BlockAttn(block=6)", "LatentAttn(window=6)"])
 def test_compile_needs_no_break(layer):
     block, x = build(layer), some(2, 150, 24)
     torch._dynamo.reset()
