@@ -10,8 +10,8 @@ from cost import model_cost
 from gallery import as_html, families, show_blocks, watch
 from menu import block_menu, build_model
 
-TOY = ModelConfig(dim=16, num_heads=8, num_kv_heads=4, head_dim=6, mlp_dim=48, max_seq_len=7)
-TOKENS = torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(0))
+TOY = ModelConfig(dim=16, num_heads=8, num_kv_heads=2, head_dim=4, mlp_dim=48, max_seq_len=7)
+TOKENS = torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(0))
 
 
 def test_every_block_is_in_one_family():
@@ -33,7 +33,7 @@ def test_every_block_is_displayed(monkeypatch):
     for name, block in block_menu(TOY).items():
         if name != "Norm":
             text = shown[shown.index(next(text for text in shown if text.startswith(f"#### {name}\n"))) + 1]
-            assert block.__name__ in text and "(2, 5, 16) → (2, 5, 16)" in html.unescape(text) and "✗" not in text
+            assert block.__name__ in text and "(3, 5, 16) → (3, 5, 16)" in html.unescape(text) and "✗" not in text
 
 
 def test_a_plugin_shows_by_itself():
@@ -44,15 +44,15 @@ def test_a_plugin_shows_by_itself():
 @pytest.mark.parametrize(
     "name, layer, remembers",
     [
-        ("Attn", "Norm->Attn->+", {"k": (2, 4, 5, 6), "v": (2, 4, 5, 6)}),
-        ("ShortConv", "ShortConv(width=4)", {"past": (2, 3, 16)}),
+        ("Attn", "Norm->Attn->+", {"k": (3, 2, 5, 4), "v": (3, 2, 5, 4)}),
+        ("ShortConv", "ShortConv(width=4)", {"past": (3, 3, 16)}),
         ("MLP", "MLP", {}),
     ],
 )
 def test_state_and_cost(name, layer, remembers):
     shown = watch(name, layer, TOY, TOKENS, vocab_size=11)
     assert shown.remembers == remembers and shown.layer == layer
-    config = ModelConfig(dim=16, num_layers=1, layers=layer, num_heads=8, num_kv_heads=4, head_dim=6, mlp_dim=48, max_seq_len=5)
+    config = ModelConfig(dim=16, num_layers=1, layers=layer, num_heads=8, num_kv_heads=2, head_dim=4, mlp_dim=48, max_seq_len=5)
     kind = block_menu(TOY)[name].__name__
     assert shown.part.flops == model_cost(build_model(config, 11)).by_kind("flops")[kind]
     told = as_html(shown)
