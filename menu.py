@@ -21,7 +21,7 @@ import importlib
 import inspect
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 from typeguard import TypeCheckError, check_type
@@ -161,7 +161,8 @@ def check_options(name: str, options: dict, wanted: dict[str, inspect.Parameter]
             raise ValueError(f"{name} has no option {option!r}.{did_you_mean(option, wanted)} There are: {', '.join(wanted)}")
         if option not in config.block_values and (annotation := wanted[option].annotation) is not inspect.Parameter.empty:
             try:
-                if isinstance(value, bool) and annotation is not bool:  # which Python would take for 0 or 1
+                is_switch = bool in (annotation, *get_args(annotation))
+                if isinstance(value, bool) and not is_switch:  # which Python would take for 0 or 1
                     raise TypeCheckError("a switch is no number")
                 check_type(value, annotation)
             except TypeCheckError as error:
