@@ -123,7 +123,7 @@ class TestLearning:
         record = next(iter(train(MODEL, config, "first")))
         tokenizer = load_tokenizer(config.tokenizer)
         torch.manual_seed(config.seed)
-        model = module.GPT(MODEL, tokenizer.vocab_size)
+        model = module.build_model(MODEL, tokenizer.vocab_size)
         batch = load_data(config.data, tokenizer, MODEL.max_seq_len).batch(0, config.batch_size, config.seed)
         nats = []
         for row in batch.tolist():
@@ -151,7 +151,7 @@ class TestLog:
         log = pd.read_csv(folders / "runs" / tiny_run / "log_data.csv")
         assert list(log) == [field.name for field in fields(Record)] == [
             "step", "tokens", "seconds", "train_loss", "validation_loss", "perplexity", "bits_per_byte", "learning_rate",
-            "gradient_norm", "tokens_per_second", "peak_memory_mb",
+            "gradient_norm", "tokens_per_second", "peak_memory_mb", "flops",
         ]  # fmt: skip
         assert log["step"].tolist() == [10, 20]
         assert all(kind.kind in "if" for kind in log.dtypes)
