@@ -16,6 +16,7 @@ class Preset(NamedTuple):
 
 
 LATENT = "LatentAttn(q_rank=48, kv_rank=32, rope_dim=8, v_dim=16)"
+DELTA = "GatedDeltaNet(num_heads=2, head_dim=32, v_heads=4, v_dim=32)"
 VALUES = "Shortcut->|->Norm->ValueAttn(residual=False, embedding=True)->+->Norm->MLP->+"
 
 PRESETS: dict[str, Preset] = {
@@ -108,6 +109,25 @@ PRESETS: dict[str, Preset] = {
             layers=[PRE_NORM, "Norm->MoE(mlp_dim=72, num_experts=16, top_k=2)->+"],
         )
     ),
+    # Gated DeltaNet (arXiv 2412.06464, section 3.4, and its code): the keys of all heads together 3/4 as wide as the stream, the
+    # values 3/2.
+    "gated_deltanet_like": Preset(
+        ModelConfig(
+            num_layers=4, num_heads=3, num_kv_heads=3, head_dim=32, positions="none", mlp_dim=444,
+            layers=PRE_NORM.replace("Attn", "GatedDeltaNet"),
+        )
+    ),
+    # Qwen3.5 (the default sizes of Qwen3_5TextConfig in transformers): three layers with the gated delta rule, its keys half as
+    # wide as the stream and its values as wide, then one with gated attention, 4 query heads to a key and a quarter of the
+    # channels turned; the MLP 3 times as wide. The head is tied.
+    "qwen3.5_like": Preset(
+        ModelConfig(
+            num_layers=4, num_kv_heads=1, rope_theta=10_000_000.0, norm_eps=1e-6, qk_norm=True, mlp_dim=576, layers=(
+                *[PRE_NORM.replace("Attn", DELTA)] * 3,
+                PRE_NORM.replace("Attn", "GatedAttn(rope_share=0.25)"),
+            ),
+        )
+    ),
     "speedrun": Preset(
         ModelConfig(
             dim=160, num_layers=3, layers=(
@@ -117,7 +137,7 @@ PRESETS: dict[str, Preset] = {
             zero_init=True, tied_embeddings=False,
         ),
         TrainConfig(
-            tokenizer="bpe_tokenizer_2048", batch_size=16, batch_size_start=8, optimizer="Muon", lr_max=0.032, muon_lr_scale=0.5,
+            tokenizer="bpe_tokenizer_2048", batch_size=32, batch_size_start=8, optimizer="Muon", lr_max=0.032, muon_lr_scale=0.5,
             betas=(0.4, 0.99), warmup_steps=30, weight_averaging=0.98, max_minutes=10.0,
         ),
     ),

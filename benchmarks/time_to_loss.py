@@ -5,7 +5,7 @@
 
 Bits per byte on whole validation stories of at most 700 bytes, against the seconds since train() was called. Every run has a
 process of its own and finds nothing that an earlier one has compiled or measured; only the tokens lie ready. The curve is
-what the run itself scores on its way, at most 300 of the stories; in the end model.pth is scored on all of them.
+what the run itself scores on its way, at most 200 of the stories; in the end model.pth is scored on all of them.
 """
 
 import json
@@ -37,8 +37,8 @@ from presets import Preset, preset
 from tokenizer import load_tokenizer
 
 UNCHANGED = "unchanged"
-SECONDS_PER_EVALUATION = 15
-MAX_EVALUATED = 300
+SECONDS_PER_EVALUATION = 20
+MAX_EVALUATED = 200
 
 
 @dataclass(frozen=True)
