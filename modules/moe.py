@@ -22,6 +22,7 @@ class MoE(LoggingModule):
 
     num_experts, top_k: how many MLPs there are, and how many a token goes through. Each is as wide as `MLP` with this mlp_dim.
     shared_experts: the width, in experts, of an MLP that every token goes through besides (Dai et al. 2024, arXiv 2401.06066).
+    shared_gate: what it gives is multiplied by a sigmoid of the token, as in Qwen1.5-MoE and Qwen3-Next.
     scores: of the experts, "softmax" over all of them or "sigmoid" of each (DeepSeek-AI 2024, arXiv 2412.19437, equation 15).
     renormalise: the scores of the chosen ones are made to sum to 1, and are then their weights. Without it a weight is the
     score itself, as in Grok-1 and Switch (Fedus et al. 2021, arXiv 2101.03961, equation 2). routed_scale multiplies the weights.
@@ -40,6 +41,7 @@ class MoE(LoggingModule):
     examples = (
         "MoE",
         "MoE(num_experts=5, top_k=3, shared_experts=1, scores='sigmoid', bias_rate=0.001, routed_scale=2.5, z_loss=0.001)",
+        "MoE(shared_experts=2, shared_gate=True)",
         "MoE(num_experts=4, top_k=1, renormalise=False, noise='learned', capacity=1.25)",
     )
 
@@ -48,6 +50,7 @@ class MoE(LoggingModule):
         num_experts: int = 8, top_k: int = 2, shared_experts: int = 0, scores: Literal["softmax", "sigmoid"] = "softmax",
         renormalise: bool = True, routed_scale: float = 1.0, balance_loss: float = 0.01, z_loss: float = 0.0,
         bias_rate: float | None = None, noise: float | Literal["learned"] = 0.0, capacity: float | None = None,
+        shared_gate: bool = False,
     ):  # fmt: skip
         super().__init__()
         if num_experts < 1:
@@ -56,6 +59,8 @@ class MoE(LoggingModule):
             raise ValueError(f"top_k={top_k}: a token chooses among {num_experts} experts, so give 1 to {num_experts}")
         if top_k == 1 and renormalise:
             raise ValueError("top_k=1: its weight would always be 1, and the router could not learn. Set renormalise=False")
+        if shared_gate and not shared_experts:
+            raise ValueError("shared_gate=True: without shared experts there is nothing to gate: set shared_experts=1")
         least = {"shared_experts": shared_experts, "balance_loss": balance_loss, "z_loss": z_loss, "bias_rate": bias_rate or 0.0}
         for option, value in least.items() | ({} if noise == "learned" else {"noise": noise}).items():
             if value < 0:
@@ -73,6 +78,7 @@ class MoE(LoggingModule):
         self.experts = Experts(num_experts, dim, mlp_dim, activation, gated, linear_bias)
         width = shared_experts * self.experts.hidden_dim
         self.shared_mlp = MLP(dim, width * 3 // 2 if gated else width, activation, gated, linear_bias) if width else None
+        self.w_shared_gate = linear(dim, 1) if shared_gate else None
         self.register_buffer("selection_bias", None if bias_rate is None else torch.zeros(num_experts))
         for counts in ("chosen", "chosen_in_step"):
             self.register_buffer(counts, torch.zeros(num_experts, dtype=torch.long), persistent=False)
@@ -96,7 +102,12 @@ class MoE(LoggingModule):
             if shared is not None:
                 shared.setdefault("losses", []).extend(self.losses(logits, scores, chosen))
         mixed = self.mix(x, chosen, weights, kept)
-        return mixed if self.shared_mlp is None else mixed + self.shared_mlp(x)
+        if self.shared_mlp is None:
+            return mixed
+        shared_by_all = self.shared_mlp(x)
+        if self.w_shared_gate is not None:
+            shared_by_all = self.w_shared_gate(x).sigmoid() * shared_by_all
+        return mixed + shared_by_all
 
     def route(self, x) -> Tensor:
         """How much each token wants each expert, in float32, as all of routing (Fedus et al. 2021, section 2.4).  (B, T, E)"""

@@ -29,6 +29,7 @@ VARIANTS = {
     "grok": {"renormalise": False, "activation": "GELU"},
     "switch": {"top_k": 1, "renormalise": False, "gated": False, "activation": "ReLU"},
     "deepseek": {"scores": "sigmoid", "bias_rate": 0.001, "routed_scale": 2.5, "shared_experts": 2},
+    "qwen3_next": {"shared_experts": 1, "shared_gate": True},
     "biases": {"linear_bias": True, "num_experts": 6, "top_k": 6},
     "capacity": {"capacity": 0.5},
     "one_place": {"capacity": 0.01, "linear_bias": True},
@@ -67,7 +68,8 @@ def slow(moe: MoE, x, capacity=None):
                 weight = moe.routed_scale * (scores[e] / total if moe.renormalise else scores[e])
                 y[row, t] = y[row, t] + weight * expert(moe, e)(token[None, None])[0, 0]
             if moe.shared_mlp is not None:
-                y[row, t] = y[row, t] + moe.shared_mlp(token[None, None])[0, 0]
+                gate = 1 / (1 + (-moe.w_shared_gate.weight @ token).exp()) if moe.w_shared_gate is not None else 1
+                y[row, t] = y[row, t] + gate * moe.shared_mlp(token[None, None])[0, 0]
     return y
 
 
@@ -104,7 +106,8 @@ class TestFormula:
                    for parts in zip(*(weight.unbind() for weight in moe.experts.parameters()), strict=True)]  # fmt: skip
         outputs = [torch.func.functional_call(expert(moe, e), weights_of_e, x) for e, weights_of_e in enumerate(experts)]
         expected = moe.routed_scale * sum(weights[..., e, None] * output for e, output in enumerate(outputs))
-        expected = expected if moe.shared_mlp is None else expected + moe.shared_mlp(x)
+        if moe.shared_mlp is not None:
+            expected = expected + moe.shared_mlp(x) * (1 if moe.w_shared_gate is None else moe.w_shared_gate(x).sigmoid())
         wanted = [x, *moe.parameters()]
         slow_gradients = torch.autograd.grad((expected * direction).sum(), wanted)
         for ours, theirs in zip(torch.autograd.grad((moe(x) * direction).sum(), wanted), slow_gradients, strict=True):
@@ -437,6 +440,7 @@ class TestInAModel:
         ("noise=-0.1", "noise=-0.1: give a number of at least 0"),
         ("noise='loud'", "MoE(noise='loud')"),
         ("bias_rate=-1.0", "bias_rate=-1.0: give a number of at least 0"),
+        ("shared_gate=True", "shared_gate=True: without shared experts there is nothing to gate: set shared_experts=1"),
         ("shared_experts=-1", "shared_experts=-1: give a number of at least 0"),
         ("scores='tanh'", "MoE(scores='tanh')"),
         ("experts=4", "MoE has no option 'experts'. Did you mean 'num_experts'?"),
