@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels_elementwise.cpp", "kernels.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels_elementwise.cpp", "kernels_scan.cpp", "kernels.h")]
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
 
@@ -287,6 +287,7 @@ SIGNATURES = {  # p pointer, i integer, f float
     "short_conv_forward": "ppppiiiii", "short_conv_backward": "ppppppiiiii",
     "activation_forward": "ipppii", "activation_backward": "ipppppii",
     "weighted_sum_forward": "ppppii", "weighted_sum_backward": "pppppppii", "cross_entropy": "pppiifi",
+    "selective_scan_forward": "ppppppppiiiiii", "selective_scan_backward": "pppppppppppppiiiiii",
 }  # fmt: skip
 KINDS = {"p": Pointer, "i": ctypes.c_int64, "f": ctypes.c_float}
 

@@ -1,0 +1,224 @@
+"""Mamba: a state space whose step size, input and output each token chooses for itself (Gu and Dao 2023, arXiv 2312.00752).
+
+B batch, T time, D model dim, W inner channels (expand x D), N numbers of state for each of them, R rank of the step sizes.
+
+    here       paper     what it is
+    u          x         what goes into the state space, behind the short convolution (B, T, W)
+    step       Δ         step size (B, T, W): how much time passes, so how much is forgotten and how much is taken in (3.5.2)
+    rates      A         how fast each number of the state fades, below 0 (W, N); learned as log_rates, log(-A)
+    write      B         what a token writes into the state of every channel (B, T, N)
+    read       C         what it reads from there (B, T, N)
+    skip       D         how much of u goes past the state (W)
+    state      h         (B, W, N)
+    decay      Ā         exp(Δ A), what is left of the state after a step (equation 4)
+    update     B̄ x       Δ B x, what comes in: the first order of equation 4, as in the published models
+    w_select             the matrices s_B, s_C and the first of s_Δ side by side, w_step the second of s_Δ (section 3.6)
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from modules.chunks import check_sizes
+from modules.convolution import ShortConv
+from modules.scan import check_rows, recurrence, scan
+from tools import LoggingModule
+
+FIRST_STEPS = (0.001, 0.1)  # the step sizes that a model begins with, evenly in their logarithms (section 3.6)
+
+
+class Mamba(LoggingModule):
+    """The Mamba block: gate, short convolution and selective state space (arXiv 2312.00752, section 3.4).  (B, T, D) → (B, T, D)
+
+    It takes the place of attention and MLP: "Norm->Mamba->+" is a whole layer. The width inside is expand x D, a channel has
+    state_dim numbers of state, step sizes come from step_rank numbers of each token (None is D / 16, rounded up), and
+    conv_width is how many tokens the convolution sees. Sequences are read in pieces of `chunk` tokens, so that the states of one
+    piece alone are in memory at a time; the result does not depend on it. A window is nothing to a recurrence: it reaches
+    back to the beginning of the story.
+    """
+
+    examples = ("Mamba", "Norm->Mamba(state_dim=3, expand=3, conv_width=1, step_rank=1, chunk=13, linear_bias=True)->+")
+
+    def __init__(
+        self,
+        dim: int,
+        state_dim: int = 16,
+        expand: int = 2,
+        conv_width: int = 4,
+        step_rank: int | None = None,
+        chunk: int = 64,
+        linear_bias: bool = False,
+    ):
+        super().__init__()
+        check_sizes(state_dim=state_dim, expand=expand, conv_width=conv_width, step_rank=step_rank, chunk=chunk)
+        width = expand * dim
+        self.width, self.state_dim, self.chunk = width, state_dim, chunk
+        self.step_rank = math.ceil(dim / 16) if step_rank is None else step_rank
+        self.w_gate = projection(dim, width, linear_bias)
+        self.w_in = projection(dim, width, linear_bias)
+        self.conv = first_convolution(width, conv_width)
+        self.conv_bias = nn.Parameter(torch.zeros(width))
+        self.w_select = nn.Linear(width, self.step_rank + 2 * state_dim, bias=False)
+        self.w_step = nn.Linear(self.step_rank, width)
+        nn.init.uniform_(self.w_step.weight, -(self.step_rank**-0.5), self.step_rank**-0.5)
+        self.w_step.bias = nn.Parameter(first_step_biases(width))
+        # A = -1, -2, ..., -N in every channel (S4D-Real, section 3.6). One long row, as weight decay pulls on matrices alone.
+        self.log_rates = nn.Parameter(torch.arange(1.0, state_dim + 1).log().repeat(width))
+        self.skip = nn.Parameter(torch.ones(width))
+        self.w_out = projection(width, dim, linear_bias)
+        self.backend = "auto"
+
+    def forward(self, x, *, first=None, cache=None):
+        """first (B, T): the state is empty where first[b, t] is t. The cache keeps the state and the last few inputs."""
+        B, T, D = x.shape
+        state = None if cache is None else cache.get("state")
+        if state is not None:
+            check_rows(state, B)
+        u = self.conv(self.w_in(x), first=first, cache=None if cache is None else cache.setdefault("conv", {}))
+        u = activate(self.backend, u + self.conv_bias)  # (B, T, width)
+        step, write, read = self.select(u)
+        with torch.autocast(x.device.type, enabled=False):
+            rates = -self.log_rates.float().exp().view(-1, self.state_dim)  # (width, state_dim)
+            u, step, write, read = u.float(), step.float(), write.float(), read.float()
+            if cache is None and kernels.fit(self.backend, u):
+                y = SelectiveScan.apply(u, step, rates, write, read, first)
+            elif T == 1 and cache is not None:
+                y, state = step_by_step(u, step, rates, write, read, state)
+            else:
+                y, state = in_pieces(u, step, rates, write, read, story_begins(first), state, self.chunk)
+            y = torch.addcmul(y, u, self.skip)
+        if cache is not None:
+            cache["state"] = state
+        return self.w_out(activate(self.backend, self.w_gate(x), y))
+
+    def select(self, u):
+        """Step sizes (B, T, W), what to write and what to read (B, T, N): the selection, algorithm 2."""
+        N = self.state_dim
+        rank, write, read = self.w_select(u).split([self.step_rank, N, N], dim=-1)
+        return F.softplus(self.w_step(rank).float()), write, read
+
+    def flops_per_token(self, T: int) -> float:
+        """Matrices and convolution; and for each number of state three multiplications and three multiply-adds.
+
+        They are the decay's exponent, step x u and that x write; the next state, what is read from it, and the skip's share.
+        """
+        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        return 2.0 * (matrices + self.conv.weight.numel() + self.skip.numel()) + self.skip.numel() + 6 * self.log_rates.numel()
+
+
+def step_by_step(u, step, rates, write, read, state=None):
+    """The recurrence as the paper writes it (equation 2, discretised by equation 4).  y (B, T, W) and the last state (B, W, N)"""
+    decay, update = discretise(u, step, rates, write)
+    states = recurrence(decay, update, state)
+    return read_out(states, read), states[:, -1]
+
+
+def in_pieces(u, step, rates, write, read, begins, state, chunk):
+    """The same, many tokens side by side. The states of a piece of time are not kept, but computed again for the gradients.
+
+    begins (B, T) is True where a story begins anew; None is nowhere. (B, T, W) and (B, W, N), as step_by_step.
+    """
+    outputs = []
+    parts = (x.split(chunk, dim=1) for x in (u, step, write, read))
+    begins_of = [None] * math.ceil(u.shape[1] / chunk) if begins is None else begins.split(chunk, dim=1)
+    for *tokens, new in zip(*parts, begins_of, strict=True):
+        if torch.is_grad_enabled():
+            y, state = checkpoint(piece, *tokens, rates, new, state, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, state = piece(*tokens, rates, new, state)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), state
+
+
+def piece(u, step, write, read, rates, begins, state):
+    """An associative scan over pairs of decay and update (section 3.3.2); a decay of 0 begins anew."""
+    decay, update = discretise(u, step, rates, write)
+    if begins is not None:
+        decay = decay.masked_fill(begins[..., None, None], 0.0)
+    states = scan(decay, update, state)
+    return read_out(states, read), states[:, -1]
+
+
+def discretise(u: Tensor, step: Tensor, rates: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
+    """Decay and update of every number of the state.  (B, T, W), (B, T, W), (W, N), (B, T, N) → twice (B, T, W, N)"""
+    return torch.exp(step[..., None] * rates), (step * u)[..., None] * write[:, :, None]
+
+
+def read_out(states: Tensor, read: Tensor) -> Tensor:
+    """(B, T, W, N), (B, T, N) → (B, T, W)"""
+    return (states @ read[..., None]).squeeze(-1)
+
+
+class SelectiveScan(torch.autograd.Function):
+    """The same in one pass over time and all numbers of the state, by kernels_scan.cpp; its inputs are float32 on a CPU."""
+
+    PIECE = 16  # tokens between two states that are kept for the way back
+
+    @staticmethod
+    def forward(ctx, u, step, rates, write, read, first):
+        first = None if first is None else first.to(torch.int32).contiguous()
+        inputs = [x.contiguous() for x in (u, step, rates, write, read)]
+        (B, T, W), N = u.shape, rates.shape[1]
+        assert step.shape == u.shape and len(rates) == W and write.shape == read.shape == (B, T, N)
+        blocks = math.ceil(W / 32)
+        states = u.new_empty(B, math.ceil(T / SelectiveScan.PIECE), blocks, N, 32)
+        out = torch.empty_like(inputs[0])
+        sizes = B, T, W, N, SelectiveScan.PIECE, torch.get_num_threads()
+        kernels.build().selective_scan_forward(*inputs, first, out, states, *sizes)
+        ctx.save_for_backward(*inputs, first, states)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        u, _, rates, write, _, first, states = ctx.saved_tensors
+        (B, T, W), N = u.shape, rates.shape[1]
+        d_u, d_step, d_rates = torch.empty_like(u), torch.empty_like(u), u.new_empty(B, W, N)
+        d_write, d_read = write.new_empty(2, states.shape[2], B, T, N)
+        gradients = d_u, d_step, d_rates, d_write, d_read
+        sizes = B, T, W, N, SelectiveScan.PIECE, torch.get_num_threads()
+        kernels.build().selective_scan_backward(*ctx.saved_tensors, d_out.contiguous(), *gradients, *sizes)
+        return d_u, d_step, d_rates.sum(dim=0), d_write.sum(dim=0), d_read.sum(dim=0), None
+
+
+def story_begins(first: Tensor | None) -> Tensor | None:
+    """(B, T), True where a token sees nothing before itself; None is nowhere."""
+    return None if first is None else first == torch.arange(first.shape[1], device=first.device)
+
+
+def activate(backend: str, x: Tensor, factor: Tensor | None = None) -> Tensor:
+    """SiLU(x), times the factor where there is one.  Any shape → the same"""
+    if kernels.fit(backend, x):
+        return kernels.activate("SiLU", x, factor)
+    return F.silu(x) if factor is None else F.silu(x) * factor
+
+
+def projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """A matrix with torch's own first weights, as in the published models, and a bias that begins at zero."""
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def first_convolution(channels: int, width: int) -> ShortConv:
+    """A convolution that begins as torch's own do: all its weights, the skip's 1 included, evenly from -1 / sqrt(width) on."""
+    conv = ShortConv(channels, width)
+    nn.init.uniform_(conv.weight, -(width**-0.5), width**-0.5)
+    with torch.no_grad():
+        conv.weight[0] -= 1
+    return conv
+
+
+def first_step_biases(count: int) -> Tensor:
+    """What softplus makes FIRST_STEPS of."""
+    steps = torch.empty(count).uniform_(*(math.log(step) for step in FIRST_STEPS)).exp()
+    return steps + torch.log(-torch.expm1(-steps))
+
+
+BLOCKS = {"Mamba": Mamba}
