@@ -124,8 +124,9 @@ class Mamba2(LoggingModule):
         starts (B, T): where the story of each token begins; None is before the first. Else as step_by_step.
         """
         B, H, T, K = x.shape
-        C, G, N = min(self.chunk, T), self.groups, self.state_dim
-        R, n = H // G, math.ceil(T / C)
+        _, G, _, N = write.shape
+        C, R = min(self.chunk, T), H // G
+        n = math.ceil(T / C)
         sights = sight(n, C, starts, x.device)
         x, step, faded, write, read = (in_chunks(part, n, C) for part in (x, step, log_decay, write, read))
         x, step, faded = x.contiguous(), step[..., None], faded.cumsum(dim=-1)[..., None]  # faded: (B, H, n, C, 1)
