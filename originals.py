@@ -3,7 +3,8 @@
     model = load_original("openai-community/gpt2")
     print(generate(model, load_tokenizer("hf:openai-community/gpt2"), "Once upon a time"))
 
-originals_families.py says for each family how.
+originals_families.py says for each family how; originals_mamba.py, originals_recurrent.py and originals_delta.py do so for
+those with a recurrence.
 """
 
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 
 from config import did_you_mean
 from model import GPT
-from originals_families import FAMILIES, Table
+from originals_delta import FAMILIES as DELTA_FAMILIES
+from originals_families import FAMILIES as ATTENTION_FAMILIES
+from originals_families import Table
+from originals_mamba import FAMILIES as MAMBA_FAMILIES
+from originals_recurrent import FAMILIES as RECURRENT_FAMILIES
+
+FAMILIES = ATTENTION_FAMILIES | MAMBA_FAMILIES | RECURRENT_FAMILIES | DELTA_FAMILIES
 
 
 def load_original(original: str | nn.Module | dict[str, Tensor], family: str | None = None, config=None) -> GPT:

@@ -7,7 +7,7 @@ numbers allow. The context, the vocabulary and the training are ours.
 
 from typing import NamedTuple
 
-from config import PRE_NORM, SANDWICH_NORM, ModelConfig, TrainConfig, did_you_mean
+from config import PRE_NORM, SANDWICH_NORM, TWO_HOP, ModelConfig, TrainConfig, did_you_mean
 
 
 class Preset(NamedTuple):
@@ -107,6 +107,27 @@ PRESETS: dict[str, Preset] = {
         ModelConfig(
             dim=112, num_layers=3, num_heads=7, num_kv_heads=1, mlp_dim=168, tied_embeddings=False,
             layers=[PRE_NORM, "Norm->MoE(mlp_dim=72, num_experts=16, top_k=2)->+"],
+        )
+    ),
+    # Griffin as in RecurrentGemma 2B (arXiv 2404.07839, table 1, and its config.json): two recurrent layers and one that sees a
+    # window, whose queries share one key and turn half of their channels; the MLP 3 times as wide, the window a quarter of the
+    # context. 4 heads instead of 10, 6 layers instead of 26. sqrt(dim) as bfloat16 has it, in which theirs is kept.
+    "griffin_like": Preset(
+        ModelConfig(
+            dim=112, num_layers=6, num_kv_heads=1, norm_eps=1e-6, linear_bias=True, mlp_dim=504, activation="GELU",
+            embedding_scale=10.5625, logit_soft_cap=30.0, layers=(
+                *[PRE_NORM.replace("Attn", "RGLRU")] * 2,
+                PRE_NORM.replace("Attn", "RopeAttn(window=128, rope_share=0.5, linear_bias=False, out_bias=True)"),
+            ),
+        )
+    ),
+    # Megalodon 7B (arXiv 2404.08801, section 4.1, and https://github.com/XuezheMax/megalodon, mega.py): heads a quarter as wide
+    # as the stream, values twice, and the SwiGLU, too; 16 complex numbers for each channel; chunks an eighth of the context. One
+    # head instead of 4, groups of 32 channels instead of 64. The norm before the head is a LayerNorm, there a timestep norm.
+    "megalodon_like": Preset(
+        ModelConfig(
+            num_layers=3, num_heads=1, num_kv_heads=1, head_dim=32, mlp_dim=384, norm="LayerNorm", norm_bias=True,
+            tied_embeddings=False, layers=TWO_HOP.replace("Norm->Attn", "Megalodon(chunk=64)"),
         )
     ),
     # Gated DeltaNet (arXiv 2412.06464, section 3.4, and its code): the keys of all heads together 3/4 as wide as the stream, the

@@ -64,7 +64,6 @@ class CEMA(LoggingModule):
             else:
                 starts = None if first is None else story_starts(first)
                 mixed, state = self.in_chunks(x.float(), state, starts, keep=cache is not None)
-            mixed = mixed + self.skip * x
         if cache is not None:
             cache["state"] = torch.view_as_real(state)
         return mixed.type_as(x)
@@ -82,7 +81,7 @@ class CEMA(LoggingModule):
         entry, q = torch.polar(alpha, theta), torch.polar(log_loss.exp(), theta)
         update = entry * x[..., None]  # (B, T, D, N)
         states = recurrence(q.expand_as(update), update, state)
-        return (states * eta).sum(dim=-1).real, states[:, -1]
+        return (states * eta).sum(dim=-1).real + self.skip * x, states[:, -1]
 
     def in_chunks(self, x, state=None, starts=None, keep=False):
         """The same by products with matrices. starts (B, T): where the story of each token begins; None is before the first.
@@ -91,7 +90,7 @@ class CEMA(LoggingModule):
         """
         B, T, D = x.shape
         L = min(self.chunk, T)
-        within, entry, leave, through = self.matrices(L)
+        within, entry, leave, through, scale = self.matrices(L)
         N = through.shape[1]
         chunks = F.pad(x, (0, 0, 0, -T % L)).unflatten(1, (-1, L)).permute(3, 0, 1, 2).contiguous()
         C = chunks.shape[2]  # chunks: (D, B, C, L)
@@ -103,31 +102,32 @@ class CEMA(LoggingModule):
         ends = torch.view_as_complex(ends.view(D * B, C, N, 2))
         decays = through.view(D, 1, 1, N) if stories is None else through.view(D, 1, 1, N) * stories.passed
         decays = decays.expand(D, B, C, N).reshape(D * B, C, N)
-        before = torch.zeros_like(ends[:, 0]) if state is None else state.transpose(0, 1).reshape(D * B, N)
+        before = torch.zeros_like(ends[:, 0]) if state is None else (state / scale).transpose(0, 1).reshape(D * B, N)
         begins = torch.cat([before[:, None], scan(decays, ends, before)], dim=1)  # (D * B, C + 1, N), what chunks begin with
         carried = torch.view_as_real(begins[:, :-1]).reshape(D, B * C, 2 * N) @ leave  # (D, B * C, L)
         mixed = mixed + (carried if stories is None else carried * stories.reached.view(B * C, L))
         mixed = mixed.view(D, B, C * L).permute(1, 2, 0)[:, :T]
-        return mixed.contiguous(), self.last_state(begins, chunks, entry, T) if keep else None
+        return mixed.contiguous(), self.last_state(begins, chunks, entry, T) * scale if keep else None
 
-    def matrices(self, L: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def matrices(self, L: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What a chunk of L steps does, as products from the right.
 
         within (D, L, L): what each token of a chunk adds to the outputs of itself and those behind it; entry (D, L, 2 * N): and
         to the state at the end; leave (D, 2 * N, L): what the state before a chunk adds to its outputs; through (D, N), complex:
-        what is left of it at the end. Complex numbers are pairs in 2 * N.
+        what is left of it at the end. Complex numbers are pairs in 2 * N. The state is in units of `scale` (D, N), so that an
+        input k steps ago is in it as q to the power of k + 1.
         """
         alpha, log_loss, theta, eta = self.coefficients()
         D, N = alpha.shape
         steps = torch.arange(1, L + 1, device=alpha.device)[:, None]
         powers = torch.polar((steps * log_loss[:, None]).exp(), steps * theta[:, None])  # (D, L, N), q to the power of 1 to L
-        # The entry turns by θ once, and is not yet damped: α / (1 - α δ) of the first power.
-        entries = (alpha * (-log_loss).exp())[:, None] * powers  # (D, L, N)
-        response = (entries * eta[:, None]).real.sum(dim=-1)  # (D, L), what an input is 0 to L - 1 steps later
+        scale = alpha * (-log_loss).exp()  # the entry turns as q does, but is α where that is 1 - α δ
+        outputs = (scale * eta)[:, None] * powers  # (D, L, N)
+        response = outputs.real.sum(dim=-1) + F.pad(self.skip[:, None], (0, L - 1))  # (D, L), to an input 0 to L - 1 steps ago
         within = F.pad(response, (L - 1, 0)).unfold(1, L, 1).flip(1)  # (D, L, L)
-        leave = torch.view_as_real((powers * eta[:, None]).conj().resolve_conj()).flatten(2).transpose(1, 2)  # (D, 2 * N, L)
-        entry = torch.view_as_real(entries.flip(1)).flatten(2)  # (D, L, 2 * N)
-        return within, entry, leave, powers[:, -1]
+        entry = torch.view_as_real(powers.flip(1)).flatten(2)  # (D, L, 2 * N)
+        leave = torch.view_as_real(outputs.conj().resolve_conj()).flatten(2).transpose(1, 2)  # (D, 2 * N, L)
+        return within, entry, leave, powers[:, -1], scale
 
     def within_chunks(self, chunks, within, stories):
         """What the tokens of a chunk tell those behind them in it, story by story.  (D, B * C, L) → the same"""
@@ -203,12 +203,14 @@ class TimestepNorm(LoggingModule):
         groups = x.float().view(B, T, G, -1)  # (B, T, G, D // G)
         places = torch.arange(T, device=x.device) + (cache["num_tokens"] if cache else 0)
         number = 1 + (places if first is None else places - story_starts(first))
-        new_variance, new_mean = torch.var_mean(groups, dim=-1, correction=0)  # new_mean: (B, T, G)
+        new_mean = groups.mean(dim=-1)  # (B, T, G)
+        away = groups - new_mean[..., None]  # (B, T, G, D // G)
+        new_variance = away.square().mean(dim=-1)
         share = (1 / number)[..., None].expand_as(new_mean)
         mean, variance = self.running(new_mean, new_variance, share, cache)
         if cache is not None:
             cache["mean"], cache["variance"], cache["num_tokens"] = mean[:, -1], variance[:, -1], int(places[-1]) + 1
-        normed = (groups - mean[..., None]) * torch.rsqrt(variance + self.eps)[..., None]
+        normed = (away + (new_mean - mean)[..., None]) * torch.rsqrt(variance + self.eps)[..., None]
         return (normed.view(B, T, D) * self.weight + self.bias).type_as(x)
 
     def running(self, new_mean, new_variance, share, cache):

@@ -26,6 +26,16 @@ DEEPSEEK = {name: size for name, size in SIZES.items() if name != "head_dim"} | 
     "moe_intermediate_size": 16, "n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 2,
     "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5,
 }  # fmt: skip
+RECURRENT_GEMMA = SIZES | {"hidden_size": 32, "attention_window_size": 7}
+ROPE_OF_HALF = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+QWEN_DELTA = SIZES | {
+    **ROPE_OF_HALF, "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 5,
+}  # fmt: skip
+MAMBA = {
+    "vocab_size": V, "hidden_size": 36, "num_hidden_layers": 3, "state_size": 5, "expand": 2, "conv_kernel": 3,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
 ORIGINALS = {
     "llama": {**SIZES, **ROPE, "rms_norm_eps": 1e-5},
     "mistral": {**SIZES, **ROPE, "sliding_window": 7},
@@ -45,6 +55,25 @@ ORIGINALS = {
     "mixtral": {**SIZES, **ROPE, "num_local_experts": 5, "num_experts_per_tok": 2},
     "mixtral_windows": {**SIZES, "num_hidden_layers": 2, "sliding_window": 7},
     "deepseek_v3": DEEPSEEK,
+    "qwen3_5_text": {**QWEN_DELTA, "tie_word_embeddings": True},
+    "qwen3_next": {
+        **QWEN_DELTA, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1],
+        "shared_expert_intermediate_size": 32,
+    },
+    "qwen3_next_plain": {
+        **QWEN_DELTA, "num_experts": 0, "layer_types": ["full_attention", "linear_attention"] * 2, "linear_conv_kernel_dim": 3,
+    },
+    "mamba": MAMBA,
+    "mamba_wide": {
+        **MAMBA, "expand": 3, "time_step_rank": 7, "conv_kernel": 4, "use_bias": True, "layer_norm_epsilon": 1e-3,
+        "tie_word_embeddings": False,
+    },
+    "mamba2": {**MAMBA, "num_heads": 6, "head_dim": 12, "n_groups": 1, "chunk_size": 16, "tie_word_embeddings": True},
+    "mamba2_wide": {
+        **MAMBA, "num_heads": 6, "head_dim": 18, "n_groups": 3, "chunk_size": 16, "expand": 3, "layer_norm_epsilon": 1e-3,
+    },
+    "recurrent_gemma": {**RECURRENT_GEMMA, **ROPE_OF_HALF},
+    "recurrent_gemma_wide": {**RECURRENT_GEMMA, "lru_width": 48, "conv1d_width": 3, "tie_word_embeddings": False},
     "deepseek_v3_plain": {
         **DEEPSEEK, "rms_norm_eps": 1e-3, "q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False,
     },
@@ -57,7 +86,7 @@ ORIGINALS = {
 def their_config(name: str, **changes):
     from transformers import AutoConfig
 
-    family = name.removesuffix("_windows").removesuffix("_plain")
+    family = name.removesuffix("_windows").removesuffix("_plain").removesuffix("_wide")
     return AutoConfig.for_model(family, **ORIGINALS[name] | changes)
 
 
@@ -192,6 +221,12 @@ LONGER = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         ("deepseek_v3", {"n_group": 3}, "topk_group=1"),
         ("deepseek_v3", {"moe_intermediate_size": 20}, "moe_intermediate_size=20"),
+        ("qwen3_next", {"shared_expert_intermediate_size": 24}, "shared_expert_intermediate_size=24"),
+        ("qwen3_5_text", {"hidden_act": "relu"}, "hidden_act='relu'"),
+        ("mamba", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("mamba", {"use_conv_bias": False}, "use_conv_bias=False"),
+        ("mamba2", {"use_bias": True}, "use_bias=True"),
+        ("mamba2", {"time_step_limit": (0.0, 0.1)}, "time_step_limit=(0.0, 0.1)"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ],
 )

@@ -40,7 +40,7 @@ def test_the_presets_that_are_promised_are_there():
         "0.5m_short_and_thick", "0.5m_5foot11_and_skinnyfat", "0.5m_tall_and_skinny", "1m", "2m", "5m", "speedrun",
         "gpt2_like", "llama3_like", "qwen3_like", "gemma1_like", "gemma2_like", "gemma3_like",
         "grok_like", "mixtral_like", "deepseek_like", "arctic_like",
-        "gated_deltanet_like", "qwen3.5_like",
+        "griffin_like", "megalodon_like", "gated_deltanet_like", "qwen3.5_like",
     }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_presets_are_as_large_as_they_are_called(name, millions):
     assert num_parameters(name) == pytest.approx(millions * 1e6, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["gated_deltanet_like", "qwen3.5_like"])
+@pytest.mark.parametrize("name", ["griffin_like", "megalodon_like", "gated_deltanet_like", "qwen3.5_like"])
 def test_presets_with_a_recurrence_have_the_parameters_of_1m(name):
     assert num_parameters(name) == pytest.approx(num_parameters("1m"), rel=0.05)
 
@@ -116,6 +116,9 @@ PUBLISHED = {  # what the config.json of the published model says, where that is
         scaled("deepseek_like", qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, q_lora_rank=48, kv_lora_rank=32)
         | {"moe_intermediate_size": 48, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
         | {"first_k_dense_replace": 1},
+    ),
+    "griffin_like": (
+        "recurrent_gemma", scaled("griffin_like", intermediate_size=6 * 112, attention_window_size=128, logits_soft_cap=30.0)
     ),
     "qwen3.5_like": (
         "qwen3_5_text",
