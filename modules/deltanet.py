@@ -9,8 +9,7 @@ B batch, T time, D model dim, H heads of values, K head dim, V width of a value,
     log_decay                         log α                       how the state fades with each token: by exp(log_decay)
     faded                             log γ                       the sum of log_decay from the beginning of the chunk on
     decays                            Γ                           how much is left of one token's correction at another
-    written     U                     Ũ                           corrections of a chunk, were the state before it empty
-    erased      W                     W with arrow                what the state before the chunk takes off these
+    solved      T, times β            the same with Γ             what each correction of a chunk takes of every value in it
     log_rate, w_step, step_bias                                   what log α is made of: -exp(log_rate) softplus(w_step x +
                                                                   step_bias), in Mamba 2's code A_log, dt and dt_bias
 """
@@ -19,11 +18,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from model import linear
 from modules.chunks import check_sizes, in_chunks, masked, remembered, sight
 from modules.convolution import ShortConv
+from modules.mamba import activate, first_step_biases
 from modules.scan import story_starts
 from norms import RMSNorm
 from tools import LoggingModule
@@ -56,9 +56,11 @@ class DeltaNet(LoggingModule):
         self.widths = (num_heads * head_dim, num_heads * head_dim, v_heads * v_dim)
         self.w_qkv = linear(dim, sum(self.widths))
         self.conv = ShortConv(sum(self.widths), conv_width)
+        self.unit = RMSNorm(head_dim, norm_affine=False, norm_eps=1e-6 / head_dim)  # x sqrt(K) / |x|, with 1e-6 added to |x|²
         self.w_beta = linear(dim, v_heads)
         self.norm = RMSNorm(v_dim, norm_eps=norm_eps)
         self.w_out = linear(v_heads * v_dim, dim)
+        self.backend = "auto"
 
     def forward(self, x, *, first=None, cache=None):
         """first (B, T) is the first token that each one may look at; None is the first of all."""
@@ -81,11 +83,12 @@ class DeltaNet(LoggingModule):
     def project(self, x, starts, cache):
         """Queries and keys (B, v_heads, T, head_dim), values (B, v_heads, T, v_dim), in float32."""
         mixed = self.conv(self.w_qkv(x), first=starts, cache=None if cache is None else cache.setdefault("conv", {}))
-        q, k, v = F.silu(mixed.float()).split(self.widths, dim=-1)
-        q, k = (unit(part.unflatten(2, (self.num_heads, -1))).transpose(1, 2) for part in (q, k))
+        q, k, v = activate(self.backend, mixed.float()).split(self.widths, dim=-1)
+        q, k = (self.unit(part.unflatten(2, (self.num_heads, -1))).transpose(1, 2) for part in (q, k))
         if self.v_heads > self.num_heads:
             q, k = (part.repeat_interleave(self.v_heads // self.num_heads, dim=1) for part in (q, k))
-        return q * self.head_dim**-0.5, k, v.unflatten(2, (self.v_heads, -1)).transpose(1, 2)
+        K = self.head_dim
+        return q / K, k / math.sqrt(K), v.unflatten(2, (self.v_heads, -1)).transpose(1, 2)
 
     def log_decay(self, x):
         """None: nothing fades."""
@@ -113,25 +116,24 @@ class DeltaNet(LoggingModule):
     def in_parallel(self, q, k, v, beta, log_decay, state, starts):
         """The same by products of matrices, chunk by chunk (DeltaNet, sections 3.1 and 3.2; Gated DeltaNet, section 3.3).
 
-        The corrections of a chunk depend on each other: (I + A) correction = beta v - (beta exp(faded) k) state, where A holds
-        what each key finds of the corrections before. As this is linear in the state, so are the answers of a chunk and the state
-        behind it. All chunks are worked out at once, with the state left open; from chunk to chunk there is one product.
+        The corrections of a chunk depend on each other: (I + found) corrections = beta (v - exp(faded) k state), where found is
+        how much of those before each key finds. So they are solved (v - exp(faded) k state), linear in the state, as are then the
+        answers of a chunk and the state behind it. All chunks are worked out at once, with the state left open; from chunk to chunk
+        there is one product.
         """
         B, H, T, K = q.shape
-        C, V = min(self.chunk, T), v.shape[-1]
+        C = min(self.chunk, T)
         n = math.ceil(T / C)
         seen = sight(n, C, starts, q.device)
-        q, k, v, beta = (in_chunks(x, n, C) for x in (q, k, v, beta[..., None]))
+        q, k, v, beta = (in_chunks(x, n, C).contiguous() for x in (q, k, v, beta))
         decays, before, behind = self.decays(None if log_decay is None else in_chunks(log_decay, n, C), seen)
-        k_beta = k * beta
-        found = ((k_beta @ k.mT) * decays).tril(-1)  # (B, H, n, C, C)
-        asked = torch.cat([v * beta, masked(k_beta, before)], dim=-1)  # (B, H, n, C, V + K)
-        corrections = torch.linalg.solve_triangular(found, asked, upper=False, unitriangular=True)
-        attended = ((q @ k.mT) * decays) @ corrections
-        added = masked(k, behind).mT @ corrections  # (B, H, n, K, V + K)
-        written, erased = attended.split([V, K], dim=-1)
-        states, state = self.carry(added, before, state)
-        answers = written + (masked(q, before) - erased) @ states  # (B, H, n, C, V)
+        found = (((k * beta[..., None]) @ k.mT) * decays).tril(-1)  # (B, H, n, C, C)
+        solved = torch.linalg.solve_triangular(found, beta.diag_embed(), upper=False, unitriangular=True)  # (B, H, n, C, C)
+        answered = ((q @ k.mT) * decays) @ solved  # (B, H, n, C, C)
+        added = masked(k, behind).mT @ solved  # (B, H, n, K, C)
+        known = masked(k, before)
+        states, state = self.carry(added @ v, added @ known, before, state)
+        answers = answered @ v + (masked(q, before) - answered @ known) @ states  # (B, H, n, C, self.v_dim)
         return answers.flatten(2, 3)[:, :, :T], state
 
     def decays(self, log_decay, seen):
@@ -145,27 +147,30 @@ class DeltaNet(LoggingModule):
         last = faded[:, :, :, -1:]
         return within, masked(faded.exp(), seen.before), masked((last - faded).exp(), seen.behind)
 
-    def carry(self, added, before, state):
-        """The state in front of each chunk (B, H, n, K, V), and the one behind all: S' = kept S + written - erased S."""
-        B, H, n, K, _ = added.shape
-        V = state.shape[-1]
-        written, erased = added.flatten(0, 1).split([V, K], dim=-1)  # (B * H, n, K, V), (B * H, n, K, K)
+    def carry(self, written, erased, before, state):
+        """The state in front of each chunk (B, H, n, K, V), and the one behind all: S' = kept S + written - erased S.
+
+        written (B, H, n, K, V) is what a chunk adds, erased (B, H, n, K, K) what it takes off the state in front of it.
+        """
+        B, H, n, K, V = written.shape
         kept = torch.eye(K, device=state.device)
         if before is not None:
-            kept = (kept * before[:, :, :, -1:]).expand(B, H, n, K, K).flatten(0, 1)
+            kept = kept * before[:, :, :, -1:]
+        passed = (kept - erased).flatten(0, 1)  # (B * H, n, K, K)
         state, states = state.flatten(0, 1), []
-        for passed, new in zip((kept - erased).unbind(1), written.unbind(1), strict=True):
+        for passed_on, new in zip(passed.unbind(1), written.flatten(0, 1).unbind(1), strict=True):
             states.append(state)
-            state = torch.baddbmm(new, passed, state)
+            state = torch.baddbmm(new, passed_on, state)
         return torch.stack(states, dim=1).view(B, H, n, K, V), state.view(B, H, K, V)
 
     def flops_per_token(self, T: int) -> float:
         """Of the matrices, the convolution, and the products of in_parallel, those with later keys included."""
         C, K, V = min(self.chunk, T), self.head_dim, self.v_dim
         matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        in_chunk = 2 * C * K + 1.5 * C * (K + V)  # scores twice, the solution of the system, and its sums
-        across = K * (K + V) + K * K * V / C + K * V
-        return 2.0 * (matrices + self.v_heads * (in_chunk + across)) + self.conv.flops_per_token(T)
+        scores_and_solution = 2 * C * K + C * C / 2
+        sums = C * (C + K) + (C + K) * (K + V)
+        states = K * K * V / C + K * V
+        return 2.0 * (matrices + self.v_heads * (scores_and_solution + sums + states)) + self.conv.flops_per_token(T)
 
 
 class GatedDeltaNet(DeltaNet):
@@ -184,8 +189,7 @@ class GatedDeltaNet(DeltaNet):
         self.w_step = linear(dim, self.v_heads)
         # As Mamba 2 begins (arXiv 2405.21060): rates up to 16, steps from 0.001 to 0.1, evenly in their logarithm.
         self.log_rate = nn.Parameter(torch.empty(self.v_heads).uniform_(0.01, 16).log())
-        step = torch.empty(self.v_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
-        self.step_bias = nn.Parameter(step.expm1().log())  # whose softplus is the step
+        self.step_bias = nn.Parameter(first_step_biases(self.v_heads))
 
     def log_decay(self, x):
         """(B, T, D) → (B, v_heads, T)"""
@@ -193,12 +197,7 @@ class GatedDeltaNet(DeltaNet):
         return -(self.log_rate.exp() * step).transpose(1, 2)
 
     def finish(self, answers, x):
-        return self.norm(answers) * F.silu(self.w_gate(x)).view_as(answers)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Vectors of length 1.  (..., K) → the same"""
-    return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
+        return activate(self.backend, self.w_gate(x).view_as(answers), self.norm(answers))
 
 
 BLOCKS = {"DeltaNet": DeltaNet, "GatedDeltaNet": GatedDeltaNet}

@@ -20,6 +20,7 @@ from torch import nn
 
 from model import apply_rope, linear
 from modules.chunks import check_sizes, in_chunks, masked, remembered, sight
+from modules.mamba import activate
 from modules.scan import story_starts
 from norms import RMSNorm
 from tools import LoggingModule
@@ -60,6 +61,7 @@ class LinearAttention(LoggingModule):
         self.w_gate = linear(dim, num_heads * self.v_dim)
         self.norm = RMSNorm(self.v_dim, norm_eps=norm_eps)
         self.w_out = linear(num_heads * self.v_dim, dim)
+        self.backend = "auto"
         if decay == "learned":
             self.w_decay_down = linear(dim, decay_rank)
             self.w_decay_up = linear(decay_rank, num_heads * head_dim, bias=True)
@@ -81,8 +83,8 @@ class LinearAttention(LoggingModule):
                 mixed, state = self.in_parallel(q, k, v, log_decay, state, None if first is None else story_starts(first))
         if cache is not None:
             cache["state"] = state
-        gate = F.silu(self.w_gate(x)).view(B, T, self.num_heads, self.v_dim)
-        gated = self.norm(mixed.transpose(1, 2)) * gate  # (B, T, num_heads, v_dim)
+        gate = self.w_gate(x).view(B, T, self.num_heads, self.v_dim)
+        gated = activate(self.backend, gate, self.norm(mixed.transpose(1, 2)))  # (B, T, num_heads, v_dim)
         return self.w_out(gated.flatten(2))
 
     def project(self, x, rope):
@@ -128,7 +130,7 @@ class LinearAttention(LoggingModule):
         C = min(self.chunk, T)
         n = math.ceil(T / C)
         seen = sight(n, C, starts, q.device)
-        q, k, v, log_decay = (in_chunks(x, n, C) for x in (q, k, v, log_decay))
+        q, k, v, log_decay = (in_chunks(x, n, C).contiguous() for x in (q, k, v, log_decay))
         faded = log_decay.cumsum(dim=3)
         middle, last = faded[:, :, :, C // 2 - 1 : C // 2] if C > 1 else faded, faded[:, :, :, -1:]
         scores = (q * (faded - middle).exp()) @ (k * (middle - faded).exp()).mT  # (B, H, n, C, C)
