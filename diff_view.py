@@ -54,7 +54,8 @@ def as_text(compared: "Diff") -> str:
         if len(left) + len(right) < 70:
             told.append(f"{name.ljust(width)}  {left}  {RIGHT}  {right}")
         else:
-            told += [f"{name.ljust(width)}  {LEFT} {left}", f"{' ' * width}  {RIGHT} {right}"]
+            for start, value in ((f"{name.ljust(width)}  {LEFT} ", left), (f"{' ' * width}  {RIGHT} ", right)):
+                told += wrap(value, 120, initial_indent=start, subsequent_indent=" " * len(start))
     lines = [("", *(text for side in compared.sides for text in (side.title, *NUMBERS.values())))]
     for group in compared.groups:
         if len(group.rows) > 1:
@@ -75,19 +76,22 @@ def as_text(compared: "Diff") -> str:
 
 
 def text_lines(row: Row, indent: str) -> Iterator[tuple[str, ...]]:
-    cells = []
+    cells, continued = [], []
     for part, other in ((row.left, row.right), (row.right, row.left)):
         kind = f"  {part.kind}" if part and other and part.kind != other.kind else ""
-        cells += ["", "", "", ""] if part is None else [indent + part.step + kind, *(number(part, name) for name in NUMBERS)]
+        step, *rest = wrap(part.step, 44) if part else [""]
+        cells += [indent * bool(part) + step + kind, *(number(part, name) for name in NUMBERS)]
+        continued.append(rest)
     yield row.mark, *cells
     if row.left and row.right:
         left, right = (
             [*changed_settings(part, other), *weight_shapes(part)]
             for part, other in ((row.left, row.right), (row.right, row.left))
         )
-        only_left, only_right = [shape for shape in left if shape not in right], [shape for shape in right if shape not in left]
-        for pair in zip_longest(only_left, only_right, fillvalue=""):
-            yield "", *(text for shape in pair for text in (f"{indent}    {shape}" if shape else "", "", "", ""))
+        continued[0] += [shape for shape in left if shape not in right]
+        continued[1] += [shape for shape in right if shape not in left]
+    for pair in zip_longest(*continued, fillvalue=""):
+        yield "", *(text for line in pair for text in (f"{indent}    {line}" if line else "", "", "", ""))
 
 
 STYLE = """
