@@ -118,8 +118,8 @@ class DeltaNet(LoggingModule):
 
         The corrections of a chunk depend on each other: (I + found) corrections = beta (v - exp(faded) k state), where found is
         how much of those before each key finds. So they are solved (v - exp(faded) k state), linear in the state, as are then the
-        answers of a chunk and the state behind it. All chunks are worked out at once, with the state left open; from chunk to chunk
-        there is one product.
+        answers of a chunk and the state behind it. All chunks are worked out at once, with the state left open; from chunk to
+        chunk there is one product.
         """
         B, H, T, K = q.shape
         C = min(self.chunk, T)
@@ -164,13 +164,14 @@ class DeltaNet(LoggingModule):
         return torch.stack(states, dim=1).view(B, H, n, K, V), state.view(B, H, K, V)
 
     def flops_per_token(self, T: int) -> float:
-        """Of the matrices, the convolution, and the products of in_parallel, those with later keys included."""
+        """Of the matrices, the convolution, and the products of in_parallel, which are those of whole chunks."""
         C, K, V = min(self.chunk, T), self.head_dim, self.v_dim
         matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
         scores_and_solution = 2 * C * K + C * C / 2
         sums = C * (C + K) + (C + K) * (K + V)
         states = K * K * V / C + K * V
-        return 2.0 * (matrices + self.v_heads * (scores_and_solution + sums + states)) + self.conv.flops_per_token(T)
+        of_chunks = math.ceil(T / C) * C / T * self.v_heads * (scores_and_solution + sums + states)
+        return 2.0 * (matrices + of_chunks) + self.conv.flops_per_token(T)
 
 
 class GatedDeltaNet(DeltaNet):

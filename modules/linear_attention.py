@@ -146,10 +146,11 @@ class LinearAttention(LoggingModule):
         return answers.flatten(2, 3)[:, :, :T], state
 
     def flops_per_token(self, T: int) -> float:
-        """Of the matrices, and of the products of in_parallel, those with later keys included."""
+        """Of the matrices, and of the products of in_parallel, which are those of whole chunks."""
         C, K, V = min(self.chunk, T), self.head_dim, self.v_dim
         matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        return 2.0 * (matrices + self.num_heads * (C * (K + V) + 2 * K * V))
+        whole = math.ceil(T / C) * C / T
+        return 2.0 * (matrices + whole * self.num_heads * (C * (K + V) + 2 * K * V))
 
 
 BLOCKS = {"LinearAttn": LinearAttention}

@@ -5,9 +5,11 @@ Such a block has `step_by_step` and `in_parallel`, which take the same inputs; t
 
 import itertools
 
+import pytest
 import torch
 from errors import one_line_error
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def check_forms(block: nn.Module, x: Tensor, inputs_of):
@@ -89,3 +91,12 @@ def check_wrong_cache(block: nn.Module, D: int):
     cache = {}
     block(torch.randn(2, 3, D), cache=cache)
     one_line_error(lambda: block(torch.randn(3, 1, D), cache=cache), "state of 2", "3")
+
+
+@torch.no_grad()
+def check_flops(block: nn.Module, x: Tensor, uncounted: float = 0.0):
+    """What it says is what torch counts, with so many more for a token that torch does not see."""
+    B, T, D = x.shape
+    with FlopCounterMode(display=False) as counter:
+        block(x)
+    assert block.flops_per_token(T) == pytest.approx(counter.get_total_flops() / (B * T) + uncounted)

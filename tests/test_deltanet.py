@@ -3,7 +3,15 @@
 import pytest
 import torch
 from errors import one_line_error
-from recurrences import check_cached, check_forms, check_long, check_stable_in_bfloat16, check_stories, check_wrong_cache
+from recurrences import (
+    check_cached,
+    check_flops,
+    check_forms,
+    check_long,
+    check_stable_in_bfloat16,
+    check_stories,
+    check_wrong_cache,
+)
 
 from modules.deltanet import DeltaNet, GatedDeltaNet
 
@@ -125,6 +133,13 @@ def test_a_gated_one_that_keeps_all_answers_as_an_ungated_one():
     state = torch.zeros(2, 2 * H, K, V)
     expected, _ = plain.in_parallel(q, k, v, beta, None, state, None)
     torch.testing.assert_close(gated.in_parallel(q, k, v, beta, torch.zeros_like(beta), state, None)[0], expected)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_it_says_how_much_it_computes(kind):
+    made = block(kind)
+    solution, convolution = made.v_heads * C * C, 2 * made.conv.weight.numel()
+    check_flops(made, torch.randn(2, 4 * C, D), uncounted=solution + convolution)
 
 
 def test_what_a_gated_one_begins_with():

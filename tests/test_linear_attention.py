@@ -3,7 +3,15 @@
 import pytest
 import torch
 from errors import one_line_error
-from recurrences import check_cached, check_forms, check_long, check_stable_in_bfloat16, check_stories, check_wrong_cache
+from recurrences import (
+    check_cached,
+    check_flops,
+    check_forms,
+    check_long,
+    check_stable_in_bfloat16,
+    check_stories,
+    check_wrong_cache,
+)
 
 from model import rope_table
 from modules.linear_attention import LinearAttention
@@ -115,6 +123,12 @@ def test_heads_forget_as_in_retention():
     kept = block("fixed").log_decay(torch.zeros(1, 1, D)).exp().flatten()
     torch.testing.assert_close(kept, torch.tensor([31 / 32, 63 / 64, 127 / 128]))
     assert block("none").log_decay(torch.zeros(1, 1, D)).eq(0).all()
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_it_says_how_much_it_computes(decay):
+    check_flops(block(decay), torch.randn(2, 4 * C, D))
+    check_flops(block(decay), torch.randn(2, 3 * C + 5, D))
 
 
 def test_options_that_cannot_be():
