@@ -41,7 +41,8 @@ ABLATIONS: dict[str, list[str]] = {
     "no_chunked_loss": ["train.loss_chunk=None"],
     "AdamW_betas_of_0.9_0.95": ["train.betas=(0.9, 0.95)"],
     "batches_of_8": ["train.batch_size=8", "train.batch_size_start=None"],
-    "batches_of_32": ["train.batch_size_start=None"],
+    "batches_of_32": ["train.batch_size=32", "train.batch_size_start=None"],
+    "growing_batches": ["train.batch_size=32", "train.batch_size_start=8"],
     # what it does not have
     "logit_soft_cap": ["model.logit_soft_cap=15.0"],
     "value_residual": [layers(("->Attn", "->ValueAttn"), (VALUES, "ValueAttn(residual=True, embedding=True)"))],
