@@ -1,5 +1,6 @@
 """Attention for training on a CPU, about twice as fast as torch's, more for packed stories; and norms, rotations, convolutions,
-activations and the loss in one pass over memory, where torch takes several. In C++ (kernels*.cpp), compiled when needed.
+activations and the loss in one pass over memory, where torch takes several. In C++ (kernels*.cpp), compiled when needed;
+kernels_scan.cpp is for modules/mamba.py.
 
 B batch, H query heads, G key/value heads, T time, K head dim, D model dim, V vocabulary.
 """

@@ -42,9 +42,8 @@ def rows(begin: int, end: int) -> Transform:
 
 
 def mamba_config(theirs) -> ModelConfig:
-    mixer = block(
-        "Mamba", state_dim=theirs.state_size, expand=theirs.expand, conv_width=theirs.conv_kernel, step_rank=theirs.time_step_rank
-    )
+    step_rank = unless(math.ceil(theirs.hidden_size / 16), theirs.time_step_rank)
+    mixer = block("Mamba", state_dim=unless(16, theirs.state_size), step_rank=step_rank, **common_options(theirs))
     return one_block_config(theirs, mixer, linear_bias=theirs.use_bias)
 
 
@@ -52,10 +51,18 @@ def mamba2_config(theirs) -> ModelConfig:
     limits = tuple(theirs.time_step_limit) == (0.0, math.inf)
     require(limits, theirs, "time_step_limit", "step sizes are not limited, which is (0.0, inf)")
     require_same(theirs, use_bias=False)
-    mixer = block(
-        "Mamba2", state_dim=theirs.state_size, expand=theirs.expand, groups=theirs.n_groups, conv_width=theirs.conv_kernel
-    )
+    state_dim, groups = unless(32, theirs.state_size), unless(1, theirs.n_groups)
+    mixer = block("Mamba2", state_dim=state_dim, groups=groups, **common_options(theirs))
     return one_block_config(theirs, mixer, head_dim=theirs.head_dim)
+
+
+def common_options(theirs) -> dict[str, int | None]:
+    return {"expand": unless(2, theirs.expand), "conv_width": unless(4, theirs.conv_kernel)}
+
+
+def unless(default: int, value: int) -> int | None:
+    """None for what is so by default."""
+    return None if value == default else value
 
 
 def one_block_config(theirs, mixer: str, **differences) -> ModelConfig:
@@ -63,7 +70,8 @@ def one_block_config(theirs, mixer: str, **differences) -> ModelConfig:
     require_same(theirs, hidden_act="silu", use_conv_bias=True)
     return ModelConfig(
         dim=theirs.hidden_size, num_layers=theirs.num_hidden_layers, layers=f"Norm->{mixer}->+", num_heads=1, num_kv_heads=1,
-        max_seq_len=CONTEXT, positions="none", norm_eps=theirs.layer_norm_epsilon, tied_embeddings=theirs.tie_word_embeddings,
+        max_seq_len=getattr(theirs, "max_position_embeddings", CONTEXT), positions="none",
+        norm_eps=theirs.layer_norm_epsilon, tied_embeddings=theirs.tie_word_embeddings,
         **differences,
     )  # fmt: skip
 

@@ -109,6 +109,29 @@ PRESETS: dict[str, Preset] = {
             layers=[PRE_NORM, "Norm->MoE(mlp_dim=72, num_experts=16, top_k=2)->+"],
         )
     ),
+    # Mamba 130M (arXiv 2312.00752, section 3.4, and https://huggingface.co/state-spaces/mamba-130m-hf, config.json): a layer is a
+    # norm and a Mamba, with the proportions and constants that it has at every size. 7 layers instead of 24.
+    "mamba_like": Preset(
+        ModelConfig(num_layers=7, num_heads=1, num_kv_heads=1, positions="none", layers="Norm->Mamba->+")
+    ),
+    # Mamba-2 130M (arXiv 2405.21060, section 7, and https://huggingface.co/state-spaces/mamba2-130m, config.json): heads of 64
+    # channels, which all write and read alike. A channel has 32 numbers of state, a fifth of the stream's width; there 128, a
+    # sixth. 5 layers instead of 24.
+    "mamba2_like": Preset(
+        ModelConfig(
+            dim=160, num_layers=5, num_heads=1, num_kv_heads=1, head_dim=64, positions="none", layers="Norm->Mamba2->+",
+        )
+    ),
+    # Mamba-2-Hybrid 8B (arXiv 2406.07887): as many MLPs as mixers, and no positions, as the recurrence knows the order. One of 4
+    # mixers is attention, there one of 7.
+    "mamba2_hybrid_like": Preset(
+        ModelConfig(
+            num_layers=4, positions="none", mlp_dim=480, layers=(
+                *[PRE_NORM.replace("Attn", "Mamba2(head_dim=64)")] * 2, PRE_NORM,
+                PRE_NORM.replace("Attn", "Mamba2(head_dim=64)"),
+            ),
+        )
+    ),
     # Griffin as in RecurrentGemma 2B (arXiv 2404.07839, table 1, and its config.json): two recurrent layers and one that sees a
     # window, whose queries share one key and turn half of their channels; the MLP 3 times as wide, the window a quarter of the
     # context. 4 heads instead of 10, 6 layers instead of 26. sqrt(dim) as bfloat16 has it, in which theirs is kept.

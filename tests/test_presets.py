@@ -40,7 +40,8 @@ def test_the_presets_that_are_promised_are_there():
         "0.5m_short_and_thick", "0.5m_5foot11_and_skinnyfat", "0.5m_tall_and_skinny", "1m", "2m", "5m", "speedrun",
         "gpt2_like", "llama3_like", "qwen3_like", "gemma1_like", "gemma2_like", "gemma3_like",
         "grok_like", "mixtral_like", "deepseek_like", "arctic_like",
-        "griffin_like", "megalodon_like", "gated_deltanet_like", "qwen3.5_like",
+        "mamba_like", "mamba2_like", "mamba2_hybrid_like", "griffin_like", "megalodon_like", "gated_deltanet_like",
+        "qwen3.5_like",
     }  # fmt: skip
 
 
@@ -56,7 +57,13 @@ def test_presets_are_as_large_as_they_are_called(name, millions):
     assert num_parameters(name) == pytest.approx(millions * 1e6, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["griffin_like", "megalodon_like", "gated_deltanet_like", "qwen3.5_like"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mamba_like", "mamba2_like", "mamba2_hybrid_like", "griffin_like", "megalodon_like", "gated_deltanet_like",
+        "qwen3.5_like",
+    ],
+)  # fmt: skip
 def test_presets_with_a_recurrence_have_the_parameters_of_1m(name):
     assert num_parameters(name) == pytest.approx(num_parameters("1m"), rel=0.05)
 
@@ -117,6 +124,8 @@ PUBLISHED = {  # what the config.json of the published model says, where that is
         | {"moe_intermediate_size": 48, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
         | {"first_k_dense_replace": 1},
     ),
+    "mamba_like": ("mamba", scaled("mamba_like")),
+    "mamba2_like": ("mamba2", scaled("mamba2_like", num_heads=5, state_size=32, n_groups=1, tie_word_embeddings=True)),
     "griffin_like": (
         "recurrent_gemma", scaled("griffin_like", intermediate_size=6 * 112, attention_window_size=128, logits_soft_cap=30.0)
     ),
