@@ -20,7 +20,7 @@ PERI_NORM = SANDWICH_NORM  # with "Norm->|->" before the first layer, which norm
 POST_NORM = "Attn->+->Norm->|->MLP->+->Norm"
 # For two layers: the first half of a deeper model repeats the first of them, the second half the second.
 U_NET = (f"{PRE_NORM}->SkipOut", f"SkipIn->|->{PRE_NORM}")
-# What the MLP adds goes to the layer's input, not to what attention has made of it (Ma et al. 2024, arXiv 2404.08801, section 3.4).
+# The MLP adds to the layer's input, not to what attention has made of it (Ma et al. 2024, arXiv 2404.08801, section 3.4).
 TWO_HOP = "SkipOut->Norm->Attn->SkipIn(learned=False)->Norm->MLP->+"
 HYPER_CONNECTIONS = "HyperRead->Norm->Attn->HyperWrite->HyperRead->Norm->MLP->HyperWrite"
 

@@ -5,7 +5,16 @@ from torch import Tensor
 
 from config import ModelConfig
 from originals_families import (
-    GEMMA_ENDS, Family, Table, Transform, activation, block, plus_one, require, require_same, tiled,
+    GEMMA_ENDS,
+    Family,
+    Table,
+    Transform,
+    activation,
+    block,
+    plus_one,
+    require,
+    require_same,
+    tiled,
 )  # fmt: skip
 
 RECURRENT_GEMMA_ENDS = GEMMA_ENDS | {"norm.weight": ("model.final_norm.weight", plus_one)}

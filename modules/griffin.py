@@ -78,9 +78,8 @@ class RGLRU(LoggingModule):
             check_rows(state, B)
         conv_cache = None if cache is None else cache.setdefault("conv", {})
         inner = self.conv(self.w_in(x), first=first, cache=conv_cache) + self.conv_bias
-        W = inner.shape[2]
         decay, update = self.gated(inner.float(), self.begins(first, state, T, x.device))
-        states = (recurrence if T == 1 else scan)(decay, update, state)  # (B, T, W)
+        states = (recurrence if T == 1 else scan)(decay, update, state)
         if cache is not None:
             cache["state"] = states[:, -1]
         return self.w_out(self.gate(self.w_gate(x), states))
@@ -120,8 +119,8 @@ class RGLRU(LoggingModule):
 
     def flops_per_token(self, T: int) -> float:
         """The matrices, the convolution, and the recurrence: a multiply-add for a channel, thrice where it is a scan."""
-        matrices = sum(w.numel() for w in (self.w_gate.weight, self.w_in.weight, self.w_out.weight, self.w_remember, self.w_admit))
-        return 2 * matrices + self.conv.flops_per_token(T) + 6 * self.forgetting.numel()
+        weights = self.w_gate.weight, self.w_in.weight, self.w_out.weight, self.w_remember, self.w_admit
+        return 2 * sum(weight.numel() for weight in weights) + self.conv.flops_per_token(T) + 6 * self.forgetting.numel()
 
 
 BLOCKS = {"RGLRU": RGLRU}

@@ -34,10 +34,10 @@ from norms import RMSNorm
 class Megalodon(SoftmaxAttention):
     """Normalised, gated attention within chunks, behind timestep norm and CEMA (arXiv 2404.08801).  (B, T, D) → (B, T, D)
 
-    A token sees those of its chunk that are not behind it; chunks are counted from the beginning of the story. `value_dim` is
-    the width of all values together, by default 2 D, `state_dim` the complex numbers that CEMA keeps for each channel, `groups` those
-    of the timestep norm. It has its own norm: no Norm is needed before it. RMSNorm behind CEMA is that of the authors' code
-    (github.com/XuezheMax/megalodon). The paper's heads are as wide as D / 4.
+    A token sees those of its chunk that are not behind it; chunks are counted from the beginning of the story. value_dim is the
+    width of all values together, by default 2 D, state_dim the complex numbers that CEMA keeps for each channel, and groups
+    those of the timestep norm. As it has that norm, it needs none before it. The RMSNorm behind CEMA is that of the authors'
+    code (github.com/XuezheMax/megalodon).
     """
 
     examples = (
@@ -68,7 +68,7 @@ class Megalodon(SoftmaxAttention):
         self.w_out = linear(dim + value_dim, dim, bias=True)
 
     def forward(self, x, *, first=None, rope=None, cache=None):
-        """first (B, T): a story begins where first[b, t] is t, and no token sees what is before first; rope as apply_rope takes it.
+        """first (B, T): a story begins where first[b, t] is t, and attention sees nothing before first; rope as for apply_rope.
 
         The cache keeps the states of norm and average, and keys and values of the chunk under way.
         """

@@ -172,8 +172,7 @@ class Stories:
         self.chunks = rows * C + chunks  # (E), of B * C
         whole = (starts <= begins).view(B * C, L)
         later = starts.view(B * C, L)[self.chunks] == (chunks * L + steps)[:, None]
-        E = len(later)
-        self.columns = torch.cat([whole, later])  # (B * C + E, L), a chunk's first story, and each that begins in one
+        self.columns = torch.cat([whole, later])  # of a chunk's first story, and of each that begins in one
 
 
 class TimestepNorm(LoggingModule):

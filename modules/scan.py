@@ -126,7 +126,7 @@ def story_starts(first: Tensor) -> Tensor:
 def check_rows(state: Tensor, B: int):
     """Raises ValueError where a state from a cache is not of B rows."""
     if state.shape[0] != B:
-        raise ValueError(f"the cache holds the state of {state.shape[0]} rows, but x has {B}: go on with these, or begin with {{}}")
+        raise ValueError(f"the cache holds a state of {state.shape[0]} rows, but x has {B}: go on with these, or begin with {{}}")
 
 
 LIBRARY = torch.library.Library("basegpt", "FRAGMENT")  # so that torch.compile takes a scan as one operation

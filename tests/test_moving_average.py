@@ -1,0 +1,193 @@
+"""Promises of modules/moving_average.py: both blocks are what the paper writes, in chunks and from a cache, too."""
+
+import cmath
+import math
+
+import pytest
+import torch
+from errors import one_line_error
+from recurrences import check_cached, check_long, check_stable_in_bfloat16, check_stories, check_wrong_cache
+from torch.utils.flop_counter import FlopCounterMode
+
+from modules.moving_average import CEMA, TimestepNorm
+
+D, N, L, G = 6, 3, 8, 2
+LENGTHS = (1, 3, L - 1, L, L + 1, 3 * L + 5, 100)
+
+
+def away(made):
+    """With every weight away from where it begins."""
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.add_(torch.randn_like(weight) * 0.5)
+    return made
+
+
+def average(**options) -> CEMA:
+    torch.manual_seed(0)
+    return away(CEMA(D, **{"state_dim": N, "chunk": L} | options))
+
+
+def norm(groups: int = G) -> TimestepNorm:
+    torch.manual_seed(0)
+    return away(TimestepNorm(D, groups))
+
+
+def sigmoid(number: float) -> float:
+    return 1 / (1 + math.exp(-number))
+
+
+def average_as_written(made: CEMA, x: torch.Tensor) -> torch.Tensor:
+    """Section 3.1 of arXiv 2404.08801 in Python's complex numbers, with the skip.  (B, T, D) → (B, T, D)"""
+    B, T, D = x.shape
+    N = made.alpha.shape[1]
+    out = torch.zeros(B, T, D, dtype=torch.float64)
+    for b in range(B):
+        for j in range(D):
+            h = [0j] * N
+            for t in range(T):
+                y = made.skip[j].item() * x[b, t, j].item()
+                for k in range(N):
+                    alpha, delta = sigmoid(made.alpha[j, k].item()), sigmoid(made.delta[j, k].item())
+                    turn = cmath.exp(1j * 2 * math.pi * (k + 1) / N * sigmoid(made.base_angle[j].item()))
+                    h[k] = alpha * turn * x[b, t, j].item() + (1 - alpha * delta) * turn * h[k]
+                    y += (complex(*made.eta[j, k].tolist()) * h[k]).real
+                out[b, t, j] = y
+    return out
+
+
+def norm_as_written(made: TimestepNorm, x: torch.Tensor) -> torch.Tensor:
+    """Section 3.2 of arXiv 2404.08801, in float64.  (B, T, D) → (B, T, D)"""
+    x, out = x.double(), torch.zeros_like(x, dtype=torch.float64)
+    width = x.shape[2] // made.groups
+    for t in range(x.shape[1]):
+        for begin in range(0, x.shape[2], width):
+            channels = slice(begin, begin + width)
+            so_far = x[:, : t + 1, channels].flatten(1)
+            mean, variance = so_far.mean(dim=1, keepdim=True), so_far.var(dim=1, correction=0, keepdim=True)
+            normed = (x[:, t, channels] - mean) / (variance + made.eps).sqrt()
+            out[:, t, channels] = normed * made.weight[channels].double() + made.bias[channels].double()
+    return out
+
+
+class TestCEMA:
+    @torch.no_grad()
+    def test_it_computes_what_the_paper_writes(self):
+        made, x = average(), torch.randn(2, 3 * L + 5, D)
+        expected = average_as_written(made, x)
+        torch.testing.assert_close(made(x).double(), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(made.step_by_step(x)[0].double(), expected, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("T", LENGTHS)
+    @pytest.mark.parametrize("begins", [True, False])
+    def test_in_chunks_is_as_step_by_step_with_the_same_gradients(self, T, begins):
+        made, found = average(), []
+        x, state = torch.randn(2, T, D), torch.randn(2, D, N, dtype=torch.complex64)
+        direction, end_direction = torch.randn(2, T, D), torch.randn(2, D, N, dtype=torch.complex64)
+        for form in (made.step_by_step, lambda x, state: made.in_chunks(x, state, keep=True)):
+            given = [x.clone().requires_grad_()] if begins else [x.clone().requires_grad_(), state.clone().requires_grad_()]
+            y, end = form(given[0], None if begins else given[1])
+            loss = (y * direction).sum() + (end * end_direction).real.sum()
+            found.append(([y, end], torch.autograd.grad(loss, [*given, *made.parameters()], materialize_grads=True)))
+        (results, gradients), (in_chunks, chunk_gradients) = found
+        for ours, expected in zip(in_chunks, results, strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+        for ours, expected in zip(chunk_gradients, gradients, strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-3 * expected.abs().max().item() + 1e-6, rtol=0)
+
+    @torch.no_grad()
+    def test_the_chunk_does_not_matter(self):
+        x = torch.randn(2, 50, D)
+        expected = average().step_by_step(x)[0]
+        for chunk in (1, 5, 50, 300):
+            torch.testing.assert_close(average(chunk=chunk)(x), expected, atol=1e-4, rtol=1e-4)
+
+    def test_it_goes_on_from_a_state_of_constant_size(self):
+        check_cached(average(), torch.randn(2, 70, D))
+
+    def test_stories_of_a_row_do_not_see_each_other_and_a_window_has_no_effect(self):
+        check_stories(average(), torch.randn(2, 70, D))
+
+    def test_rows_may_have_different_stories(self):
+        made, x = average(), torch.randn(2, 40, D)
+        first = torch.zeros(2, 40, dtype=torch.int32)
+        first[1, 11:] = 11
+        expected = torch.cat([made(x[1:, :11]), made(x[1:, 11:])], dim=1)
+        torch.testing.assert_close(made(x, first=first), torch.cat([made(x[:1]), expected]), atol=1e-5, rtol=1e-4)
+
+    def test_no_gradient_goes_from_a_story_to_the_one_before(self):
+        made, x = average(), torch.randn(1, 40, D, requires_grad=True)
+        first = torch.where(torch.arange(40) < 13, 0, 13)[None]
+        made(x, first=first)[:, 13:].sum().backward()
+        assert not x.grad[:, :13].any() and x.grad[:, 13:].any()
+
+    def test_long_sequences_and_bfloat16_are_stable(self):
+        check_long(average(chunk=32), torch.randn(1, 4096, D))
+        check_stable_in_bfloat16(average(), torch.randn(2, 300, D))
+
+    def test_it_begins_with_slow_and_fast_turns_and_real_outputs(self):
+        torch.manual_seed(0)
+        made = CEMA(64)
+        angles = made.base_angle.sigmoid().sort().values
+        assert angles[0] < 0.02 and angles[-1] > 0.9
+        assert made.eta[..., 0].std().item() == pytest.approx(0.25, rel=0.1) and not made.eta[..., 1].any()
+
+    def test_options_that_cannot_be(self):
+        one_line_error(lambda: CEMA(8, state_dim=0), "state_dim=0", "at least 1")
+        one_line_error(lambda: CEMA(8, chunk=-1), "chunk=-1", "at least 1")
+
+    def test_a_state_of_another_batch_size(self):
+        check_wrong_cache(average(), D)
+
+    def test_flops_are_the_products_that_torch_counts_and_the_recurrence_between_them(self):
+        made, T = average(), 5 * L
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            made(torch.randn(1, T, D))
+        assert made.flops_per_token(T) == counter.get_total_flops() / T + 24 * D * N / L
+
+
+class TestTimestepNorm:
+    @pytest.mark.parametrize("T", [1, 2, 40])
+    @torch.no_grad()
+    def test_it_computes_what_the_paper_writes(self, T):
+        x = torch.randn(2, T, D) * 3 + torch.linspace(-2, 2, D)
+        torch.testing.assert_close(norm()(x).double(), norm_as_written(norm(), x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(norm(1)(x).double(), norm_as_written(norm(1), x), atol=1e-4, rtol=1e-4)
+
+    @torch.no_grad()
+    def test_numbers_that_are_far_from_zero_keep_their_variance(self):
+        x = torch.randn(1, 200, D) + 1000
+        torch.testing.assert_close(norm()(x).double(), norm_as_written(norm(), x), atol=1e-3, rtol=0)
+
+    def test_its_gradients_are_those_of_the_formula(self):
+        made, x = norm(), torch.randn(2, 30, D, requires_grad=True)
+        direction = torch.randn(2, 30, D)
+        found = torch.autograd.grad(made(x), [x, made.weight, made.bias], direction)
+        wanted = torch.autograd.grad(norm_as_written(made, x), [x, made.weight, made.bias], direction.double())
+        for ours, expected in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
+
+    @torch.no_grad()
+    def test_it_goes_on_from_a_cache_of_constant_size(self):
+        made, x, cache, parts = norm(), torch.randn(2, 60, D), {}, []
+        for piece in x.split([7, 1, 1, 30, 2, 19], dim=1):
+            parts.append(made(piece, cache=cache))
+            assert cache["mean"].shape == cache["variance"].shape == (2, G)
+        torch.testing.assert_close(torch.cat(parts, dim=1), made(x), atol=1e-5, rtol=1e-5)
+        assert cache["num_tokens"] == 60
+        one_line_error(lambda: made(x[:1], cache=cache), "state of 2", "x has 1")
+
+    def test_stories_of_a_row_do_not_see_each_other_and_a_window_has_no_effect(self):
+        check_stories(norm(), torch.randn(2, 70, D))
+
+    def test_long_sequences_and_bfloat16_are_stable(self):
+        check_long(norm(), torch.randn(1, 4096, D))
+        x = torch.randn(2, 300, D)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = norm()(x.bfloat16())
+        assert rounded.dtype == torch.bfloat16
+        torch.testing.assert_close(rounded.float(), norm()(x), atol=0.05, rtol=0.05)
+
+    def test_options_that_cannot_be(self):
+        for groups in (0, 4, 6, -1):
+            one_line_error(lambda groups=groups: TimestepNorm(6, groups), f"groups={groups}", "dim=6")
