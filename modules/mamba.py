@@ -30,6 +30,8 @@ from modules.scan import check_rows, recurrence, scan
 from tools import LoggingModule
 
 FIRST_STEPS = (0.001, 0.1)  # the step sizes that a model begins with, evenly in their logarithms (section 3.6)
+KEPT_EVERY = 16  # tokens, of which the kernel keeps one state for the way back
+BLOCK = 32  # channels that it takes at a time: WIDTH of kernels_scan.cpp
 
 
 class Mamba(LoggingModule):
@@ -85,8 +87,8 @@ class Mamba(LoggingModule):
         with torch.autocast(x.device.type, enabled=False):
             rates = -self.log_rates.float().exp().view(-1, self.state_dim)  # (width, state_dim)
             u, step, write, read = u.float(), step.float(), write.float(), read.float()
-            if cache is None and kernels.fit(self.backend, u):
-                y = SelectiveScan.apply(u, step, rates, write, read, first)
+            if cache is None and self.backend == "kernel" and u.device.type == "cpu":
+                y = SelectiveScan.apply(u, step, rates, write, read, None if first is None else first.int().contiguous())
             elif T == 1 and cache is not None:
                 y, state = step_by_step(u, step, rates, write, read, state)
             else:
@@ -155,35 +157,53 @@ def read_out(states: Tensor, read: Tensor) -> Tensor:
 
 
 class SelectiveScan(torch.autograd.Function):
-    """The same in one pass over time and all numbers of the state, by kernels_scan.cpp; its inputs are float32 on a CPU."""
-
-    PIECE = 16  # tokens between two states that are kept for the way back
+    """The same in one pass over time and all numbers of the state, by kernels_scan.cpp. Its inputs are float32 on a CPU."""
 
     @staticmethod
     def forward(ctx, u, step, rates, write, read, first):
-        first = None if first is None else first.to(torch.int32).contiguous()
-        inputs = [x.contiguous() for x in (u, step, rates, write, read)]
-        (B, T, W), N = u.shape, rates.shape[1]
-        assert step.shape == u.shape and len(rates) == W and write.shape == read.shape == (B, T, N)
-        blocks = math.ceil(W / 32)
-        states = u.new_empty(B, math.ceil(T / SelectiveScan.PIECE), blocks, N, 32)
-        out = torch.empty_like(inputs[0])
-        sizes = B, T, W, N, SelectiveScan.PIECE, torch.get_num_threads()
-        kernels.build().selective_scan_forward(*inputs, first, out, states, *sizes)
-        ctx.save_for_backward(*inputs, first, states)
-        return out
+        inputs = *(x.contiguous() for x in (u, step, rates, write, read)), first
+        y, states = torch.ops.basegpt.selective_scan(*inputs)
+        ctx.save_for_backward(*inputs, states)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out):
-        u, _, rates, write, _, first, states = ctx.saved_tensors
-        (B, T, W), N = u.shape, rates.shape[1]
-        d_u, d_step, d_rates = torch.empty_like(u), torch.empty_like(u), u.new_empty(B, W, N)
-        d_write, d_read = write.new_empty(2, states.shape[2], B, T, N)
-        gradients = d_u, d_step, d_rates, d_write, d_read
-        sizes = B, T, W, N, SelectiveScan.PIECE, torch.get_num_threads()
-        kernels.build().selective_scan_backward(*ctx.saved_tensors, d_out.contiguous(), *gradients, *sizes)
+    def backward(ctx, d_y):
+        d_u, d_step, d_rates, d_write, d_read = torch.ops.basegpt.selective_scan_backward(*ctx.saved_tensors, d_y.contiguous())
         return d_u, d_step, d_rates.sum(dim=0), d_write.sum(dim=0), d_read.sum(dim=0), None
+
+
+def run_forward(u, step, rates, write, read, first):
+    y, states = empty_outputs(u, step, rates, write, read, first)
+    kernels.build().selective_scan_forward(u, step, rates, write, read, first, y, states, *sizes(u, rates))
+    return y, states
+
+
+def run_backward(u, step, rates, write, read, first, states, d_y):
+    gradients = empty_gradients(u, step, rates, write, read, first, states, d_y)
+    pointers = u, step, rates, write, read, first, states, d_y, *gradients
+    kernels.build().selective_scan_backward(*pointers, *sizes(u, rates))
+    return gradients
+
+
+def sizes(u: Tensor, rates: Tensor) -> tuple[int, ...]:
+    return *u.shape, rates.shape[1], KEPT_EVERY, torch.get_num_threads()
+
+
+def empty_outputs(u, step, rates, write, read, first):
+    """y (B, T, W), and the states that are kept for the way back, in an order of the kernel's own."""
+    (B, T, W), N = u.shape, rates.shape[1]
+    assert step.shape == u.shape and rates.shape == (W, N) and write.shape == read.shape == (B, T, N)
+    assert first is None or (first.shape == (B, T) and first.dtype == torch.int32)
+    return torch.empty_like(u), u.new_empty(B, math.ceil(T / KEPT_EVERY), math.ceil(W / BLOCK), N, BLOCK)
+
+
+def empty_gradients(u, step, rates, write, read, first, states, d_y):
+    """Those of u, step, rates, write and read; of the last three, what each row or block of channels adds to the sum."""
+    B, T, N = write.shape
+    blocks = states.shape[2]
+    parts = rates.new_empty(B, *rates.shape), write.new_empty(blocks, B, T, N), read.new_empty(blocks, B, T, N)
+    return torch.empty_like(u), torch.empty_like(u), *parts
 
 
 def story_begins(first: Tensor | None) -> Tensor | None:
@@ -220,5 +240,14 @@ def first_step_biases(count: int) -> Tensor:
     steps = torch.empty(count).uniform_(*(math.log(step) for step in FIRST_STEPS)).exp()
     return steps + torch.log(-torch.expm1(-steps))
 
+
+INPUTS = "Tensor u, Tensor step, Tensor rates, Tensor write, Tensor read, Tensor? first"
+LIBRARY = torch.library.Library("basegpt", "FRAGMENT")  # so that torch.compile takes a scan as one operation
+LIBRARY.define(f"selective_scan({INPUTS}) -> (Tensor, Tensor)")
+LIBRARY.define(f"selective_scan_backward({INPUTS}, Tensor states, Tensor d_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.impl("selective_scan", run_forward, "CPU")
+LIBRARY.impl("selective_scan_backward", run_backward, "CPU")
+torch.library.register_fake("basegpt::selective_scan", empty_outputs, lib=LIBRARY)
+torch.library.register_fake("basegpt::selective_scan_backward", empty_gradients, lib=LIBRARY)
 
 BLOCKS = {"Mamba": Mamba}

@@ -82,7 +82,7 @@ class Mamba2(LoggingModule):
         """first (B, T): the state is empty where first[b, t] is t. The cache keeps the state and the last few inputs."""
         B, T, D = x.shape
         state = remembered(cache, (B, self.num_heads, self.head_dim, self.state_dim), x)
-        step = F.softplus(self.w_step(x).float()).transpose(1, 2)  # (B, num_heads, T)
+        step = F.softplus(self.w_step(x).float().transpose(1, 2).contiguous())  # (B, num_heads, T)
         inner, write, read = self.project(x, first, cache)
         with torch.autocast(x.device.type, enabled=False):
             log_decay = -self.log_rates.float().exp()[:, None] * step  # (B, num_heads, T)

@@ -21,6 +21,7 @@ BLOCKS = {
     "Mamba2": lambda **options: Mamba2(D, **{"head_dim": 4, "state_dim": 5, "chunk": C} | options),
     "Mamba2 in groups": lambda **options: Mamba2(D, **{"head_dim": 4, "state_dim": 5, "chunk": C, "groups": 3} | options),
 }
+CHECKS = ("test_schema", "test_faketensor")
 needs_compiler = pytest.mark.skipif(kernels.fingerprint() == "none", reason="there is no C++ compiler")
 
 
@@ -133,7 +134,7 @@ def test_pieces_of_time_give_the_answers_and_gradients_of_the_recurrence(T):
 
 def some_stories(B: int, T: int) -> torch.Tensor:
     begins = torch.rand(B, T, generator=torch.Generator().manual_seed(2)) < 0.1
-    return torch.where(begins, torch.arange(T), 0).cummax(dim=1).values
+    return torch.where(begins, torch.arange(T), 0).cummax(dim=1).values.int()
 
 
 @needs_compiler
@@ -178,6 +179,30 @@ def test_the_kernel_is_taken_in_float32_and_under_autocast(monkeypatch):
     assert taken == [torch.float32] * 2
     check_stories(block, torch.randn(2, 90, D))
     check_cached(block, torch.randn(2, 90, D))
+
+
+@needs_compiler
+def test_operators_keep_their_promises():
+    """That nothing is changed in place, and that shapes and strides are foretold."""
+    inputs = selective_inputs(20)
+    for first in (None, some_stories(2, 20)):
+        y, states = torch.ops.basegpt.selective_scan(*inputs, first)
+        torch.library.opcheck(torch.ops.basegpt.selective_scan.default, (*inputs, first), test_utils=CHECKS)
+        torch.library.opcheck(
+            torch.ops.basegpt.selective_scan_backward.default, (*inputs, first, states, torch.randn_like(y)), test_utils=CHECKS
+        )
+
+
+@pytest.mark.parametrize("name, backend", [("Mamba", "plain"), ("Mamba", "kernel"), ("Mamba2", "plain")])
+def test_compiled_without_a_graph_break(name, backend):
+    block, x = build(name), torch.randn(2, 40, D)
+    if backend == "kernel" and kernels.fingerprint() == "none":
+        pytest.skip("there is no C++ compiler")
+    block.backend = backend
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for first in (None, some_stories(2, 40)):
+        found = [answers_and_gradients(lambda x, run=run, first=first: [run(x, first=first)], [x]) for run in (compiled, block)]
+        assert_same(*found)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
