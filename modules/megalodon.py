@@ -70,7 +70,7 @@ class Megalodon(SoftmaxAttention):
     def forward(self, x, *, first=None, rope=None, cache=None):
         """first (B, T): a story begins where first[b, t] is t, and attention sees nothing before first; rope as for apply_rope.
 
-        The cache keeps the states of norm and average, and keys and values of the chunk under way.
+        The cache keeps the states of norm and average, and keys and values of the last chunk.
         """
         B, T, D = x.shape
         norm_cache, average_cache = (None if cache is None else cache.setdefault(name, {}) for name in ("norm", "average"))
@@ -109,7 +109,7 @@ class Megalodon(SoftmaxAttention):
         return self.blend(q, k, v, begins.int(), self.window)
 
     def read_on(self, q, k, v, cache):
-        """The same behind what the cache remembers of the chunk under way, which is full after some of the tokens."""
+        """The same behind what the cache remembers of the last chunk, which is full after some of the tokens, or is already."""
         B, _, T, _ = q.shape
         past = 0
         if cache.get("k") is not None:
@@ -123,8 +123,8 @@ class Megalodon(SoftmaxAttention):
             mixed.append(self.blend(q[:, :, :left], k[:, :, : past + left], v[:, :, : past + left], None, None))
         if left < T:
             mixed.append(self.read_chunks(q[:, :, left:], k[:, :, past + left :], v[:, :, past + left :], None))
-        under_way = S % self.window
-        cache["k"], cache["v"] = k[:, :, S - under_way :], v[:, :, S - under_way :]
+        begin = (S - 1) // self.window * self.window  # of the last chunk
+        cache["k"], cache["v"] = k[:, :, begin:], v[:, :, begin:]
         return torch.cat(mixed, dim=2)
 
     def fits_kernel(self, T, S):

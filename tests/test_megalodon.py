@@ -85,7 +85,8 @@ def test_it_goes_on_from_a_cache_that_never_holds_more_than_a_chunk():
         for piece in x.split(pieces, dim=1):
             parts.append(made(piece, rope=angles(piece.shape[1], start), cache=cache))
             start += piece.shape[1]
-            assert cache["k"].shape == (2, H, start % CHUNK, K) and cache["v"].shape[2] == start % CHUNK
+            kept = (start - 1) % CHUNK + 1
+            assert cache["k"].shape == (2, H, kept, K) and cache["v"].shape[2] == kept
         torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -129,6 +130,17 @@ def test_a_model_writes_from_the_cache_what_it_reads_at_once():
     expected, _ = model(tokens)
     pieces = [model(piece, cache=cache)[0] for piece in tokens.split([13, 1, 1, 25], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_traced_for_the_compiler_it_gives_the_same_with_stories_and_without():
+    torch.manual_seed(0)
+    steps, x = Steps(TWO_HOP.replace("Norm->Attn", "Megalodon(chunk=7)"), CONFIG, 1), torch.randn(2, 20, D)
+    first = torch.where(torch.arange(20) < 9, 0, 9).int().expand(2, 20)
+    expected = [steps(x, first=begins, shared={}) for begins in (None, first)]
+    steps.compile(backend="eager", dynamic=False)
+    for begins, y in zip((None, first), expected, strict=True):
+        torch.testing.assert_close(steps(x, first=begins, shared={}), y)
+    torch._dynamo.reset()
 
 
 def test_it_keeps_the_contract_with_values_as_narrow_as_keys_too():
