@@ -34,6 +34,7 @@ from model import GPT
 from sources import say
 
 MEASURE_SECONDS = 0.2  # for one way of doing it, after a step to warm up
+MICRO_BATCH_TOKENS = range(512, 4096 + 1)  # where a CPU's fastest is: fewer do not fill the cores, more do not fit the caches
 SHORT_RUN = 20  # seconds: a run that is over by then is not worth the measuring
 COMPILE_TAKES = 30  # seconds, at least, on a CPU
 COMPILE_SHARE = 0.1  # of a run that trying out torch.compile may take
@@ -206,7 +207,9 @@ def measure(model: GPT, config: TrainConfig, device: torch.device, best: Choices
     peaks = matmul_peaks(device)
     if config.dtype == "auto" and peaks["bfloat16"] > peaks["float32"]:
         best = fastest([replace(best, dtype=dtype) for dtype in ("float32", "bfloat16")])
-    sizes = [size for size in micro_batch_sizes(model, config, device) if size <= 32]
+    sizes = micro_batch_sizes(model, config, device)
+    if device.type == "cpu":
+        sizes = [size for size in sizes if size * model.config.max_seq_len in MICRO_BATCH_TOKENS]
     best = fastest([best, *(replace(best, micro_batch_size=size) for size in sizes)])
     if wrong := difference(model, best, device):
         plain = replace(best, attention="plain", dtype="float32")

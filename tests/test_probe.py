@@ -36,6 +36,7 @@ def measured(monkeypatch):
     """Measurements that are read from a table instead of the clock."""
     monkeypatch.setattr(probe, "MEASURE_SECONDS", 0.01)
     monkeypatch.setattr(probe, "SHORT_RUN", 0)
+    monkeypatch.setattr(probe, "MICRO_BATCH_TOKENS", range(1, 1000))
 
 
 def test_what_was_measured_is_kept_and_said_in_one_line(model, measured, capsys, monkeypatch):
