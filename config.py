@@ -140,7 +140,7 @@ class TrainConfig:
     eps: float = 1e-8  # AdamW's guard against dividing by zero
     weight_decay: float = 0.1  # pull towards zero; not on norms, biases and embeddings
     grad_clip: float | None = 1.0  # longest gradient; None does not clip
-    weight_averaging: float | None = None  # keep an average of the weights, which forgets all but this share a step; None is off
+    weight_averaging: float | None = None  # share of it that an average of the weights keeps a step; None is off
     lr_init: float = 0.0  # learning rate before the warm-up
     lr_max: float = 4e-3  # learning rate after it
     lr_min: float = 0.0  # learning rate at the end

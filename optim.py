@@ -110,13 +110,20 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return product @ (matrices / norm)
 
 
-def average_of_weights(model: GPT, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights, which forgets its beginning faster: `decay` is the share it keeps a step."""
+def average_of_weights(model: torch.nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights: `decay` is the share it keeps a step, less at its beginning.
 
-    def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor):
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + num_averaged.item()) / (10 + num_averaged.item())))
+    What it averages out is the noise of steps, which falls with the learning rate. So it also keeps less where its attribute
+    `pace`, the learning rate as a share of its maximum, is small; at a learning rate of 0 it is the weights themselves.
+    """
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=False)
+    def blend(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor):
+        forgotten = max(1 - decay, 9 / (10 + num_averaged.item()))
+        torch._foreach_lerp_(averaged, current, min(1.0, forgotten / max(average.pace, 1e-9)))
+
+    average = AveragedModel(model, multi_avg_fn=blend, use_buffers=False)
+    average.pace = 1.0
+    return average
 
 
 def scheduled_learning_rate(step: int, num_steps: float, config: TrainConfig) -> float:

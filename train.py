@@ -102,6 +102,7 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
             if training.average is not None:
+                training.average.pace = learning_rate / train_config.lr_max
                 training.average.update_parameters(model)
 
             now = time.perf_counter()
