@@ -5,7 +5,7 @@ B batch, T time, S time with what the cache remembers in front, D model dim, H h
     here                 paper (section 3.3)    what it is
     normed               X                      the input, timestep-normalised (section 3.2)
     averaged             X'                     its complex exponential moving average (section 3.1), normalised once more
-    shared               Z' = Z / |Z|           what queries and keys are made of, in each head a vector of length 1
+    direction            Z' = Z / |Z|           what queries and keys are made of, in each head a vector of length 1
     q_gain, k_gain       κ                      their gain for each channel
     q_bias, k_bias       μ                      their shift for each channel
     w_z, w_v, w_gate     W_z, W_v, W_γ          matrices, with their biases
@@ -87,10 +87,10 @@ class Megalodon(SoftmaxAttention):
         """Both from one vector of length 1 for each head, so that scores need no scale.  Twice (B, num_heads, T, head_dim)"""
         B, T, D = averaged.shape
         z = self.w_z(averaged).view(B, T, self.num_heads, self.head_dim)
-        shared = F.normalize(z.float(), dim=-1, eps=1e-6).view(B, T, -1)
+        direction = F.normalize(z.float(), dim=-1, eps=1e-6).view(B, T, -1)
         scale = self.head_dim**0.5  # which softmax attention divides by
-        q = shared * (scale * self.q_gain) + scale * self.q_bias
-        k = shared * self.k_gain + self.k_bias
+        q = direction * (scale * self.q_gain) + scale * self.q_bias
+        k = direction * self.k_gain + self.k_bias
         q, k = (x.type_as(z).view(B, T, self.num_heads, -1).transpose(1, 2) for x in (q, k))
         if rope is not None:
             turn = kernels.apply_rope if kernels.fit(self.backend, q) else apply_rope

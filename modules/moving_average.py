@@ -57,7 +57,7 @@ class CEMA(LoggingModule):
         state = None
         if cache:
             check_rows(cache["state"], B)
-            state = torch.view_as_complex(cache["state"])  # (B, D, N)
+            state = torch.view_as_complex(cache["state"])
         with torch.autocast(x.device.type, enabled=False):
             if T == 1:
                 mixed, state = self.step_by_step(x.float(), state)
@@ -77,10 +77,12 @@ class CEMA(LoggingModule):
 
     def step_by_step(self, x, state=None):
         """The equations of section 3.1 for one token after the other: the outputs (B, T, D), and the state (B, D, N) behind."""
+        B, T, D = x.shape
         alpha, log_loss, theta, eta = self.coefficients()
+        N = alpha.shape[1]
         entry, q = torch.polar(alpha, theta), torch.polar(log_loss.exp(), theta)
         update = entry * x[..., None]  # (B, T, D, N)
-        states = recurrence(q.expand_as(update), update, state)
+        states = recurrence(q.expand(B, T, D, N), update, state)
         return (states * eta).sum(dim=-1).real + self.skip * x, states[:, -1]
 
     def in_chunks(self, x, state=None, starts=None, keep=False):
@@ -133,7 +135,7 @@ class CEMA(LoggingModule):
         """What the tokens of a chunk tell those behind them in it, story by story.  (D, B * C, L) → the same"""
         if stories is None:
             return chunks @ within
-        columns = torch.cat([chunks, chunks.index_select(1, stories.chunks)], dim=1) * stories.columns  # (D, B * C + E, L)
+        columns = torch.cat([chunks, chunks.index_select(1, stories.chunks)], dim=1) * stories.columns
         mixed = (columns @ within) * stories.columns
         whole, inside = mixed.split([chunks.shape[1], len(stories.chunks)], dim=1)
         return whole.index_add(1, stories.chunks, inside)
@@ -149,10 +151,10 @@ class CEMA(LoggingModule):
         return state.transpose(0, 1).contiguous()
 
     def flops_per_token(self, T: int) -> float:
-        """The products of whole chunks and the recurrence between them: a complex multiply-add is 8, and a scan takes three."""
+        """The products of whole chunks, and between these a complex multiply-add for each number of the state."""
         D, N = self.alpha.shape
         L = min(self.chunk, T)
-        return 2.0 * D * (L + 4 * N) + 24 * D * N / L
+        return 2.0 * D * (L + 4 * N) + 8 * D * N / L
 
 
 class Stories:
@@ -172,7 +174,8 @@ class Stories:
         self.chunks = rows * C + chunks  # (E), of B * C
         whole = (starts <= begins).view(B * C, L)
         later = starts.view(B * C, L)[self.chunks] == (chunks * L + steps)[:, None]
-        self.columns = torch.cat([whole, later])  # of a chunk's first story, and of each that begins in one
+        # (B * C + E, L): of each chunk the tokens of its first story, then those of each story that begins inside of one
+        self.columns = torch.cat([whole, later])
 
 
 class TimestepNorm(LoggingModule):

@@ -143,7 +143,7 @@ class TestCEMA:
         made, T = average(), 5 * L
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             made(torch.randn(1, T, D))
-        assert made.flops_per_token(T) == counter.get_total_flops() / T + 24 * D * N / L
+        assert made.flops_per_token(T) == counter.get_total_flops() / T + 8 * D * N / L
 
 
 class TestTimestepNorm:
