@@ -3,13 +3,13 @@
 B batch, T time, D model dim, H heads of values, K head dim, V width of a value, n chunks of C tokens each.
 
     code        DeltaNet 2406.06484   Gated DeltaNet 2412.06464   what it is
-    q, k, v     q, k, v               q, k, v                     queries and keys of length 1 (B, H, T, K), values (B, H, T, V)
+    q, k, v     q, k, v               q, k, v                     queries and keys (B, H, T, K), values (B, H, T, V)
     state       S, transposed         S, transposed               what is remembered, (B, H, K, V): asked for q, it answers q S
     beta        β                     β                           how far an answer is corrected, from 0 to 1
     log_decay                         log α                       how the state fades with each token: by exp(log_decay)
     faded                             log γ                       the sum of log_decay from the beginning of the chunk on
     decays                            Γ                           how much is left of one token's correction at another
-    solved      T, times β            the same with Γ             what each correction of a chunk takes of every value in it
+    solved      T                     T, with Γ                   what each correction of a chunk takes of every value in it
     log_rate, w_step, step_bias                                   what log α is made of: -exp(log_rate) softplus(w_step x +
                                                                   step_bias), in Mamba 2's code A_log, dt and dt_bias
 """
@@ -81,7 +81,10 @@ class DeltaNet(LoggingModule):
         return self.w_out(mixed.flatten(2))
 
     def project(self, x, starts, cache):
-        """Queries and keys (B, v_heads, T, head_dim), values (B, v_heads, T, v_dim), in float32."""
+        """Queries and keys (B, v_heads, T, head_dim), values (B, v_heads, T, v_dim), in float32.
+
+        Keys have the length 1, queries 1 / sqrt(head_dim).
+        """
         mixed = self.conv(self.w_qkv(x), first=starts, cache=None if cache is None else cache.setdefault("conv", {}))
         q, k, v = activate(self.backend, mixed.float()).split(self.widths, dim=-1)
         q, k = (self.unit(part.unflatten(2, (self.num_heads, -1))).transpose(1, 2) for part in (q, k))
