@@ -9,7 +9,7 @@ B batch, T time, D model dim, W inner channels (expand x D), N numbers of state 
     write      B         what a token writes into the state of every channel (B, T, N)
     read       C         what it reads from there (B, T, N)
     skip       D         how much of u goes past the state (W)
-    state      h         (B, W, N)
+    state      h         (B, N, W), so that the long axis is the last
     decay      Ā         exp(Δ A), what is left of the state after a step (equation 4)
     update     B̄ x       Δ B x, what comes in: the first order of equation 4, as in the published models
     w_select             the matrices s_B, s_C and the first of s_Δ side by side, w_step the second of s_Δ (section 3.6)
@@ -53,7 +53,7 @@ class Mamba(LoggingModule):
         expand: int = 2,
         conv_width: int = 4,
         step_rank: int | None = None,
-        chunk: int = 64,
+        chunk: int = 32,
         linear_bias: bool = False,
     ):
         super().__init__()
@@ -105,16 +105,15 @@ class Mamba(LoggingModule):
         return F.softplus(self.w_step(rank).float()), write, read
 
     def flops_per_token(self, T: int) -> float:
-        """Matrices and convolution; and for each number of state three multiplications and three multiply-adds.
-
-        They are the decay's exponent, step x u and that x write; the next state, what is read from it, and the skip's share.
+        """Matrices and convolution; for each number of state the exponent of its decay, what comes in, the next state and what
+        is read from it; and for each channel its step times u, and the skip.
         """
         matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
         return 2.0 * (matrices + self.conv.weight.numel() + self.skip.numel()) + self.skip.numel() + 6 * self.log_rates.numel()
 
 
 def step_by_step(u, step, rates, write, read, state=None):
-    """The recurrence as the paper writes it (equation 2, discretised by equation 4).  y (B, T, W) and the last state (B, W, N)"""
+    """The recurrence as the paper writes it (equation 2, discretised by equation 4).  y (B, T, W) and the last state (B, N, W)"""
     decay, update = discretise(u, step, rates, write)
     states = recurrence(decay, update, state)
     return read_out(states, read), states[:, -1]
@@ -123,7 +122,7 @@ def step_by_step(u, step, rates, write, read, state=None):
 def in_pieces(u, step, rates, write, read, begins, state, chunk):
     """The same, many tokens side by side. The states of a piece of time are not kept, but computed again for the gradients.
 
-    begins (B, T) is True where a story begins anew; None is nowhere. (B, T, W) and (B, W, N), as step_by_step.
+    begins (B, T) is True where a story begins anew; None is nowhere. Else as step_by_step.
     """
     outputs = []
     parts = (x.split(chunk, dim=1) for x in (u, step, write, read))
@@ -147,13 +146,13 @@ def piece(u, step, write, read, rates, begins, state):
 
 
 def discretise(u: Tensor, step: Tensor, rates: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
-    """Decay and update of every number of the state.  (B, T, W), (B, T, W), (W, N), (B, T, N) → twice (B, T, W, N)"""
-    return torch.exp(step[..., None] * rates), (step * u)[..., None] * write[:, :, None]
+    """Decay and update of every number of the state.  (B, T, W), (B, T, W), (W, N), (B, T, N) → twice (B, T, N, W)"""
+    return torch.exp(step[:, :, None] * rates.T.contiguous()), (step * u)[:, :, None] * write[..., None]
 
 
 def read_out(states: Tensor, read: Tensor) -> Tensor:
-    """(B, T, W, N), (B, T, N) → (B, T, W)"""
-    return (states @ read[..., None]).squeeze(-1)
+    """(B, T, N, W), (B, T, N) → (B, T, W)"""
+    return (read[:, :, None] @ states).squeeze(2)
 
 
 class SelectiveScan(torch.autograd.Function):

@@ -52,7 +52,7 @@ class Mamba2(LoggingModule):
         expand: int = 2,
         groups: int = 1,
         conv_width: int = 4,
-        chunk: int = 32,
+        chunk: int = 64,
         linear_bias: bool = False,
         norm_eps: float = 1e-5,
     ):

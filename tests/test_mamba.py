@@ -124,7 +124,7 @@ def selective_inputs(T: int, W: int = 70, N: int = 5, B: int = 2):
 
 @pytest.mark.parametrize("T", LENGTHS)
 def test_pieces_of_time_give_the_answers_and_gradients_of_the_recurrence(T):
-    *inputs, state = *selective_inputs(T), torch.randn(2, 70, 5)
+    *inputs, state = *selective_inputs(T), torch.randn(2, 5, 70)
 
     def in_pieces(*given):
         return mamba.in_pieces(*given[:-1], None, given[-1], C)
