@@ -94,7 +94,7 @@ class CEMA(LoggingModule):
         L = min(self.chunk, T)
         within, entry, leave, through, scale = self.matrices(L)
         N = through.shape[1]
-        chunks = F.pad(x, (0, 0, 0, -T % L)).unflatten(1, (-1, L)).permute(3, 0, 1, 2).contiguous()
+        chunks = Permuted.apply(F.pad(x, (0, 0, 0, -T % L)), (2, 0, 1)).unflatten(2, (-1, L))
         C = chunks.shape[2]  # chunks: (D, B, C, L)
         stories = None if starts is None else Stories(starts, L)
 
@@ -108,8 +108,8 @@ class CEMA(LoggingModule):
         begins = torch.cat([before[:, None], scan(decays, ends, before)], dim=1)  # (D * B, C + 1, N), what chunks begin with
         carried = torch.view_as_real(begins[:, :-1]).reshape(D, B * C, 2 * N) @ leave  # (D, B * C, L)
         mixed = mixed + (carried if stories is None else carried * stories.reached.view(B * C, L))
-        mixed = mixed.view(D, B, C * L).permute(1, 2, 0)[:, :T]
-        return mixed.contiguous(), self.last_state(begins, chunks, entry, T) * scale if keep else None
+        mixed = Permuted.apply(mixed.view(D, B, C * L), (1, 2, 0))[:, :T]
+        return mixed, self.last_state(begins, chunks, entry, T) * scale if keep else None
 
     def matrices(self, L: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What a chunk of L steps does, as products from the right.
@@ -176,6 +176,22 @@ class Stories:
         later = starts.view(B * C, L)[self.chunks] == (chunks * L + steps)[:, None]
         # (B * C + E, L): of each chunk the tokens of its first story, then those of each story that begins inside of one
         self.columns = torch.cat([whole, later])
+
+
+class Permuted(torch.autograd.Function):
+    """x.permute(order), written out in memory, as its gradient is: batched products copy matrix by matrix what is not.
+
+    (B, T, D) → the same axes in another order
+    """
+
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.order = order
+        return x.permute(order).contiguous()
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return d_out.permute([ctx.order.index(axis) for axis in range(d_out.dim())]).contiguous(), None
 
 
 class TimestepNorm(LoggingModule):
