@@ -71,9 +71,10 @@ class CEMA(LoggingModule):
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """α, the logarithm of 1 - α δ, θ and η, each (D, N); η is complex."""
         N = self.alpha.shape[1]
-        alpha = self.alpha.sigmoid()
+        alpha, delta = self.alpha.sigmoid(), self.delta.sigmoid()
+        log_loss = torch.log1p(-(alpha * delta).clamp(max=1 - 1e-6))  # finite where a step leaves nothing
         turns = torch.arange(1, N + 1, device=alpha.device) * (2 * math.pi / N)
-        return alpha, torch.log1p(-alpha * self.delta.sigmoid()), self.base_angle.sigmoid()[:, None] * turns, as_complex(self.eta)
+        return alpha, log_loss, self.base_angle.sigmoid()[:, None] * turns, as_complex(self.eta)
 
     def step_by_step(self, x, state=None):
         """The equations of section 3.1 for one token after the other: the outputs (B, T, D), and the state (B, D, N) behind."""

@@ -125,6 +125,17 @@ class TestCEMA:
         check_long(average(chunk=32), torch.randn(1, 4096, D))
         check_stable_in_bfloat16(average(), torch.randn(2, 300, D))
 
+    @pytest.mark.parametrize("size", [-40.0, 40.0])
+    def test_states_that_are_lost_at_once_or_never_are_finite(self, size):
+        made, x = average(), torch.randn(2, 60, D)
+        with torch.no_grad():
+            made.alpha.fill_(size)
+            made.delta.fill_(size)
+        y = made(x)
+        torch.testing.assert_close(y, made.step_by_step(x)[0], atol=1e-4, rtol=1e-4)
+        y.sum().backward()
+        assert all(weight.grad.isfinite().all() for weight in made.parameters())
+
     def test_it_begins_with_slow_and_fast_turns_and_real_outputs(self):
         torch.manual_seed(0)
         made = CEMA(64)
