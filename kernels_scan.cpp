@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int WIDTH = 32;  // channels of a block, side by side in vectors
+constexpr int WIDTH = 64;  // channels of a block, side by side in vectors
 constexpr float LOG2_E = 1.44269504f;
 
 struct Scan {

@@ -31,7 +31,7 @@ from tools import LoggingModule
 
 FIRST_STEPS = (0.001, 0.1)  # the step sizes that a model begins with, evenly in their logarithms (section 3.6)
 KEPT_EVERY = 16  # tokens, of which the kernel keeps one state for the way back
-BLOCK = 32  # channels that it takes at a time: WIDTH of kernels_scan.cpp
+BLOCK = 64  # channels that it takes at a time: WIDTH of kernels_scan.cpp
 
 
 class Mamba(LoggingModule):
