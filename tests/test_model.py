@@ -159,7 +159,7 @@ def test_the_cache_changes_nothing(config: ModelConfig):
     for chunks in ([30], [1] * 30, [7, 1, 1, 13, 8], [1, 29]):
         cache = Cache()
         parts = [model(part, cache=cache)[0] for part in tokens.split(chunks, dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
         assert cache.num_tokens == 30
 
 
@@ -290,7 +290,7 @@ def test_the_mlp(activation, formula, gated):
     "layer, words",
     [
         ("Norm->Atn->+", ["»Atn«", "'Atn'", "Did you mean 'Attn'", "Norm, Attn, MLP"]),
-        ("Norm->Mamba->+", ["'Mamba'", "There are: Norm, Attn, MLP"]),
+        ("Norm->Hyena->+", ["'Hyena'", "There are: Norm, Attn, MLP"]),
         ("Norm->MLP(mlpdim=64)->+", ["MLP", "'mlpdim'", "Did you mean 'mlp_dim'", "activation"]),
         ("Norm->Attn(windw=64)->+", ["Norm->»Attn(windw=64)«->+", "'windw'", "Did you mean 'window'", "num_heads"]),
         ("Norm->Attn(window='64')->+", ["»Attn(window='64')«", "window='64'", "it must be int | None"]),
@@ -330,6 +330,7 @@ def plugin(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def write(source: str, **knobs) -> ModelConfig:
+        sys.modules.pop("an_idea", None)  # of another test
         (tmp_path / "an_idea.py").write_text(source, encoding="utf-8")
         return replace(TINY, plugins=("an_idea",), **knobs)
 
