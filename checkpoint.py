@@ -49,6 +49,7 @@ class Training:
     data: Data
     validation: list[str]  # the stories that every evaluation scores
     average: AveragedModel | None = None  # of the weights, where it is to be scored and kept instead of the last ones
+    code: dict[str, str] = field(default_factory=dict)  # a digest of every file that has a say in the numbers
     choices: Choices | None = None  # what was found to be the fastest way on this machine
     flops_per_token: float = 0.0  # forward and backward, of a sequence as long as the context
     continued_from: str | None = None  # the run whose weights it began with
@@ -113,7 +114,7 @@ class Training:
         self.run.save("model.pth", {
             "model": self.best_model.state_dict(), "step": self.step, "loss": self.best_loss,
             "vocab_size": self.tokenizer.vocab_size, "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "data": self.data.name, "rows_read": self.rows,
+            "data": self.data.name, "data_fingerprint": self.data.fingerprint, "rows_read": self.rows, "code": self.code,
             "validation_stories": len(self.validation), "validation_fingerprint": fingerprint(self.validation),
             "continued_from": self.continued_from,
         })  # fmt: skip
@@ -158,9 +159,11 @@ class Training:
 
     def not_finite(self, step: int) -> FloatingPointError:
         learning_rate = self.optimizers[0].param_groups[0]["lr"]
+        problem = f"the loss is no longer finite at step {step:,}, with a learning rate of {learning_rate:.2g}"
+        self.run.save_text("diverged.txt", f"{problem}\n")
         return FloatingPointError(
-            f"the loss is no longer finite at step {step:,}, with a learning rate of {learning_rate:.2g}. Lower "
-            f"--train.lr_max, or raise --train.warmup_steps. The last checkpoint of {self.run.name!r} is as it was"
+            f"{problem}. Lower --train.lr_max, or raise --train.warmup_steps. "
+            f"The last checkpoint of {self.run.name!r} is as it was"
         )
 
 

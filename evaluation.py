@@ -2,9 +2,33 @@
 
 A story is bos + text + eos. Every token after bos is predicted once, eos too, from all of the story that the context
 holds: a story longer than the context is read in windows that overlap by half.
+
+    python evaluation.py compare A B C      # which run, or group of seeds, is better, and by how much
+
+B batch, T time, V vocabulary.
 """
 
+import sys
+from importlib import import_module
+
+COMMANDS = {"compare": "comparison"}  # the module that holds the command's `main`
+
+
+def main(words: list[str]):
+    """The command line: the first word chooses what is done with the others. A mistake ends the program with one line."""
+    if not words or words[0] not in COMMANDS:
+        asked_for_help = words[:1] in (["--help"], ["-h"])
+        usage = f"usage: python evaluation.py {{{','.join(COMMANDS)}}} ... (--help behind it tells more)"
+        sys.exit(print(usage) if asked_for_help else f"error: {usage}")
+    import_module(COMMANDS[words[0]]).main(words[1:])
+
+
+if __name__ == "__main__":  # before torch is imported, which most of them do without
+    main(sys.argv[1:])
+    sys.exit()
+
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +47,12 @@ class Evaluation:
     story_nats: Tensor  # (stories,) summed loss of each story, in nats
     story_tokens: Tensor  # (stories,) predicted tokens
     story_bytes: Tensor  # (stories,) length of the text in UTF-8, before the tokenizer normalises it
-    top_k: dict[int, float]  # share of tokens that were among the k most likely, given the true text before them
+    story_hits: dict[int, Tensor]  # for each k (stories,) tokens that were among the k most likely, given the true text before
+
+    @property
+    def top_k(self) -> dict[int, float]:
+        """The share of all tokens that were among the k most likely."""
+        return {k: (hits.sum() / self.story_tokens.sum()).item() for k, hits in self.story_hits.items()}
 
     @property
     def loss(self) -> float:
@@ -69,38 +98,47 @@ def windows(stories: list[list[int]], max_seq_len: int) -> list[Window]:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, tokenizer, stories: list[str], batch_size: int = 32, top_k: tuple[int, ...] = ()) -> Evaluation:
-    """Score whole stories, in float32 whatever the model was trained in. Leaves the model in the mode it was in.
+def predictions(
+    model: GPT, tokenizer, tokenised: list[list[int]], batch_size: int = 32
+) -> Iterator[tuple[list[Window], Tensor, Tensor]]:
+    """Read tokenised stories in batches of windows: what was read, logits (B, T, V), and targets (B, T) on the same device.
 
     At most batch_size windows at once, fewer where their logits would take more than 16 MB.
-    Raises ValueError where there are no stories.
     """
-    if not stories:
-        raise ValueError("there are no stories to evaluate on: give at least one")
     device = next(model.parameters()).device
-    tokenised = tokenizer.encode_batch(stories, bos=True, eos=True)
     pieces = sorted(windows(tokenised, model.config.max_seq_len), key=lambda piece: len(piece.inputs))
-    nats = torch.zeros(len(stories), dtype=torch.float64)
-    hits = dict.fromkeys(top_k, 0)
     if pieces:
         batch_size = max(1, min(batch_size, MAX_LOGITS // (len(pieces[-1].inputs) * model.vocab_size)))
-    was_training = model.training
-    model.eval()
     for first in range(0, len(pieces), batch_size):
         batch = pieces[first : first + batch_size]
         width = max(len(piece.inputs) for piece in batch)
         inputs = torch.tensor([piece.inputs + [tokenizer.pad_id] * (width - len(piece.inputs)) for piece in batch])
         targets = torch.tensor([piece.targets + [IGNORE] * (width - len(piece.targets)) for piece in batch])
         logits, _ = model(inputs.to(device))
-        wanted = targets.to(device).flatten()
-        losses = F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=IGNORE, reduction="none").view(targets.shape)
-        nats.index_add_(0, torch.tensor([piece.story for piece in batch]), losses.sum(dim=1).cpu().double())
-        scored = targets != IGNORE
+        yield batch, logits, targets.to(device)
+
+
+def evaluate(model: GPT, tokenizer, stories: list[str], batch_size: int = 32, top_k: tuple[int, ...] = ()) -> Evaluation:
+    """Score whole stories, in float32 whatever the model was trained in. Leaves the model in the mode it was in.
+
+    At most batch_size windows at once, see `predictions`. Raises ValueError where there are no stories.
+    """
+    if not stories:
+        raise ValueError("there are no stories to evaluate on: give at least one")
+    tokenised = tokenizer.encode_batch(stories, bos=True, eos=True)
+    nats = torch.zeros(len(stories), dtype=torch.float64)
+    hits = {k: torch.zeros(len(stories), dtype=torch.int64) for k in top_k}
+    was_training = model.training
+    model.eval()
+    for batch, logits, targets in predictions(model, tokenizer, tokenised, batch_size):
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+        story = torch.tensor([piece.story for piece in batch])
+        nats.index_add_(0, story, losses.view(targets.shape).sum(dim=1).cpu().double())
         if top_k:
-            best = logits.topk(max(top_k), dim=-1).indices.cpu() == targets[..., None]
+            is_target = logits.topk(max(top_k), dim=-1).indices == targets[..., None]  # IGNORE is the number of no token
             for k in top_k:
-                hits[k] += best[scored][:, :k].any(dim=-1).sum().item()
+                hits[k].index_add_(0, story, is_target[..., :k].any(dim=-1).sum(dim=1).cpu())
     model.train(was_training)
     num_tokens = torch.tensor([len(tokens) - 1 for tokens in tokenised])
     num_bytes = torch.tensor([len(story.encode(errors="replace")) for story in stories])
-    return Evaluation(nats, num_tokens, num_bytes, {k: count / num_tokens.sum().item() for k, count in hits.items()})
+    return Evaluation(nats, num_tokens, num_bytes, hits)

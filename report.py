@@ -12,6 +12,7 @@ from evaluation import evaluate
 from inference import generate
 from runs import Run, load_model
 from sources import open_source
+from story_losses import keep_losses
 
 PROMPTS = ("Once upon a time", "One day, Lily", "Tim was")
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds", "flops": "training FLOPs"}
@@ -194,7 +195,7 @@ def wrapped(frame):
 
 
 def write_report(name: str) -> list[str]:
-    """Write README.md and loss.png into a run's folder, and return the three stories that the README shows.
+    """Write README.md, loss.png and the losses by story into a run's folder, and return the three stories that the README shows.
 
     Raises ValueError for a run that was stopped before its validation stories were scored for the first time.
     """
@@ -203,6 +204,7 @@ def write_report(name: str) -> list[str]:
     run = Run(name)
     if run.log()["validation_loss"].isna().all():
         raise ValueError(f"the run {name!r} was stopped before it was evaluated: go on with it by resume, and report then")
+    keep_losses(name)
     model, tokenizer = load_model(name)
     stories = generate(model, tokenizer, [""] * 3)  # from their first word, as whatever data it was begins
     axes = plot_losses(name)

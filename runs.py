@@ -7,6 +7,9 @@ log_data.csv       a row for every few steps
 blocks.csv         what blocks report of themselves at every evaluation, such as how evenly experts are used; where there are such
 model.pth          the best weights so far, and the size and fingerprint of the tokenizer they belong to
 checkpoint.pth     the last state of the training, to resume from
+story_losses.csv   what the model scores on every validation story;  story_losses.json: with which weights, data and code
+diverged.txt       at which step the loss was no longer finite; where it was not
+group.json         the group of seeds that the run belongs to; where it does
 loss.png           the loss curve
 
 A run that is called EXPERIMENT/RUN goes with the experiment: it is experiments/EXPERIMENT/trained_models/RUN.
@@ -15,6 +18,7 @@ Files are written next to their place and moved there, so that a crash or a full
 
 import csv
 import io
+import json
 import os
 import re
 import shutil
@@ -44,6 +48,16 @@ def run_names(with_file: str = "model.pth") -> list[str]:
         for experiment in experiment_names()
         for path in sorted(runs_folder(experiment).glob(f"*/{with_file}"))
     ]
+
+
+def group_members(name: str) -> list[str]:
+    """The runs of a group of seeds; the run itself where it is one. Raises FileNotFoundError where it is neither."""
+    if not Run(name).folder.is_dir():
+        members = [member for member in run_names() if Run(member).group == name]
+        if members:
+            return members
+        Run(name).path("model.pth")  # says so
+    return [name]
 
 
 def default_name(preset: str) -> str:
@@ -82,13 +96,15 @@ class Run:
         if self.folder.exists():
             raise ValueError(f"a run called {self.name!r} exists. Take another --name, or go on with it by --resume")
 
-    def create(self, model_config: ModelConfig, train_config: TrainConfig):
-        """Make the folder and write the two configs. Raises ValueError where a run of that name exists."""
+    def create(self, model_config: ModelConfig, train_config: TrainConfig, group: str | None = None):
+        """Make the folder, write the configs, and the group where there is one. Raises ValueError where the run exists."""
         self.check_is_new()
         self.folder.mkdir(parents=True)
         try:
             self.save_text("model_config.json", to_json(model_config))
             self.save_text("train_config.json", to_json(train_config))
+            if group is not None:
+                self.save_text("group.json", json.dumps({"group": group}) + "\n")
         except OSError:
             shutil.rmtree(self.folder)
             raise
@@ -118,6 +134,16 @@ class Run:
             return from_json(config_class, self.path(file).read_text(encoding="utf-8"))
         except ValueError as error:  # also what is not UTF-8
             raise ValueError(f"{file} of the run {self.name!r} is damaged: {error}") from error
+
+    @property
+    def group(self) -> str | None:
+        """The group of seeds that the run belongs to, or None. Raises ValueError where group.json is damaged."""
+        if not (self.folder / "group.json").exists():
+            return None
+        try:
+            return json.loads(self.path("group.json").read_text(encoding="utf-8"))["group"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"group.json of the run {self.name!r} is damaged: write {{\"group\": \"NAME\"}}") from error
 
     def log(self):
         """log_data.csv as a pandas DataFrame."""

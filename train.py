@@ -43,6 +43,7 @@ from model import IGNORE
 from optim import average_of_weights, build_optimizers, growing_batch_size, growing_window, scheduled_learning_rate
 from report import dead_experts, write_report
 from runs import Run, default_name
+from story_losses import code_digests
 from tokenizer import load_tokenizer
 
 LOG_EVERY = 10  # steps that a row of log_data.csv stands for
@@ -156,7 +157,7 @@ def prepare(
     validation = data.validation[: train_config.eval_stories]
     average = average_of_weights(model, train_config.weight_averaging) if train_config.weight_averaging else None
     training = Training(run, model, optimizers, tokenizer, data, validation, average)
-    training.flops_per_token = model_cost(model).training_flops
+    training.flops_per_token, training.code = model_cost(model).training_flops, code_digests(model_config.plugins)
     if resume:
         training.restore()
         if is_finished(training.step, training.seconds, train_config):

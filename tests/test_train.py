@@ -309,8 +309,9 @@ class TestResume:
             [sys.executable, "train.py", *words_of(config, "interrupted")], cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        while process.poll() is None and not (Run("interrupted").folder / "checkpoint.pth").exists():
-            time.sleep(0.01)
+        begun = ""
+        while process.poll() is None and "step 1," not in begun:
+            begun += process.stderr.read(1)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
         assert process.returncode == 0 and "Traceback" not in err, err
@@ -538,4 +539,5 @@ class TestTerminal:
         present = {path.name for path in Run("mine").folder.iterdir()}
         assert present == {
             "README.md", "model_config.json", "train_config.json", "log_data.csv", "model.pth", "checkpoint.pth", "loss.png",
+            "story_losses.csv", "story_losses.json",
         }  # fmt: skip

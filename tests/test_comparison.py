@@ -1,0 +1,279 @@
+"""Promises of the verdict: intervals that cover, p-values that are rarely wrong, nothing compared in silence."""
+
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import evaluation
+from comparison import compare
+from differences import holm, over_seeds, over_stories, seeds_needed
+from report import write_report
+from runs import Run, load_model
+from story_losses import COLUMNS, digest, keep_losses, read_losses
+
+ROOT = Path(__file__).parents[1]
+SIMULATED = 2000
+
+
+def covered(difference, truth):
+    return np.mean((difference.low <= truth) & (truth <= difference.high))
+
+
+class TestCoverage:
+    """2,000 comparisons whose truth is known."""
+
+    @pytest.mark.parametrize("seeds", [3, 5])
+    def test_over_seeds_paired(self, seeds):
+        random = np.random.default_rng(seeds)
+        order = random.normal(0.9, 0.02, (seeds, SIMULATED))  # what both owe to the seed
+        a, b = order + random.normal(0, 0.01, order.shape), order - 0.02 + random.normal(0, 0.01, order.shape)
+        assert 0.93 <= covered(over_seeds(a, b, paired=True), -0.02) <= 0.97
+        assert np.mean(over_seeds(a, b + 0.02, paired=True).p <= 0.05) <= 0.06
+
+    @pytest.mark.parametrize("spread", [0.01, 0.02])
+    def test_over_seeds_unpaired(self, spread):
+        random = np.random.default_rng(0)
+        a, b = random.normal(0.9, 0.01, (5, SIMULATED)), random.normal(0.88, spread, (4, SIMULATED))
+        assert 0.93 <= covered(over_seeds(a, b, paired=False), -0.02) <= 0.97
+
+    def test_over_stories(self):
+        """Stories of very different length, whose losses depend on it."""
+        random = np.random.default_rng(2)
+        length = random.lognormal(6.5, 0.5, (300, SIMULATED)).round()
+        hard = random.normal(0, 40, length.shape)
+        a = 0.60 * length + hard + random.normal(0, 0.6, length.shape) * np.sqrt(length)
+        b = 0.59 * length + hard + random.normal(0, 0.6, length.shape) * np.sqrt(length)
+        assert 0.93 <= covered(over_stories(a, b, length), -0.01 / math.log(2)) <= 0.97
+
+    def test_false_alarms_of_many_comparisons(self):
+        """Eight ideas that change nothing against one base model: one of them is called a difference in at most 5%."""
+        random = np.random.default_rng(3)
+        base, ideas = random.normal(0.9, 0.01, (5, SIMULATED)), random.normal(0.9, 0.01, (8, 5, SIMULATED))
+        p = np.array([over_seeds(base, idea, paired=True).p for idea in ideas])  # (8, SIMULATED)
+        assert np.mean((p <= 0.05).any(axis=0)) > 0.15  # which is what the correction is for
+        alarms = np.mean([(holm(values) <= 0.05).any() for values in p.T])
+        assert 0.01 <= alarms <= 0.05
+
+    def test_so_many_seeds_do_tell(self):
+        random = np.random.default_rng(4)
+        for paired, a, b in [(True, [0.90, 0.91, 0.92], [0.89, 0.91, 0.895]), (False, [0.90, 0.91, 0.92], [0.88, 0.905, 0.90])]:
+            needed = seeds_needed(a, b, paired)
+            seen = {}
+            for seeds in (needed - 1, needed):
+                truth = np.mean(b) - np.mean(a)
+                if paired:
+                    first = random.normal(0, 1, (seeds, SIMULATED))
+                    second = first + random.normal(truth, np.std(np.subtract(b, a), ddof=1), first.shape)
+                else:
+                    first = random.normal(0, np.std(a, ddof=1), (seeds, SIMULATED))
+                    second = random.normal(truth, np.std(b, ddof=1), first.shape)
+                seen[seeds] = np.mean(over_seeds(first, second, paired).p <= 0.05)
+            assert seen[needed] > 0.77 and seen[needed - 1] < 0.83
+
+
+class TestStatistics:
+    def test_stories_against_the_bootstrap(self):
+        random = np.random.default_rng(5)
+        length = random.integers(200, 1500, 400)
+        a = 0.6 * length + random.normal(0, 20, 400)
+        b = a - 0.02 * length + random.normal(0, 6, 400)
+        ours = over_stories(a, b, length)
+
+        def bits(a, b, length, axis=-1):
+            return (b - a).sum(axis) / length.sum(axis) / math.log(2)
+
+        resampled = stats.bootstrap((a, b, length), bits, paired=True, n_resamples=2000, rng=0, method="percentile")
+        boot = resampled.confidence_interval
+        assert ours.mean == pytest.approx(bits(a, b, length))
+        assert (ours.low, ours.high) == pytest.approx((boot.low, boot.high), abs=0.05 * (boot.high - boot.low))
+
+    def test_holm_is_bonferroni_of_every_set_of_hypotheses_that_holds_it(self):
+        """The closed test that Holm's method is a short cut of."""
+        p = np.random.default_rng(6).uniform(0, 0.2, 5)
+        for number, corrected in enumerate(holm(p)):
+            sets = [chosen for size in range(1, 6) for chosen in itertools.combinations(range(5), size) if number in chosen]
+            assert corrected == pytest.approx(max(min(1, len(chosen) * p[list(chosen)].min()) for chosen in sets))
+        assert holm([0.01, math.nan, 0.04]).tolist() == pytest.approx([0.02, math.nan, 0.04], nan_ok=True)
+
+    def test_copies_and_what_has_no_spread(self):
+        values = [0.9, 0.91]
+        assert over_seeds(values, values, paired=True).p == 1.0
+        assert np.isnan(over_seeds(values, [0.8, 0.81], paired=True).p) or over_seeds(values, [0.8, 0.81], paired=True).p < 1e-6
+        assert np.isnan(over_seeds([0.9, 0.9], [0.8, 0.8], paired=False).p)
+        assert seeds_needed(values, values, paired=True) is None
+
+
+@pytest.fixture
+def make_run(tiny_run):
+    """Make a run with losses by story of its own: those of the tiny run, shifted by some bits per byte, and noise."""
+    keep_losses(tiny_run)
+
+    def make(name, shift=0.0, seed=0, group=None, noise=0.01, **facts):
+        run = Run(name)
+        shutil.copytree(Run(tiny_run).folder, run.folder)
+        losses, _ = read_losses(name)
+        random = np.random.default_rng(len(name) + 100 * seed)
+        losses["nats"] += math.log(2) * losses["bytes"] * (shift + random.normal(0, noise, len(losses)))
+        run.save_log(losses.to_dict("records"), COLUMNS, "story_losses.csv")
+        change(name, "train_config.json", seed=seed)
+        change(name, "story_losses.json", **facts)
+        if group:
+            run.save_text("group.json", json.dumps({"group": group}))
+        return name
+
+    return make
+
+
+def change(name, file, **values):
+    run = Run(name)
+    run.save_text(file, json.dumps(json.loads(run.path(file).read_text()) | values))
+
+
+class TestLosses:
+    def test_they_are_those_of_the_model(self, tiny_run):
+        write_report(tiny_run)
+        losses, scored = read_losses(tiny_run)
+        model, tokenizer = load_model(tiny_run)
+        assert len(losses) == 200 and losses["story"].is_unique and scored.data == "little.txt"
+        assert losses["nats"].sum() / losses["tokens"].sum() == pytest.approx(Run(tiny_run).log()["validation_loss"].iloc[-1])
+        assert (losses["top1"] <= losses["top5"]).all() and (losses["top10"] <= losses["tokens"]).all()
+        assert scored.code.keys() >= {"model.py", "train.py", "modules/mamba.py"} and scored.data_fingerprint
+        assert scored.parameters == sum(weight.numel() for weight in model.parameters()) and scored.tokenizer == tokenizer.name
+
+    @pytest.mark.parametrize("damage, said", [
+        (lambda folder: (folder / "story_losses.csv").unlink(), "has no losses by story: scoring it"),
+        (lambda folder: (folder / "story_losses.csv").write_text("story,bytes\n1,2\n"), "are damaged: scoring it .* again"),
+        (lambda folder: (folder / "story_losses.json").write_text("{"), "are damaged: scoring it .* again"),
+        (lambda folder: (folder / "model.pth").write_bytes((folder / "model.pth").read_bytes() + b" "), "of other weights than"),
+    ])  # fmt: skip
+    def test_what_is_missing_damaged_or_old_is_scored_again_and_said(self, make_run, capsys, damage, said):
+        make_run("a"), make_run("b")
+        wanted, _ = read_losses("tiny")
+        damage(Run("a").folder)
+        compare("a", "b")
+        assert re.search(f"'a' .*{said}|'a' {said}", capsys.readouterr().out)
+        pd.testing.assert_frame_equal(read_losses("a")[0], wanted)
+
+
+class TestCompare:
+    def test_one_seed_each_is_paired_by_story_and_says_so(self, make_run):
+        make_run("a"), make_run("b", shift=-0.02)
+        result = compare("a", "b")
+        difference = result.differences.loc["b - a"]
+        assert difference["95% from"] < -0.02 < difference["to"] < 0 and difference["over"] == "stories"
+        (verdict,) = result.verdicts
+        assert re.fullmatch(r"b is better than a by 0\.0[12]\d\d ± 0\.00\d\d bits per byte \(1 seed, p < 0\.001\)\. "
+                            r"The interval is from the stories alone; another seed may say otherwise", verdict)  # fmt: skip
+
+    def test_seeds_are_the_unit_where_there_are_several(self, make_run):
+        for seed, luck in enumerate([0.01, -0.005, 0.002]):
+            make_run(f"a-seed{seed}", luck, seed, "a"), make_run(f"b-seed{seed}", luck - 0.05 - 0.001 * seed, seed, "b")
+            make_run(f"c-seed{seed}", -luck, seed, "c"), make_run(f"d-seed{seed}", luck - 0.05, seed + 7, "d")
+        result = compare("a", "b", "c", "d")
+        values = {name: [np.log2(np.e) * read_losses(f"{name}-seed{seed}")[0]["nats"].sum() /
+                         read_losses("tiny")[0]["bytes"].sum() for seed in range(3)] for name in "abcd"}  # fmt: skip
+        p = [stats.ttest_rel(values["b"], values["a"]).pvalue, stats.ttest_rel(values["c"], values["a"]).pvalue,
+             stats.ttest_ind(values["d"], values["a"], equal_var=False).pvalue]  # fmt: skip
+        assert result.differences["p"].tolist() == pytest.approx(p)
+        assert result.differences["p (Holm)"].tolist() == pytest.approx(holm(p).tolist())
+        assert result.differences["over"].tolist() == ["seeds, paired", "seeds, paired", "seeds"]
+        wanted = r"b is better than a by 0\.05\d+ ± 0\.00\d+ bits per byte \(3 seeds, p .*corrected for 3"
+        assert re.match(wanted, result.verdicts[0])
+        needed = seeds_needed(values["a"], values["c"], True, 0.05 / 3) - 3
+        assert re.match(rf"a and c are not distinguishable; about {needed} more seeds would tell", result.verdicts[1])
+        assert len(compare("a", "b", "c", all_pairs=True).verdicts) == 3
+        assert compare("a-seed0", "b").differences["over"].tolist() == ["stories"]
+
+    def test_diverged_runs_and_second_runs_of_a_seed_are_left_out(self, make_run):
+        for seed in range(3):
+            make_run(f"a-seed{seed}", 0.01 * seed, seed, "a"), make_run(f"b-seed{seed}", 0.01 * seed, seed, "b")
+        Run("b-seed1").save_text("diverged.txt", "the loss is no longer finite at step 7")
+        make_run("b-again", 0, 2, "b")
+        make_run("infinite", math.inf)
+        result = compare("a", "b", "infinite")
+        said = "\n".join(result.notes)
+        assert "b-seed1 diverged and is left out: the loss is no longer finite at step 7" in said
+        assert "b-seed2 has the seed of b-again and is left out" in said
+        assert "infinite diverged and is left out: not all of its losses are finite" in said
+        assert result.differences["seeds"].tolist() == ["2 and 3"] and len(result.verdicts) == 1
+
+    @pytest.mark.parametrize("facts, said, compared", [
+        ({"validation": "others"}, "a and b are not compared: they were scored on other validation stories", False),
+        ({"data_fingerprint": "other"}, "a and b were trained on other data, though both call them", True),
+        ({"data_fingerprint": None}, "whether they were trained on the same data is not known", True),
+        ({"tokenizer": "other"}, "a and b have other tokenizers", True),
+        ({"code": {"model.py": "other"}}, "a and b were trained with other code: model.py", True),
+        ({"code": None}, "whether the same code trained them is not known", True),
+    ])  # fmt: skip
+    def test_what_is_not_equal_is_never_compared_in_silence(self, make_run, facts, said, compared):
+        make_run("a"), make_run("b", -0.02, seed=1)
+        assert not compare("a", "b").notes
+        if "validation" in facts:
+            losses, _ = read_losses("b")
+            Run("b").save_log(losses[:100].to_dict("records"), COLUMNS, "story_losses.csv")
+            facts = {"validation": digest("".join(losses["story"][:100]).encode())}
+        change("b", "story_losses.json", **facts)
+        result = compare("a", "b")
+        assert said in "\n".join(result.notes) and len(result.verdicts) == compared
+
+    def test_the_same_config_twice(self, make_run):
+        make_run("a"), make_run("b", noise=0)
+        assert "the same config with the same seed" in compare("a", "b").notes[0]
+        shutil.copytree(Run("b").folder, Run("c").folder)
+        assert "not distinguishable" in compare("b", "c").verdicts[0]
+
+    def test_at_equal_cost(self, make_run):
+        make_run("a"), make_run("b", parameters=10**6, seed=1)
+        assert "parameters are not equal within 5%" in compare("a", "b", at="parameters").notes[0]
+        log = Run("b").log()
+        doubled = log.assign(tokens=2 * log["tokens"], flops=2 * log["flops"], bits_per_byte=log["bits_per_byte"] - 0.1)
+        doubled.to_csv(Run("b").path("log_data.csv"), index=False)
+        for at in ("tokens", "flops"):
+            result = compare("a", "b", at=at)
+            curve = doubled.dropna(subset="bits_per_byte")
+            budget = log[at].max()
+            wanted = np.interp(budget, curve[at], curve["bits_per_byte"]) - log["bits_per_byte"].iloc[-1]
+            assert result.differences["difference"].item() == pytest.approx(wanted)
+            assert "by the curves of the log" in result.notes[0] and "one seed alone has no interval here" in result.verdicts[0]
+        assert "within 2%" in compare("a", "b", at="step").notes[0]
+        change("b", "train_config.json", threads=1)
+        assert any("auto and 1 threads" in note for note in compare("a", "b", at="seconds").notes)
+
+    def test_a_run_that_is_older_than_the_column_flops(self, make_run):
+        make_run("a"), make_run("b", seed=1)
+        Run("b").log().drop(columns="flops").to_csv(Run("b").path("log_data.csv"), index=False)
+        assert "within 2%" in compare("a", "b", at="flops").notes[0]
+
+    def test_bad_input(self, make_run):
+        make_run("a")
+        for names, options, said in [(("a",), {}, "name at least two runs"), (("a", "a"), {}, "each once"),
+                                     (("a", "tiny"), {"at": "hours"}, "at='hours': it must be one of")]:  # fmt: skip
+            with pytest.raises(ValueError, match=said):
+                compare(*names, **options)
+        with pytest.raises(FileNotFoundError, match="no run is called 'nobody'"):
+            compare("a", "nobody")
+        Run("a").save_text("group.json", "{")
+        with pytest.raises(ValueError, match=r"group\.json of the run 'a' is damaged"):
+            compare("tiny", "nobody")
+
+    def test_in_the_terminal_and_without_torch(self, make_run, capsys):
+        make_run("a"), make_run("b", -0.02, seed=1)
+        evaluation.main(["compare", "a", "b"])
+        printed = capsys.readouterr().out
+        assert "b is better than a" in printed and "p (Holm)" in printed
+        unknown = (["compare", "a", "nobody"], "error: no run is called 'nobody'")
+        for words, said in [([], "usage"), (["guess"], "usage"), unknown]:
+            with pytest.raises(SystemExit, match=said):
+                evaluation.main(words)
+        code = "import sys, comparison; comparison.compare('a', 'b'); assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
