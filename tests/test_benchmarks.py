@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,16 @@ def test_a_change_is_written_as_in_python_and_a_wrong_one_named(scripts):
     for change, said in (("lr_max=1", "group.field=value"), ("model.dims=8", "Did you mean 'dim'"), ("model.dim=x", "dim='x'")):
         with pytest.raises(ValueError, match=said):
             ablations.changed(preset, [change])
+
+
+def test_preset_speed_tells_training_and_writing(scripts, monkeypatch, capsys):
+    import preset_speed
+
+    small = {name: Preset(replace(preset(name).model, dim=32, num_layers=1)) for name in ("1m", "mamba2_like")}
+    arguments = preset_speed.Arguments(lengths=(32,), tokens=64, places=(5,), vocab_size=50, rounds=2, seconds=0.01)
+    monkeypatch.setattr(preset_speed, "in_new_process", lambda function, *arguments: function(*arguments))
+    preset_speed.training_table(small, arguments)
+    preset_speed.writing_table(small, arguments)
+    table = rows(capsys.readouterr().out)
+    assert float(table["T 32"][0].split()[0].replace(",", "")) > 0 and float(table["T 32"][1].split()[0]) > 0
+    assert all(float(speed.replace(",", "")) > 0 for speed in table["behind 5 tokens"])
