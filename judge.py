@@ -56,7 +56,7 @@ def plan(calls: dict, endpoint, prices: list[float] | None) -> str:
 
 
 def report(judgement) -> str:
-    """What a judgement.Judgement says, for the terminal."""
+    """What a judge_verdict.Judgement says, for the terminal."""
     from judge_verdict import cohens_kappa, mean_of, share_of, squared
 
     parts = [
@@ -65,6 +65,8 @@ def report(judgement) -> str:
     ]
     for first, second in combinations(judgement.names, 2):
         preference = judgement.preference(first, second)
+        if preference and preference.lost > preference.won:
+            preference = judgement.preference(second, first)
         parts.append(sentence(preference) if preference else f"{first} and {second}: no comparison was answered.")
     trust = []
     if len(judgement.names) > 1:

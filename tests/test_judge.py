@@ -132,6 +132,7 @@ class TestVerdict:
         assert judgement.same_in_both_orders().value == 1 and judgement.shown_first().value == 0.5
         told = "one is preferred to other on 10 of 11 decided prompts: 91% (62% to 98%), p = 0.012, 1 ties."
         assert told in judge.report(judgement)
+        assert told in judge.report(Judgement(PROMPTS, {"other": BAD, "one": GOOD}, judgement.answers))  # the better one first
 
     def test_grades_and_their_difference_have_the_intervals_of_student(self):
         with serving(answer_by(quality)) as server:
