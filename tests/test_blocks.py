@@ -1,6 +1,7 @@
 """Every block of the menu keeps the contract, and the contract catches every kind of block that does not."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +80,8 @@ def test_what_cannot_be_checked():
     one_line_error(lambda: check_block("Mena", BROKEN), "no block is called 'Mena'", "Did you mean 'Mean'?")
     one_line_error(lambda: check_block("MLP", ModelConfig(max_seq_len=64)), "max_seq_len=64", "at least 71")
     one_line_error(lambda: check_block("MLP", layer="Norm->Attn"), "'MLP'", "it does not stand in", error=ContractError)
+
+
+def test_the_readme_lists_the_menu():
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    assert [name for name in block_menu(CONFIG) if f"`{name}`" not in readme] == []
