@@ -1,0 +1,331 @@
+"""What can an architecture learn to do? A small model of it is trained on each of the synthetic tasks of capability_tasks.py.
+
+    python capability.py 1m mamba_like                               # presets and runs, by name: only their architecture counts
+    python capability.py "Norm->Attn->+" "Norm->Mamba->+" --quick    # layer strings
+    python capability.py 1m griffin_like --tasks "hop chains" --seeds 3 --save probes.png
+
+All models are scaled to one small width, and trained from scratch by the same AdamW on equally many fresh sequences. That is half
+a minute a task on two cores, an eighth of it with --quick. A score is the share of right answers on test sequences that are the
+same for all; chance is what the best answer gives that does not look at the sequence.
+
+B sequences, T tokens of each, V vocabulary.
+"""
+
+import argparse
+import inspect
+import itertools
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capability_tasks import TASKS, Task
+from command_line import read_layers
+from config import Layers, ModelConfig, TrainConfig, did_you_mean
+from cost import config_of
+from losses import IGNORE
+from menu import build_model
+from optim import build_optimizers, scheduled_learning_rate
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is done for one probe."""
+
+    steps: int = 600
+    batch_size: int = 64  # sequences a step, all new
+    test_sequences: int = 512
+    lr: float = 3e-3
+    dim: int = 64
+    num_layers: int = 2  # or as many as the shortest tile of layers that is not shorter
+
+
+QUICK = Effort(steps=150, batch_size=32, test_sequences=256)
+SMALLEST_HEAD = 16  # channels: scaled down with the width, heads become no smaller
+CONTEXT = 64  # what a layer string is written for: about the length of the sequences
+
+
+@dataclass(frozen=True)
+class Score:
+    """What models of one architecture, trained with several seeds, get right of one task."""
+
+    architecture: str
+    task: str
+    level: int  # 0 where a task has but one
+    shares: Tensor  # (seeds, sequences): the share of right answers in each test sequence; NaN where training diverged
+    parameters: int
+    seconds: float  # of training and scoring, all seeds
+
+    @property
+    def accuracy(self) -> float:
+        return self.shares.mean().item()
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% for the accuracy.
+
+        Over the sequences it is Wilson's, as if each were right or wrong as a whole, which is never too narrow. From two seeds
+        on it also holds Student's interval of their means.
+        """
+        from scipy.stats import binomtest, t
+
+        if math.isnan(self.accuracy):
+            return math.nan, math.nan
+        seeds, sequences = self.shares.shape
+        low, high = binomtest(round(self.accuracy * sequences), sequences).proportion_ci(method="wilson")
+        if seeds > 1:
+            means = self.shares.mean(dim=1).double()
+            margin = t.ppf(0.975, seeds - 1) * means.std().item() / math.sqrt(seeds)
+            low, high = min(low, self.accuracy - margin), max(high, self.accuracy + margin)
+        return max(0.0, low), min(1.0, high)
+
+    def __str__(self) -> str:
+        if math.isnan(self.accuracy):
+            return "diverged"
+        low, high = self.interval
+        return f"{self.accuracy:.3f} [{low:.3f}, {high:.3f}]"
+
+
+class Compressor(nn.Module):
+    """A model, of whose logits after the last token alone an MLP tells all tokens before (MAD, arXiv 2403.17844, section 3.1)."""
+
+    def __init__(self, model: nn.Module, dim: int, vocab_size: int, T: int):
+        super().__init__()
+        self.model = model
+        self.w_in = nn.Linear(vocab_size, 4 * dim)
+        self.position = nn.Embedding(T, 4 * dim)
+        self.w_hidden = nn.Linear(4 * dim, 4 * dim)
+        self.head = nn.Linear(4 * dim, vocab_size)
+
+    def forward(self, tokens, targets=None):
+        """As a model: logits (B, T, V) and the loss; the logits at a place are the answer for that place."""
+        B, T = tokens.shape
+        logits, _ = self.model(tokens)
+        hidden = F.gelu(self.w_in(logits[:, -1:]) + self.position.weight)  # (B, T, 4 * dim)
+        answers = self.head(F.gelu(self.w_hidden(hidden)))
+        if targets is None:
+            return answers, None
+        return answers, F.cross_entropy(answers.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+
+def architecture(spec: str | ModelConfig, plugins: tuple[str, ...] = ()) -> ModelConfig:
+    """The config that a preset, a run, a layer string or a config stands for. A layer string has an arrow in it, or brackets.
+
+    Raises ValueError for a name that is neither a preset nor a run, and for a layer string that cannot be read.
+    """
+    if isinstance(spec, str) and ("->" in spec or spec[:1] in ("[", "(")):
+        layers = read_layers(spec)
+        depth = len(layers) if isinstance(layers, tuple) else 1
+        return ModelConfig(layers=layers, num_layers=depth, max_seq_len=CONTEXT, plugins=plugins)
+    config, _ = config_of(spec)
+    return replace(config, plugins=(*config.plugins, *(plugin for plugin in plugins if plugin not in config.plugins)))
+
+
+def scaled(config: ModelConfig, T: int, effort: Effort) -> ModelConfig:
+    """The same architecture, as wide and deep as the effort says, for sequences of T tokens.
+
+    Heads and MLP keep their share of the width: a head the nearest power of two, and at least SMALLEST_HEAD. Windows and chunks
+    in the layer string keep their share of the context. All other options stay as they are.
+    """
+    tile = len(config.layers) if isinstance(config.layers, tuple) else 1
+    share, values = effort.dim / config.dim, config.block_values
+    head_dim = max(SMALLEST_HEAD, 2 ** round(math.log2(values["head_dim"] * share)))
+    shorter = min(1.0, T / config.max_seq_len)
+    return replace(
+        config, dim=effort.dim, num_layers=tile * math.ceil(effort.num_layers / tile), head_dim=head_dim, dropout=0.0,
+        mlp_dim=max(8, round(values["mlp_dim"] * share)), layers=shortened(config.layers, shorter), max_seq_len=T,
+    )  # fmt: skip
+
+
+def shortened(layers: Layers, share: float) -> Layers:
+    """The layers with all windows and chunks multiplied by a share, and at least 2."""
+    if not isinstance(layers, str):
+        return type(layers)(shortened(layer, share) for layer in layers)
+    return re.sub(r"\b(window|chunk)=(\d+)", lambda size: f"{size[1]}={max(2, round(int(size[2]) * share))}", layers)
+
+
+def build(config: ModelConfig, task: Task, effort: Effort) -> nn.Module:
+    """The model that shall learn the task. Raises ValueError where it sees the future, and what building it raises."""
+    model = build_model(scaled(config, task.T, effort), task.vocab_size)
+    for block in model.modules():
+        if not getattr(block, "causal", True):
+            raise ValueError(f"{type(block).__name__} sees the future, where the answers stand: such a model cannot be probed")
+    return Compressor(model, effort.dim, task.vocab_size, task.T) if task.compressed else model
+
+
+def train(model: nn.Module, task: Task, seed: int, effort: Effort) -> bool:
+    """Teach the model the task, by AdamW with a cosine schedule. False where the loss is no longer finite."""
+    config = TrainConfig(max_steps=effort.steps, lr_max=effort.lr, warmup_steps=effort.steps // 10, schedule="cosine")
+    optimizers, rng = build_optimizers(model, config), task.training_rng(seed)
+    model.train()
+    for step in range(effort.steps):
+        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+            group["lr"] = scheduled_learning_rate(step, effort.steps, config) * group["lr_scale"]
+        drawn = task.sequences(effort.batch_size, rng)
+        _, loss = model(drawn.tokens, drawn.targets)
+        loss.backward()
+        if not math.isfinite(loss.item()):
+            return False
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return True
+
+
+@torch.no_grad()
+def right_answers(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The share of right answers in each sequence, NaN where none is asked for.  tokens and targets (B, T) → (B,)"""
+    model.eval()
+    rows = zip(tokens.split(64), targets.split(64), strict=True)
+    right = torch.cat([model(some)[0].argmax(dim=-1) == wanted for some, wanted in rows])  # (B, T)
+    return right.sum(dim=1) / (targets != IGNORE).sum(dim=1)
+
+
+def probe(name: str, config: ModelConfig, task_name: str, seeds: int = 1, effort: Effort = Effort()) -> list[Score]:
+    """Train and score an architecture on one task, with seeds 0, 1, ...; one Score for each level of the task."""
+    task, began, shares = TASKS[task_name], time.perf_counter(), []
+    test = task.test_sequences(effort.test_sequences)
+    for seed in range(seeds):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build(config, task, effort)
+            finite = train(model, task, seed, effort)
+        right = right_answers(model, test.tokens, test.targets)
+        shares.append(right if finite else torch.full_like(right, math.nan))
+    asked = (test.targets != IGNORE).any(dim=1)
+    parameters, seconds = sum(weight.numel() for weight in model.parameters()), time.perf_counter() - began
+    return [
+        Score(name, task_name, level, torch.stack(shares)[:, asked & (test.level == level)], parameters, seconds)
+        for level in test.level.unique().tolist()
+    ]
+
+
+def probes(
+    *specs: str | ModelConfig, tasks: tuple[str, ...] = tuple(TASKS), seeds: int = 1, effort: Effort = Effort(),
+    plugins: tuple[str, ...] = (),
+) -> Iterator[list[Score]]:  # fmt: skip
+    """Probe architectures task by task: the Scores of one architecture on one task at a time, as they come.
+
+    Raises ValueError, before anything is trained, for an unknown task or architecture, or one that cannot be built.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"no task is called {task!r}.{did_you_mean(task, TASKS)} There are: {', '.join(TASKS)}")
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}: give at least 1")
+    configs = {}
+    for number, spec in enumerate(specs):
+        name = spec if isinstance(spec, str) else f"config {number + 1}"
+        if name in configs:
+            raise ValueError(f"{name!r} is named twice: name each architecture once")
+        configs[name] = architecture(spec, plugins)
+        for task in tasks:
+            with torch.random.fork_rng(devices=[]):
+                build(configs[name], TASKS[task], effort)
+    return (probe(name, config, task, seeds, effort) for task in tasks for name, config in configs.items())
+
+
+def table(scores: list[Score]):
+    """A pandas DataFrame with a row for each task and level, and a column for each architecture: accuracy and 95% interval."""
+    import pandas as pd
+
+    rows: dict[str, dict] = {}
+    for score in scores:
+        task = TASKS[score.task]
+        row = f"{score.task}, {score.level}" if score.level else score.task
+        known = {"chance": round(task.chance, 4), "data seed": task.seed, "sequences": score.shares.shape[1]}
+        rows.setdefault(row, known)[score.architecture] = str(score)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def radar(scores: list[Score]):
+    """A matplotlib figure: for each architecture a polygon over the tasks, from chance in the middle to all right at the rim."""
+    import matplotlib.pyplot as plt
+
+    heights: dict[str, dict[str, list[float]]] = {}
+    for score in scores:
+        chance = TASKS[score.task].chance
+        height = 0.0 if math.isnan(score.accuracy) else max(0.0, (score.accuracy - chance) / (1 - chance))
+        heights.setdefault(score.architecture, {}).setdefault(score.task, []).append(height)
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    angles = [2 * math.pi * place / len(tasks) for place in range(len(tasks))]
+    figure, axes = plt.subplots(figsize=(7, 7), layout="constrained", subplot_kw={"projection": "polar"})
+    plt.close(figure)  # or a notebook would show it a second time
+    for architecture, by_task in heights.items():
+        spokes = [sum(by_task[task]) / len(by_task[task]) for task in tasks]  # the mean of the levels
+        (line,) = axes.plot([*angles, angles[0]], [*spokes, spokes[0]], marker="o", label=architecture)
+        axes.fill(angles, spokes, color=line.get_color(), alpha=0.12)
+    axes.set_theta_offset(math.pi / 2)
+    axes.set_theta_direction(-1)
+    axes.set_xticks(angles, tasks)
+    axes.tick_params(axis="x", pad=18)
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0.25, 0.5, 0.75, 1], ["", "half way", "", "all right"], color="grey", fontsize="small")
+    axes.set_title("what each architecture learns; the middle is chance", pad=24)
+    figure.legend(loc="outside lower center", ncols=min(3, len(heights)))
+    return figure
+
+
+def check_picture(path: Path):
+    """Raises ValueError or OSError where no picture can be written there: better before the training than after."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:] not in known:
+        raise ValueError(f"--save {path}: give a file that ends in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--save {path}: there is no folder {path.parent}: make it first")
+
+
+def main(words: list[str]):
+    """The command line. Raises ValueError, OSError or ImportError with one line for what cannot be."""
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(description="What architectures can learn, on synthetic tasks, in minutes.")
+    parser.add_argument("specs", nargs="+", metavar="ARCHITECTURE", help="a preset, a run, or a layer string")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"some of: {', '.join(TASKS)}")
+    parser.add_argument("--seeds", type=int, default=1, help="models of each architecture and task")
+    parser.add_argument("--steps", type=int, help="of training")
+    parser.add_argument("--lr", type=float, help="the highest learning rate")
+    parser.add_argument("--quick", action="store_true", help="an eighth of the training: a first look")
+    parser.add_argument("--plugins", nargs="+", default=[], help="modules whose BLOCKS the layer strings name")
+    parser.add_argument("--save", type=Path, metavar="FILE.png", help="the radar picture there, and the table as .csv beside it")
+    arguments = parser.parse_args(words)
+    given = {name: getattr(arguments, name) for name in ("steps", "lr") if getattr(arguments, name) is not None}
+    for name, value in given.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"--{name} {value}: give a positive number")
+    if arguments.save:
+        check_picture(arguments.save)
+    tasks, effort = tuple(dict.fromkeys(arguments.tasks)), replace(QUICK if arguments.quick else Effort(), **given)
+    coming = probes(*arguments.specs, tasks=tasks, seeds=arguments.seeds, effort=effort, plugins=tuple(arguments.plugins))
+    scores = list(itertools.chain(*tqdm(coming, total=len(tasks) * len(arguments.specs), unit="probe")))
+
+    print(table(scores).to_string())
+    for task in tasks:
+        print(f"{task}: {inspect.getdoc(TASKS[task])}")
+    for name in arguments.specs:
+        sizes = [score.parameters for score in scores if score.architecture == name]
+        seconds = sum({score.task: score.seconds for score in scores if score.architecture == name}.values())
+        print(f"{name}: {min(sizes):,} to {max(sizes):,} parameters, by the task's vocabulary; {seconds:.0f} s")
+    over = "the test sequences alone: 1 seed" if arguments.seeds == 1 else f"{arguments.seeds} seeds and the test sequences"
+    print(f"Accuracy with 95% interval over {over}. {effort.steps} steps of {effort.batch_size} sequences, lr {effort.lr:g}.")
+    if arguments.save:
+        radar(scores).savefig(arguments.save, dpi=120)
+        table(scores).to_csv(arguments.save.with_suffix(".csv"), index_label="task")
+        print(f"the picture is in {arguments.save}, the table in {arguments.save.with_suffix('.csv')}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
