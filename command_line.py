@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from config import Layers, ModelConfig, TrainConfig
 from presets import PRESETS, Preset, preset
-from runs import Run
+from runs import Run, group_members
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,9 @@ class Arguments:
     name: str | None = None  # of the run folder in trained_models/, or EXPERIMENT/RUN; by default the preset and the time
     resume: bool = False  # go on with the run called --name where it was stopped
     continue_from: str | None = None  # begin with the best weights of this run
+    seeds: int = 1  # train the same with so many seeds, from --train.seed on, as the runs NAME-seed0, NAME-seed1, …
+    same_data: bool = False  # with --seeds: all of them see the data in the same order
+    group: str | None = None  # the group of seeds that the run belongs to, which --seeds fills in
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
 
@@ -52,14 +55,21 @@ def parse(words: list[str]) -> Arguments:
     first.add_argument("--name")
     first.add_argument("--resume", action="store_true")
     first.add_argument("--continue_from", "--continue-from")
+    first.add_argument("--seeds", type=int, default=1)
     early, _ = first.parse_known_args(words)
     chosen = preset(early.preset or Arguments.preset)
-    if early.preset and (early.resume or early.continue_from):
+    if early.seeds < 1:
+        raise ValueError(f"seeds={early.seeds}: give a whole number of at least 1")
+    resumes_one = early.resume and early.seeds == 1
+    if early.preset and (resumes_one or early.continue_from):
         raise ValueError("--resume and --continue_from keep the architecture of the run: leave --preset out")
     if early.resume and early.name is None:
         raise ValueError("--resume needs the name of the run to go on with: add --name")
-    if early.resume:
+    if resumes_one:
         chosen = Preset(Run(early.name).model_config, Run(early.name).train_config)
+    elif early.resume and not early.preset and not early.continue_from:
+        begun = Run(min(group_members(early.name), key=lambda name: Run(name).train_config.seed))
+        chosen = Preset(begun.model_config, begun.train_config)
     elif early.continue_from:
         old = Run(early.continue_from)
         chosen = continued(old.model_config, old.train_config)
@@ -67,7 +77,7 @@ def parse(words: list[str]) -> Arguments:
         Arguments, args=words, default=Arguments(model=chosen.model, train=chosen.train), use_underscores=True,
         registry=registry, description="Train a tiny language model.",
     )  # fmt: skip
-    if early.resume and (arguments.model, arguments.train) != chosen:
+    if resumes_one and (arguments.model, arguments.train) != chosen:
         raise ValueError("--resume goes on with the options of the run: leave the others out, or use --continue_from")
     return arguments
 

@@ -113,10 +113,8 @@ def gather(name: str, notes: list[str], data_if_missing: str | None) -> Candidat
             notes.append(f"{run.name} has the seed of {members[seed].name} and is left out: it is no run of its own")
             continue
         members[seed] = member
-        last = member.log.iloc[-1]
-        steps, minutes = member.config.max_steps or np.inf, member.config.max_minutes or np.inf
-        if last["step"] < steps and last["seconds"] < 60 * minutes:
-            notes.append(f"{run.name} was stopped before its end, after {last['step']:,.0f} steps: --resume goes on with it")
+        if run.was_stopped():
+            notes.append(f"{run.name} was stopped before its end: --resume goes on with it")
     ordered = tuple(members[seed] for seed in sorted(members))
     return Candidate(name, ordered, np.array([bits_per_byte(member.losses) for member in ordered]))
 

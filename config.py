@@ -150,6 +150,7 @@ class TrainConfig:
     num_restarts: int = 0  # how often the schedule jumps back to lr_max
     restart_mult: float = 1.0  # each cycle is so much longer than the one before
     seed: int = 0  # decides the first weights, the order of the data and dropout
+    data_seed: int | None = None  # decides the order of the data instead; None is seed
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is the best there is
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto is what the machine is faster at
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto is where the time it takes is won back within the run
@@ -159,6 +160,7 @@ class TrainConfig:
         check_types(self)
         for name in ("batch_size", "eval_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
+        require(self.data_seed is None or self.data_seed >= 0, self, "data_seed", "give a number of at least 0, or None")
         for name in ("warmup_steps", "final_flat_steps", "num_restarts", "weight_decay", "lr_init", "lr_min", "seed"):
             require(getattr(self, name) >= 0, self, name, "give a number of at least 0")
         for name in ("max_stories", "max_steps", "max_minutes", "grad_clip", "loss_chunk", "window_start"):

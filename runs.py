@@ -160,6 +160,12 @@ class Run:
                 raise ValueError(f"log_data.csv of the run {self.name!r} is damaged: not all of {column!r} are numbers")
         return log
 
+    def was_stopped(self) -> bool:
+        """Whether neither its steps nor its minutes are used up yet."""
+        log, config = self.log(), self.train_config
+        steps, minutes = config.max_steps or float("inf"), config.max_minutes or float("inf")
+        return log.empty or bool(log["step"].max() < steps and log["seconds"].max() < 60 * minutes)
+
     def load(self, file: str, keys: set[str]) -> dict:
         """What `save` wrote. Raises ValueError for a file that is truncated, or that is not one of ours."""
         import torch

@@ -3,6 +3,7 @@
     python train.py --preset 0.5m_short_and_thick --train.max_minutes 10 --name my_run
     python train.py --name my_run --resume
     python train.py --continue_from my_run --train.lr_max 1e-3
+    python train.py --preset 1m --name my_group --seeds 3
 
 B batch, T time, V vocabulary.
 """
@@ -43,6 +44,7 @@ from model import IGNORE
 from optim import average_of_weights, build_optimizers, growing_batch_size, growing_window, scheduled_learning_rate
 from report import dead_experts, write_report
 from runs import Run, default_name
+from seeds import train_group
 from story_losses import code_digests
 from tokenizer import load_tokenizer
 
@@ -50,20 +52,23 @@ LOG_EVERY = 10  # steps that a row of log_data.csv stands for
 
 
 def train(
-    model_config: ModelConfig, train_config: TrainConfig, name: str, *, resume: bool = False, continue_from: str | None = None
+    model_config: ModelConfig, train_config: TrainConfig, name: str, *, resume: bool = False, continue_from: str | None = None,
+    group: str | None = None,
 ) -> Iterator[Record]:
     """Train a model into trained_models/NAME; a generator that yields a Record after every step.
 
     It may be left at any step, by `break` or Ctrl-C: the state is saved then, and resume=True goes on bit for bit.
-    continue_from names a run whose best weights to begin with. Raises ValueError or OSError with the cure for what cannot
-    be, FloatingPointError where the loss is no longer finite; what was saved before stays.
+    continue_from names a run whose best weights to begin with, group the runs with other seeds that it belongs to. Raises
+    ValueError or OSError with the cure for what cannot be, FloatingPointError where the loss is no longer finite; what was
+    saved before stays.
     """
-    training = prepare(model_config, train_config, name, resume, continue_from)
+    training = prepare(model_config, train_config, name, resume, continue_from, group)
     model, tokenizer, data, optimizers = training.model, training.tokenizer, training.data, training.optimizers
     device = next(model.parameters()).device
     began = time.perf_counter() - training.seconds
     weights = list(model.parameters())
     use_bfloat16 = training.choices.dtype == "bfloat16"
+    data_seed = train_config.seed if train_config.data_seed is None else train_config.data_seed
     finished = False
 
     with ctrl_c_finishes_the_step() as stop_asked:
@@ -80,7 +85,7 @@ def train(
             done = progress(training.step, training.seconds, train_config)
             batch_size = growing_batch_size(done, train_config)
             window = growing_window(done, train_config, model_config.max_seq_len)
-            batch = data.batch(training.rows, batch_size, train_config.seed)  # (B, T + 1)
+            batch = data.batch(training.rows, batch_size, data_seed)  # (B, T + 1)
             training.rows += batch_size
             stories = story_ids(batch, tokenizer.bos_id, tokenizer.eos_id)  # (B, T + 1)
             no_target = (batch[:, 1:] == tokenizer.pad_id) | (stories[:, 1:] != stories[:, :-1])  # nothing tells the next story
@@ -133,7 +138,7 @@ def train(
 
 
 def prepare(
-    model_config: ModelConfig, train_config: TrainConfig, name: str, resume: bool, continue_from: str | None
+    model_config: ModelConfig, train_config: TrainConfig, name: str, resume: bool, continue_from: str | None, group: str | None
 ) -> Training:
     """All that a training needs before its first step, with its run folder: a new one, or the one to resume."""
     run = Run(name)
@@ -172,7 +177,7 @@ def prepare(
     training.seconds = time.perf_counter() - began
     if train_config.data == "auto":
         train_config = replace(train_config, data=data.name)
-    run.create(model_config, train_config)
+    run.create(model_config, train_config, group)
     try:
         training.save()
     except BaseException:  # a full disk or Ctrl-C: a folder without a checkpoint could be neither resumed nor made again
@@ -223,12 +228,22 @@ def shown_path(path: Path) -> Path:
 
 
 def main(arguments: Arguments):
-    """Train from the command line with a progress bar, then tell three stories and say what to do next."""
-    name = arguments.name or default_name(arguments.continue_from or arguments.preset)
-    run, config = Run(name), arguments.train
+    """Train from the command line: one run, or one for each of several seeds."""
     python = shown_path(Path(sys.executable)) if sys.prefix != sys.base_prefix else "python"
+    name = arguments.name or default_name(arguments.continue_from or arguments.preset)
+    if arguments.seeds > 1:
+        train_group(replace(arguments, name=name), lambda one: train_one(one, python), python)
+    else:
+        train_one(replace(arguments, name=name), python)
+
+
+def train_one(arguments: Arguments, python: Path | str) -> bool:
+    """Train with a progress bar, then tell three stories and say what to do next. False where it was stopped before its end."""
+    name, config = arguments.name, arguments.train
+    run = Run(name)
+    options = {"resume": arguments.resume, "continue_from": arguments.continue_from, "group": arguments.group}
     bar, seen = None, ""
-    for record in train(arguments.model, config, name, resume=arguments.resume, continue_from=arguments.continue_from):
+    for record in train(arguments.model, config, name, **options):
         if bar is None:  # only now, so that what is said before stands on lines of its own
             bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {desc}")
         if record.bits_per_byte is not None:
@@ -241,7 +256,7 @@ def main(arguments: Arguments):
     bar.close()
     if not is_finished(record.step, record.seconds, config):
         print(f"stopped after {record.step:,} steps and saved. To go on:\n  {python} train.py --name {name} --resume")
-        return
+        return False
     if config.max_steps and record.step < config.max_steps:
         print(f"the {config.max_minutes:g} minutes were over after {record.step:,} of {config.max_steps:,} steps")
     for story in write_report(name):
@@ -251,7 +266,8 @@ def main(arguments: Arguments):
     print(f"""
 {record.bits_per_byte:.3f} bits per byte after {record.step:,} steps. Loss curve: {shown_path(run.folder / "loss.png")}
 More stories:         {python} inference.py {name} "Once upon a time"
-Compare with others:  open model_evaluation.ipynb""")
+Compare with others:  {python} evaluation.py compare {name} ANOTHER, or open model_evaluation.ipynb""")
+    return True
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""Promises of seeds.py: one config, several seeds, one group; resumed where it was stopped; side by side where that is faster."""
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+
+import pytest
+
+import probe
+import seeds
+from command_line import Arguments, command, parse
+from comparison import compare
+from conftest import MODEL
+from runs import Run, group_members
+from train import train
+
+
+def words_of(config, *more):
+    return [*shlex.split(command(MODEL, config, "group"))[2:], "--seeds", "2", *more]
+
+
+@pytest.fixture
+def quick(make_config):
+    return make_config(max_steps=6, eval_every=3, checkpoint_every=3, threads=1)
+
+
+def log_of(name):
+    return Run(name).log()[["step", "train_loss", "validation_loss"]].values.tolist()
+
+
+class TestInTurn:
+    def test_a_group_is_what_single_runs_are_and_can_be_compared(self, quick, script):
+        code, printed = script(*words_of(quick))
+        assert code == 0 and "2 seeds are finished: group-seed0, group-seed1" in printed
+        assert group_members("group") == ["group-seed0", "group-seed1"]
+        for seed in (0, 1):
+            config = replace(quick, seed=seed)
+            list(train(MODEL, config, f"alone{seed}"))
+            assert Run(f"group-seed{seed}").train_config == config and log_of(f"group-seed{seed}") == log_of(f"alone{seed}")
+        assert compare("group", "alone1").candidates["seeds"].tolist() == [2, 1]
+        code, printed = script(*words_of(quick))
+        assert code == 1 and "the run 'group-seed0' exists" in printed
+
+    def test_the_same_command_goes_on_where_it_was_stopped(self, quick, script):
+        script(*words_of(quick))
+        wanted = log_of("group-seed1")
+        for file in Run("group-seed1").folder.iterdir():
+            file.unlink()
+        Run("group-seed1").folder.rmdir()
+        stopped = train(MODEL, replace(quick, seed=1), "group-seed1", group="group")
+        [next(stopped) for _ in range(4)]
+        stopped.close()
+        before = Run("group-seed0").path("model.pth").stat().st_mtime_ns
+        code, printed = script(*words_of(quick, "--resume"))
+        assert code == 0 and "1 of 2 seeds are finished" in printed and log_of("group-seed1") == wanted
+        assert Run("group-seed0").path("model.pth").stat().st_mtime_ns == before
+        code, printed = script("--name", "group", "--seeds", "3", "--resume")
+        assert code == 0 and len(group_members("group")) == 3
+        code, printed = script(*words_of(replace(quick, lr_max=1e-3), "--resume"))
+        assert code == 1 and "'group-seed0' has other configs" in printed
+
+    def test_killed_before_the_report_is_reported_later(self, quick, script):
+        script(*words_of(quick))
+        Run("group-seed0").path("story_losses.json").unlink()
+        assert script(*words_of(quick, "--resume"))[0] == 0
+        assert Run("group-seed0").path("story_losses.json").exists()
+
+    def test_the_same_order_of_the_data_by_choice(self, quick, script):
+        script(*words_of(quick, "--same_data"))
+        assert [Run(name).train_config.data_seed for name in group_members("group")] == [0, 0]
+        list(train(MODEL, replace(quick, seed=1, data_seed=0), "alone"))
+        list(train(MODEL, replace(quick, seed=1), "other"))
+        assert log_of("group-seed1") == log_of("alone") != log_of("other")
+
+    def test_a_seed_that_diverges_is_told_and_the_others_go_on(self, make_config, script):
+        hot = make_config(lr_max=1e38, warmup_steps=0, checkpoint_every=1, grad_clip=None)
+        code, printed = script(*words_of(hot))
+        assert code == 1 and "2 of 2 seeds failed" in printed and "group-seed1: the loss is no longer finite" in printed
+        result = compare("group", "group-seed0")
+        assert "group-seed0 diverged and is left out" in result.notes[0] and not result.verdicts
+
+    def test_bad_input(self, quick, script):
+        assert "no run is called 'nobody'" in script("--name", "nobody", "--seeds", "2", "--resume")[1]
+        assert "seeds=0: give a whole number" in script("--seeds", "0")[1]
+
+
+class TestSideBySide:
+    @pytest.mark.parametrize("one, both, wanted", [(0.2, 0.15, True), (0.2, 0.09, False)])
+    def test_by_measured_speeds(self, quick, monkeypatch, capsys, one, both, wanted):
+        monkeypatch.setattr(probe, "most_threads", lambda: 2)
+        monkeypatch.setattr(probe, "seconds_per_token", lambda model, config, way, device: one if way.threads == 1 else both)
+        arguments = Arguments(name="group", seeds=4, model=MODEL, train=replace(quick, threads="auto", device="cpu"))
+        assert seeds.side_by_side(arguments, 4) is wanted
+        printed = "".join(capsys.readouterr())
+        assert ("side by side" in printed) is wanted and ("one after the other" in printed) is not wanted
+        assert not seeds.side_by_side(arguments, 1)
+        assert not seeds.side_by_side(replace(arguments, train=replace(quick, threads=2)), 4)
+
+    def test_in_processes_of_their_own_they_are_the_same(self, quick, monkeypatch, script):
+        monkeypatch.setattr(probe, "most_threads", lambda: 2)
+        code, printed = script(*words_of(quick))
+        assert code == 0 and "2 seeds with one thread each: 2 side by side" in printed
+        list(train(MODEL, replace(quick, seed=1), "alone"))
+        assert log_of("group-seed1") == log_of("alone")
+        assert json.loads(Run("group-seed1").path("group.json").read_text()) == {"group": "group"}
+
+    def test_what_failed_says_why(self, quick):
+        one = Arguments(name="group-seed0", model=MODEL, train=replace(quick, data="nowhere.txt", threads=1), group="group")
+        failed, stopped = seeds.run_side_by_side([one])
+        assert not stopped and "nowhere.txt" in failed["group-seed0"]
+
+    def test_the_command_of_a_member(self, quick):
+        member = Arguments(name="group-seed3", model=MODEL, train=replace(quick, seed=3), group="group")
+        python, script, *words = seeds.words_of(member)
+        assert python == sys.executable and script.endswith("train.py")
+        assert parse(words) == replace(member, preset=parse(words).preset)
