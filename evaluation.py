@@ -4,6 +4,7 @@ A story is bos + text + eos. Every token after bos is predicted once, eos too, f
 holds: a story longer than the context is read in windows that overlap by half.
 
     python evaluation.py compare A B C      # which run, or group of seeds, is better, and by how much
+    python evaluation.py measures A         # where its loss is, how well it is calibrated, how often it repeats itself
 
 B batch, T time, V vocabulary.
 """
@@ -11,7 +12,7 @@ B batch, T time, V vocabulary.
 import sys
 from importlib import import_module
 
-COMMANDS = {"compare": "comparison"}  # the module that holds the command's `main`
+COMMANDS = {"compare": "comparison", "measures": "measures"}  # the module that holds the command's `main`
 
 
 def main(words: list[str]):
@@ -76,6 +77,7 @@ class Window:
     story: int
     inputs: list[int]
     targets: list[int]
+    start: int  # the place of its first token in the story
 
 
 def windows(stories: list[list[int]], max_seq_len: int) -> list[Window]:
@@ -91,7 +93,7 @@ def windows(stories: list[list[int]], max_seq_len: int) -> list[Window]:
             inputs = tokens[start : start + max_seq_len][: len(tokens) - 1 - start]
             targets = tokens[start + 1 : start + 1 + len(inputs)]
             seen = scored - start
-            pieces.append(Window(story, inputs, [IGNORE] * seen + targets[seen:]))
+            pieces.append(Window(story, inputs, [IGNORE] * seen + targets[seen:], start))
             scored = start + len(inputs)
             start += step
     return pieces
