@@ -22,16 +22,16 @@ from report import validation_stories
 from runs import Run, load_model
 
 FUNCTION = """
-a an the this that these those and or but so if because while when then than as of to in on at by for from with into out up down over
-under about after before behind through off again not no nor i you he she it we they me him her us them my your his its our their mine
-yours hers ours theirs who whom whose which what where why how is am are was were be been being do does did done have has had having
-will would can could shall should may might must there here very too just also all some any each every both either neither one's let's
-don't didn't doesn't can't couldn't won't wouldn't isn't aren't wasn't weren't it's i'm you're he's she's we're they're that's i'll
-you'll he'll she'll we'll they'll
+a an the this that these those and or but so if because while when then than as of to in on at by for from with into out up
+down over under about after before behind through off again not no nor i you he she it we they me him her us them my your his
+its our their mine yours hers ours theirs who whom whose which what where why how is am are was were be been being do does
+did done have has had having will would can could shall should may might must there here very too just also all some any each
+every both either neither one's let's don't didn't doesn't can't couldn't won't wouldn't isn't aren't wasn't weren't it's i'm
+you're he's she's we're they're that's i'll you'll he'll she'll we'll they'll
 """
 NUMBERS = """
-zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty
-thirty forty fifty sixty seventy eighty ninety hundred thousand million first second third
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million first second third
 """
 FUNCTION_WORDS, NUMBER_WORDS = frozenset(FUNCTION.split()), frozenset(NUMBERS.split())
 PIECES = re.compile(r"\w+(?:['’]\w+)*|\s+|[^\w\s]")
