@@ -1,8 +1,8 @@
 """What can an architecture learn to do? A small model of it is trained on each of the synthetic tasks of capability_tasks.py.
 
-    python capability.py 1m mamba_like                               # presets and runs, by name: only their architecture counts
-    python capability.py "Norm->Attn->+" "Norm->Mamba->+" --quick    # layer strings
-    python capability.py 1m griffin_like --tasks "hop chains" --seeds 3 --save probes.png
+    python evaluation.py probes 1m mamba_like                        # presets and runs, by name: only their architecture counts
+    python evaluation.py probes "Norm->Attn->+" "Norm->Mamba->+" --quick    # layer strings
+    python evaluation.py probes 1m griffin_like --tasks "hop chains" --seeds 3 --save probes.png
 
 All models are scaled to one small width, and trained from scratch by the same AdamW on equally many fresh sequences. That is half
 a minute a task on two cores, an eighth of it with --quick. A score is the share of right answers on test sequences that are the
@@ -168,7 +168,7 @@ def train(model: nn.Module, task: Task, seed: int, effort: Effort) -> bool:
     for step in range(effort.steps):
         for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
             group["lr"] = scheduled_learning_rate(step, effort.steps, config) * group["lr_scale"]
-        drawn = task.sequences(effort.batch_size, rng)
+        drawn = task.training_sequences(effort.batch_size, rng)
         _, loss = model(drawn.tokens, drawn.targets)
         loss.backward()
         if not math.isfinite(loss.item()):
@@ -286,7 +286,15 @@ def check_picture(path: Path):
 
 
 def main(words: list[str]):
-    """The command line. Raises ValueError, OSError or ImportError with one line for what cannot be."""
+    """The command line; a mistake ends the program with its one line."""
+    try:
+        run(words)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(words: list[str]):
+    """As main. Raises ValueError, OSError or ImportError with one line for what cannot be."""
     from tqdm import tqdm
 
     parser = argparse.ArgumentParser(description="What architectures can learn, on synthetic tasks, in minutes.")
@@ -325,7 +333,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    main(sys.argv[1:])

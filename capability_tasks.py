@@ -54,6 +54,10 @@ class Task:
         tokens, targets, *level = (torch.from_numpy(np.ascontiguousarray(made)) for made in self.draw(number, rng))
         return Sequences(tokens, targets, *(level or [torch.zeros(number, dtype=torch.long)]))
 
+    def training_sequences(self, number: int, rng: np.random.Generator) -> Sequences:
+        """So many fresh sequences to learn from: as those of the test, unless the task says otherwise."""
+        return self.sequences(number, rng)
+
     def test_sequences(self, number: int) -> Sequences:
         """The first so many of the sequences that models are scored on, always the same."""
         return self.sequences(number, np.random.default_rng([self.seed, 1]))
@@ -85,9 +89,19 @@ class MultiQueryRecall(Task):
         return 1 / self.num_values
 
     def draw(self, number, rng):
-        P = self.num_pairs
-        keys = distinct(rng, number, self.num_keys, P)  # (B, P)
-        values = self.num_keys + distinct(rng, number, self.num_values, P)  # (B, P)
+        return self.draw_pairs(rng, np.full(number, self.num_pairs))
+
+    def training_sequences(self, number, rng):
+        """With 1 to num_pairs different pairs, which come again where there are fewer: so models get on to it sooner."""
+        tokens, targets = self.draw_pairs(rng, rng.integers(1, self.num_pairs + 1, size=number))
+        return Sequences(torch.from_numpy(tokens), torch.from_numpy(targets), torch.zeros(number, dtype=torch.long))
+
+    def draw_pairs(self, rng: np.random.Generator, different: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets (B, T) of sequences with so many different pairs, (B,)."""
+        number, P = len(different), self.num_pairs
+        which = np.arange(P) % different[:, None]  # (B, P)
+        keys = np.take_along_axis(distinct(rng, number, self.num_keys, P), which, axis=1)
+        values = self.num_keys + np.take_along_axis(distinct(rng, number, self.num_values, P), which, axis=1)
         order = distinct(rng, number, P, P)  # (B, P)
         pairs = np.stack([keys, values], axis=2).reshape(number, 2 * P)
         tokens = np.concatenate([pairs, np.take_along_axis(keys, order, axis=1)], axis=1)

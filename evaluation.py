@@ -4,6 +4,7 @@ A story is bos + text + eos. Every token after bos is predicted once, eos too, f
 holds: a story longer than the context is read in windows that overlap by half.
 
     python evaluation.py compare A B C      # which run, or group of seeds, is better, and by how much
+    python evaluation.py probes A B         # what the architectures of these learn of synthetic tasks
     python evaluation.py measures A         # where its loss is, how well it is calibrated, how often it repeats itself
 
 B batch, T time, V vocabulary.
@@ -12,7 +13,7 @@ B batch, T time, V vocabulary.
 import sys
 from importlib import import_module
 
-COMMANDS = {"compare": "comparison", "measures": "measures"}  # the module that holds the command's `main`
+COMMANDS = {"compare": "comparison", "measures": "measures", "probes": "capability"}  # the module that holds the command's `main`
 
 
 def main(words: list[str]):
