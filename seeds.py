@@ -100,7 +100,7 @@ def train_group(arguments: Arguments, train_one: Callable[[Arguments], bool], py
     else:
         failed, stopped = run_in_turn(todo, train_one)
     if stopped:
-        print(f"stopped and saved. To go on: {again}")
+        print(f"stopped; what was begun is saved. To go on: {again}")
         return
     if failed:
         lines = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
