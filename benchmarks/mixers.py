@@ -84,7 +84,7 @@ def measure_all(arguments: Arguments) -> list[str]:
         times, memories = zip(*costs, strict=True)
         cells = [f"{1e3 * seconds:,.1f}, {megabytes:,.0f}" for seconds, megabytes in costs]
         growths = [f"{growth(arguments.lengths, values):.2f}" for values in (times, memories)]
-        lines += show(table(head, [[layer, *cells, *growths, quartiles(ratios, ".2f")]])[2:])
+        lines += show(table(head, [[layer, *cells, *growths, quartiles(ratios, ".2f") if ratios else "no FLOPs"]])[2:])
     return lines
 
 
@@ -119,8 +119,10 @@ def measure(layer: str, config: ModelConfig, T: int, tokens: int, seconds: float
 
 
 def compare(layer: str, config: ModelConfig, tokens: int, rounds: int, seconds: float) -> list[float]:
-    """Time per FLOP of a layer over that of Attn, in each round."""
+    """Time per FLOP of a layer over that of Attn, in each round; nothing for a layer whose work is not counted in FLOPs."""
     work = {name: flops(name, config) for name in (layer, "Attn")}
+    if not work[layer]:
+        return []
     steps = {name: training_step(name, config, COMPARED_AT, max(tokens, COMPARED_AT)) for name in (layer, "Attn")}
     ratios = []
     for number in range(-1, rounds):

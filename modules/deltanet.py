@@ -38,7 +38,8 @@ class DeltaNet(LoggingModule):
     v_heads is how many heads there are for values, a multiple of num_heads that share their queries and keys; None is num_heads.
     v_dim is the width of a value, None is head_dim. conv_width is how many tokens the convolution sees. The sequence is read in
     chunks of so many tokens; the result does not depend on it. Stories of a row do not see each other, but a growing window has
-    no effect.  (B, T, D) → (B, T, D)
+    no effect. Small triangular systems, norms, convolutions and gates are not as fast as the products of large matrices: per
+    FLOP this takes about twice as long as Attn.  (B, T, D) → (B, T, D)
     """
 
     examples = ("DeltaNet", "DeltaNet(num_heads=2, v_heads=6, v_dim=5, conv_width=1, chunk=100)")
