@@ -37,7 +37,7 @@ class Megalodon(SoftmaxAttention):
     A token sees those of its chunk that are not behind it; chunks are counted from the beginning of the story. value_dim is the
     width of all values together, by default 2 D, state_dim the complex numbers that CEMA keeps for each channel, and groups
     those of the timestep norm. As it has that norm, it needs none before it. The RMSNorm behind CEMA is that of the authors'
-    code (github.com/XuezheMax/megalodon).
+    code (github.com/XuezheMax/megalodon). CEMA makes it slow for what it computes: per FLOP about twice as long as Attn.
     """
 
     examples = (
