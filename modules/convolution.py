@@ -13,7 +13,8 @@ from tools import LoggingModule
 class ShortConv(LoggingModule):
     """Adds to each channel a learned mix of its last `width` values: the Canon layer (Allen-Zhu 2025, arXiv 2512.17351).
 
-    A causal depthwise convolution with a skip, that begins as the identity.  (B, T, D) → (B, T, D)
+    A causal depthwise convolution with a skip, that begins as the identity. It is elementwise work, cheap, but far slower for its
+    few FLOPs than products of matrices.  (B, T, D) → (B, T, D)
     """
 
     def __init__(self, dim: int, width: int = 4):
