@@ -19,7 +19,9 @@ a method flops_per_token(T) -> float, where torch cannot count them (cost.py).
 
 import importlib
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from types import ModuleType
 from typing import Any, get_args
 
@@ -123,12 +125,18 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
 
 def needs_of(model: nn.Module, **needs) -> dict[str, Any]:
     """Those that the model's forward asks for by name."""
-    wanted = inspect.signature(model.forward).parameters
+    wanted = arguments_of(type(model).forward)
     return {name: value for name, value in needs.items() if name in wanted}
 
 
-def check_fits(model: nn.Module, config: TrainConfig):
-    """Raises ValueError for a way to train that needs more of the model than it has."""
+@cache
+def arguments_of(function: Callable) -> frozenset[str]:
+    """The names of its arguments; looked up once, as a training asks in every step."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+def make_ready(model: nn.Module, config: TrainConfig):
+    """Have the model train as the config says. Raises ValueError for a way that needs more of the model than it has."""
     name = model.config.model
     if config.mask_stories and config.packing == "packed" and not needs_of(model, story_ids=None):
         raise ValueError(
@@ -139,6 +147,7 @@ def check_fits(model: nn.Module, config: TrainConfig):
         raise ValueError(f"window_start={config.window_start}: the model {name!r} does not ask for a window: leave it out")
     if config.gradient_checkpointing and not hasattr(model, "checkpoint_layers"):
         raise ValueError(f"gradient_checkpointing=True: the model {name!r} has no checkpoint_layers: leave it out")
+    model.loss_chunk, model.checkpoint_layers = config.loss_chunk, config.gradient_checkpointing
 
 
 def init_parameters(block: type) -> dict[str, inspect.Parameter]:

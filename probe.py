@@ -29,7 +29,7 @@ from config import ModelConfig, TrainConfig, divisors, from_json, to_json
 from data import default_cache_dir
 from evaluation import MAX_LOGITS as EVALUATION_LOGITS
 from machine import available_memory, check_compiler, keep_freed_memory
-from menu import build_model, needs_of
+from menu import build_model, make_ready, needs_of
 from model import GPT
 from sources import say
 
@@ -371,7 +371,7 @@ def answer_question():
     question = json.loads(sys.stdin.read())
     config, choices = from_json(TrainConfig, question["train"]), Choices(**question["choices"])
     model = build_model(from_json(ModelConfig, question["model"]), question["vocab_size"])
-    model.loss_chunk, model.checkpoint_layers = config.loss_chunk, config.gradient_checkpointing
+    make_ready(model, config)
     device = torch.device("cpu")
     apply(choices, model)
     steps_of(model, config, choices.micro_batch_size, device)(choices.dtype)  # compiles

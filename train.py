@@ -39,7 +39,7 @@ from config import ModelConfig, TrainConfig
 from cost import model_cost
 from data import load_data, story_ids
 from machine import choose_device, is_out_of_memory, peak_memory_mb
-from menu import build_model, check_fits, needs_of
+from menu import build_model, make_ready, needs_of
 from model import IGNORE
 from optim import average_of_weights, build_optimizers, growing_batch_size, growing_window, scheduled_learning_rate
 from report import dead_experts, write_report
@@ -152,8 +152,7 @@ def prepare(
     tokenizer = load_tokenizer(train_config.tokenizer)
     device = choose_device(train_config.device)
     model = build_model(model_config, tokenizer.vocab_size).to(device)
-    check_fits(model, train_config)
-    model.loss_chunk, model.checkpoint_layers = train_config.loss_chunk, train_config.gradient_checkpointing
+    make_ready(model, train_config)
     data = load_data(
         train_config.data, tokenizer, model_config.max_seq_len,
         packing=train_config.packing, max_stories=train_config.max_stories,

@@ -38,6 +38,7 @@ from ablations import changed
 import probe
 from config import ModelConfig, TrainConfig
 from machine import peak_memory_mb
+from menu import make_ready
 from model import GPT
 from optim import build_optimizers
 from presets import Preset
@@ -183,7 +184,7 @@ def list_variants(shape: Preset, vocab_size: int, names: Iterable[str]) -> dict[
 def build_model(shape: Preset, vocab_size: int) -> GPT:
     torch.manual_seed(0)
     model = GPT(shape.model, vocab_size)
-    model.loss_chunk, model.checkpoint_layers = shape.train.loss_chunk, shape.train.gradient_checkpointing
+    make_ready(model, shape.train)
     return model
 
 
