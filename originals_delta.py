@@ -5,6 +5,7 @@ from torch import Tensor
 
 from config import PRE_NORM, ModelConfig
 from originals_families import (
+    EXPERTS,
     GEMMA_ENDS,
     LLAMA_MLP,
     Family,
@@ -13,7 +14,6 @@ from originals_families import (
     block,
     gated_mlp_dim,
     llama_config,
-    part,
     plus_one,
     require,
     require_same,
@@ -38,11 +38,7 @@ QWEN_NORMS: Table = {
     "0.weight": ("input_layernorm.weight", plus_one),
     "2.weight": ("post_attention_layernorm.weight", plus_one),
 }
-QWEN_MOE: Table = {
-    "3.w_router.weight": "mlp.gate.weight",
-    "3.experts.w_gate.weight": ("mlp.experts.gate_up_proj", part(0, 2, dim=1)),
-    "3.experts.w_in.weight": ("mlp.experts.gate_up_proj", part(1, 2, dim=1)),
-    "3.experts.w_out.weight": "mlp.experts.down_proj",
+QWEN_MOE: Table = EXPERTS | {
     "3.shared_mlp.w_gate.weight": "mlp.shared_expert.gate_proj.weight",
     "3.shared_mlp.w_in.weight": "mlp.shared_expert.up_proj.weight",
     "3.shared_mlp.w_out.weight": "mlp.shared_expert.down_proj.weight",

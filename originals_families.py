@@ -97,19 +97,16 @@ GEMMA3 = GEMMA2 | {
     "1.k_norm.weight": ("self_attn.k_norm.weight", plus_one),
 }
 
-MIXTRAL = LLAMA_ATTENTION | {
+EXPERTS: Table = {
     "3.w_router.weight": "mlp.gate.weight",
     "3.experts.w_gate.weight": ("mlp.experts.gate_up_proj", part(0, 2, dim=1)),
     "3.experts.w_in.weight": ("mlp.experts.gate_up_proj", part(1, 2, dim=1)),
     "3.experts.w_out.weight": "mlp.experts.down_proj",
 }
+MIXTRAL = LLAMA_ATTENTION | EXPERTS
 
-DEEPSEEK_MOE: Table = {
-    "3.w_router.weight": "mlp.gate.weight",
+DEEPSEEK_MOE: Table = EXPERTS | {
     "3.selection_bias": "mlp.gate.e_score_correction_bias",
-    "3.experts.w_gate.weight": ("mlp.experts.gate_up_proj", part(0, 2, dim=1)),
-    "3.experts.w_in.weight": ("mlp.experts.gate_up_proj", part(1, 2, dim=1)),
-    "3.experts.w_out.weight": "mlp.experts.down_proj",
     "3.shared_mlp.w_gate.weight": "mlp.shared_experts.gate_proj.weight",
     "3.shared_mlp.w_in.weight": "mlp.shared_experts.up_proj.weight",
     "3.shared_mlp.w_out.weight": "mlp.shared_experts.down_proj.weight",
