@@ -17,6 +17,8 @@ if __name__ == "__main__":  # before torch is imported, so that --help and slips
     ARGUMENTS = parse_or_exit(sys.argv[1:])
     # Threads that wait for each other shall not do so busily for long: where another process takes a core, that costs most of it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds; a file is not to fill with progress bars
 
 import itertools
 import math
@@ -244,14 +246,14 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
     bar, seen = None, ""
     for record in train(arguments.model, config, name, **options):
         if bar is None:  # only now, so that what is said before stands on lines of its own
-            bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {desc}")
+            bar = tqdm(total=1.0, miniters=0, bar_format="{percentage:3.0f}%|{bar}| {desc}")
         if record.bits_per_byte is not None:
             seen = f", {record.bits_per_byte:.3f} bits/byte"
         done = min(1.0, progress(record.step, record.seconds, config))
         left = tqdm.format_interval(record.seconds * (1 - done) / done)
         pace = f"{record.tokens_per_second:,.0f} tokens/s"
-        bar.n = done
-        bar.set_description_str(f"{left} left, step {record.step:,}, loss {record.train_loss:.3f}{seen}, {pace}")
+        bar.set_description_str(f"{left} left, step {record.step:,}, loss {record.train_loss:.3f}{seen}, {pace}", refresh=False)
+        bar.update(done - bar.n)
     bar.close()
     if not is_finished(record.step, record.seconds, config):
         print(f"stopped after {record.step:,} steps and saved. To go on:\n  {python} train.py --name {name} --resume")
