@@ -252,7 +252,8 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
         done = min(1.0, progress(record.step, record.seconds, config))
         left = tqdm.format_interval(record.seconds * (1 - done) / done)
         pace = f"{record.tokens_per_second:,.0f} tokens/s"
-        bar.set_description_str(f"{left} left, step {record.step:,}, loss {record.train_loss:.3f}{seen}, {pace}", refresh=False)
+        told = f"{left} left, step {record.step:,}, loss {record.train_loss:.3f}{seen}, {pace}"
+        bar.set_description_str(told, refresh=bar.n == 0)  # the first at once, others as often as a bar may
         bar.update(done - bar.n)
     bar.close()
     if not is_finished(record.step, record.seconds, config):
