@@ -122,14 +122,13 @@ def room_for_new_tokens(model: GPT, prompts: list[list[int]], max_new_tokens: in
     return [max_new_tokens] * len(prompts)
 
 
-def stream(
+def written_tokens(
     model: GPT, tokenizer, prompts: list[str], *,
     max_new_tokens: int | None = None, seed: int = 0, use_cache: bool = True, **sampling,
-) -> Iterator[list[str]]:  # fmt: skip
-    """The stories as they grow: yields, after every token, the text of each prompt with what has been written so far.
+) -> Iterator[list[list[int]]]:  # fmt: skip
+    """The tokens of each prompt with what has been written so far, after every token: the same lists, which grow.
 
-    A story ends at eos, after max_new_tokens, or where the context is full. How tokens are drawn (temperature=0.5, top_k=40, ...)
-    is said as in Sampling. Raises ValueError for a prompt that is longer than the context and for options that make no sense.
+    Options and errors are those of `stream`.
     """
     if not prompts:
         raise ValueError("there is no prompt: give at least one, such as 'Once upon a time'")
@@ -143,9 +142,20 @@ def stream(
             for row, token in zip(tokens, drawn, strict=True):
                 if token is not None:
                     row.append(token)
-            yield [tokenizer.decode(row) for row in tokens]
+            yield tokens
     finally:
         model.train(was_training)
+
+
+def stream(model: GPT, tokenizer, prompts: list[str], **options) -> Iterator[list[str]]:
+    """The stories as they grow: yields, after every token, the text of each prompt with what has been written so far.
+
+    A story ends at eos, after max_new_tokens, or where the context is full. Further options: seed, use_cache=False to read all
+    again for each token, and how tokens are drawn (temperature=0.5, top_k=40, ...), see Sampling. Raises ValueError for a prompt
+    that is longer than the context and for options that make no sense.
+    """
+    for tokens in written_tokens(model, tokenizer, prompts, **options):
+        yield [tokenizer.decode(row) for row in tokens]
 
 
 def generate(model: GPT, tokenizer, prompts: str | list[str], **options) -> str | list[str]:
@@ -155,8 +165,8 @@ def generate(model: GPT, tokenizer, prompts: str | list[str], **options) -> str 
     """
     if isinstance(prompts, str):
         return generate(model, tokenizer, [prompts], **options)[0]
-    *_, stories = stream(model, tokenizer, prompts, **options)
-    return stories
+    *_, tokens = written_tokens(model, tokenizer, prompts, **options)
+    return [tokenizer.decode(row) for row in tokens]
 
 
 def main(
