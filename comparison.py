@@ -2,6 +2,7 @@
 
     python evaluation.py compare A B C              # B and C against A, on all validation stories
     python evaluation.py compare A B --at flops     # when both had spent as many training FLOPs
+    python evaluation.py compare A B --html report.html    # and a page of it that can be mailed
 
 A name is a run, or a group of runs that differ in the seed (see train.py --seeds). Where both sides have several seeds the seed
 is the unit: the interval says what other seeds would give. With one seed it says only what other stories would give.
@@ -9,8 +10,10 @@ is the unit: the interval says what other seeds would give. With one seed it say
 
 import argparse
 import itertools
+import shlex
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,7 +21,7 @@ import pandas as pd
 from config import TrainConfig
 from differences import SIGNIFICANCE, Difference, holm, over_seeds, over_stories, seeds_needed
 from runs import Run, group_members
-from story_losses import Scored, losses_of
+from story_losses import NOT_ITS_OWN, TOP_K, Scored, losses_of
 
 AT = ("end", "parameters", "step", "tokens", "flops", "seconds")
 SAME_SIZE = 0.05  # parameters that differ by less count as equal
@@ -63,10 +66,18 @@ class Comparison:
     differences: pd.DataFrame
     notes: list[str]
     verdicts: list[str]
+    groups: list[Candidate]  # what was compared, in the order of the names
+    at: str
 
     def __str__(self) -> str:
-        tables = [frame.to_string(float_format="{:.4f}".format) for frame in (self.candidates, self.differences) if len(frame)]
+        told = dict.fromkeys(("p", "p (Holm)"), told_p)
+        tables = [frame.to_string(float_format="{:.4f}".format, formatters=told)
+                  for frame in (self.candidates, self.differences) if len(frame)]  # fmt: skip
         return "\n\n".join(["\n".join(lines) for lines in (self.notes, tables[:1], tables[1:], self.verdicts) if lines])
+
+
+def told_p(p: float) -> str:
+    return "–" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missing: str | None = None) -> Comparison:
@@ -91,18 +102,23 @@ def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missi
     verdicts = [verdict(*pair, row, len(rows)) for pair, row in zip(pairs, rows, strict=True)]
     index = [f"{other.name} - {one.name}" for one, other in pairs]
     summary = pd.DataFrame({candidate.name: summary_of(candidate) for candidate in candidates}).T
-    return Comparison(summary, pd.DataFrame(rows, index=index), notes, verdicts)
+    return Comparison(summary, pd.DataFrame(rows, index=index), notes, verdicts, candidates, at)
 
 
 def gather(name: str, notes: list[str], data_if_missing: str | None) -> Candidate:
     """The runs of a name that can be compared; what is left out is noted."""
+
+    def tell(line: str):
+        print(line)  # before the minute that it takes
+        notes.append(line)
+
     members: dict[int, Member] = {}
     for run in map(Run, group_members(name)):
         if (run.folder / "diverged.txt").exists():
             problem = run.path("diverged.txt").read_text(encoding="utf-8").strip()
             notes.append(f"{run.name} diverged and is left out: {problem}")
             continue
-        losses, scored = losses_of(run.name, data_if_missing)
+        losses, scored = losses_of(run.name, data_if_missing, tell)
         if not np.isfinite(losses["nats"]).all():
             notes.append(f"{run.name} diverged and is left out: not all of its losses are finite")
             continue
@@ -113,6 +129,8 @@ def gather(name: str, notes: list[str], data_if_missing: str | None) -> Candidat
             notes.append(f"{run.name} has the seed of {members[seed].name} and is left out: it is no run of its own")
             continue
         members[seed] = member
+        if scored.data.endswith(NOT_ITS_OWN):
+            notes.append(f"{run.name} was scored on {scored.data}: it was trained on {member.config.data!r}, which is not here")
         if run.was_stopped():
             notes.append(f"{run.name} was stopped before its end: --resume goes on with it")
     ordered = tuple(members[seed] for seed in sorted(members))
@@ -238,7 +256,7 @@ def verdict(one: Candidate, other: Candidate, row: dict, comparisons: int) -> st
     counts = sorted({len(one.values), len(other.values)})
     seeds = " and ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
     told = f"{by} ± {(row['to'] - row['95% from']) / 2:.4f} {BITS}"
-    chance = ("p < 0.001" if p < 0.001 else f"p = {p:.2g}") + f", corrected for {comparisons} comparisons" * (comparisons > 1)
+    chance = f"p {'' if p < 0.001 else '= '}{told_p(p)}" + f", corrected for {comparisons} comparisons" * (comparisons > 1)
     alone = ". The interval is from the stories alone; another seed may say otherwise" if row["over"] == "stories" else ""
     if p <= SIGNIFICANCE:
         return f"{better.name} is better than {worse.name} by {told} ({seeds}, {chance}){alone}"
@@ -258,8 +276,9 @@ def summary_of(candidate: Candidate) -> dict:
         "deviation of seeds": candidate.values.std(ddof=1) if len(candidate.values) > 1 else float("nan"),
         "parameters": f"{candidate.parameters:,}", "steps": f"{np.mean([log['step'].max() for log in logs]):,.0f}",
         "tokens": f"{np.mean([log['tokens'].max() for log in logs]):,.0f}",
-        "minutes": round(float(np.mean([log["seconds"].max() for log in logs])) / 60, 1),
-        "top-1": f"{np.mean([m.losses['top1'].sum() / m.losses['tokens'].sum() for m in candidate.members]):.1%}",
+        "minutes": f"{np.mean([log['seconds'].max() for log in logs]) / 60:.1f}",
+        **{f"top-{k}": f"{np.mean([m.losses[f'top{k}'].sum() / m.losses['tokens'].sum() for m in candidate.members]):.1%}"
+           for k in TOP_K},
     }  # fmt: skip
 
 
@@ -270,9 +289,23 @@ def main(words: list[str]):
     parser.add_argument("--at", choices=AT, default="end", help="compare at equal cost (default: the best weights of each run)")
     parser.add_argument("--all_pairs", action="store_true", help="compare each with each")
     parser.add_argument("--data_if_missing", help="score runs without losses on this where their own data are not here")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report there, too: one page that can be mailed")
+    parser.add_argument("--prompts", nargs="+", help="what the stories in the report begin with")
     arguments = parser.parse_args(words)
     try:
+        if arguments.html is not None and not arguments.html.parent.is_dir():
+            raise FileNotFoundError(f"--html {arguments.html}: there is no folder {arguments.html.parent}: make it first")
+        if arguments.prompts and arguments.html is None:
+            raise ValueError("--prompts are for the report: name a file for it by --html")
         options = {"at": arguments.at, "all_pairs": arguments.all_pairs, "data_if_missing": arguments.data_if_missing}
-        print(compare(*arguments.names, **options))
+        result = compare(*arguments.names, **options)
+        print(result)
+        if arguments.html is not None:
+            from comparison_page import write_page
+
+            given = {"prompts": tuple(arguments.prompts)} if arguments.prompts else {}
+            command = shlex.join(["python", "evaluation.py", "compare", *words])
+            write_page(result, arguments.html, command=command, data_if_missing=arguments.data_if_missing, **given)
+            print(f"\nthe report is in {arguments.html}")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -2,6 +2,7 @@
 tiny trained run; and a terminal."""
 
 import itertools
+import json
 import os
 import random
 import runpy
@@ -82,6 +83,40 @@ def tiny_run(trained_folder, folders):
     """The name of a trained run in this test's own folder, to read or to break."""
     shutil.copytree(trained_folder / "runs", folders / "runs", dirs_exist_ok=True)
     return "tiny"
+
+
+@pytest.fixture
+def make_run(tiny_run):
+    """Make a run with losses by story of its own: those of the tiny run, shifted by some bits per byte, and noise."""
+    import numpy as np
+
+    from runs import Run
+    from story_losses import COLUMNS, keep_losses, read_losses
+
+    keep_losses(tiny_run)
+
+    def make(name, shift=0.0, seed=0, group=None, noise=0.01, **facts):
+        run = Run(name)
+        shutil.copytree(Run(tiny_run).folder, run.folder)
+        losses, _ = read_losses(name)
+        random = np.random.default_rng(len(name) + 100 * seed)
+        losses["nats"] += np.log(2) * losses["bytes"] * (shift + random.normal(0, noise, len(losses)))
+        run.save_log(losses.to_dict("records"), COLUMNS, "story_losses.csv")
+        change(name, "train_config.json", seed=seed)
+        change(name, "story_losses.json", **facts)
+        if group:
+            run.save_text("group.json", json.dumps({"group": group}))
+        return name
+
+    return make
+
+
+def change(name, file, **values):
+    """Set some values in a JSON file of a run."""
+    from runs import Run
+
+    run = Run(name)
+    run.save_text(file, json.dumps(json.loads(run.path(file).read_text()) | values))
 
 
 @pytest.fixture

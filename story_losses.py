@@ -7,6 +7,7 @@ the weights, the stories, the data and the code that the model was trained with.
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from runs import Run, load_model
 
 TOP_K = (1, 5, 10)
 COLUMNS = ["story", "bytes", "tokens", "nats", *(f"top{k}" for k in TOP_K)]
+NOT_ITS_OWN = "(not its own)"  # behind the name of data that a run was scored on, but not trained on
 CODE = ("checkpoint data evaluation kernels losses menu model norms optim packing sources tokenizer train visibility "
         "storyworld*")  # fmt: skip
 
@@ -97,14 +99,14 @@ def read_losses(name: str):
     return losses, scored
 
 
-def losses_of(name: str, source_if_missing: str | None = None):
-    """The losses of a run, as `read_losses`; scored anew where they are missing, damaged or old, and said."""
+def losses_of(name: str, source_if_missing: str | None = None, tell: Callable[[str], None] = print):
+    """The losses of a run, as `read_losses`; scored anew where they are missing, damaged or old, and told."""
     Run(name).path("model.pth")
     try:
         return read_losses(name)
     except FileNotFoundError:
-        print(f"the run {name!r} has no losses by story: scoring it on its validation stories")
+        tell(f"the run {name!r} has no losses by story: scoring it on its validation stories")
     except ValueError as error:
-        print(f"{error}: scoring it on its validation stories again")
+        tell(f"{error}: scoring it on its validation stories again")
     keep_losses(name, source_if_missing)
     return read_losses(name)

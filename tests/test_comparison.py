@@ -1,7 +1,6 @@
 """Promises of the verdict: intervals that cover, p-values that are rarely wrong, nothing compared in silence."""
 
 import itertools
-import json
 import math
 import re
 import shutil
@@ -16,10 +15,11 @@ from scipy import stats
 
 import evaluation
 from comparison import compare
+from conftest import change
 from differences import holm, over_seeds, over_stories, seeds_needed
 from report import write_report
 from runs import Run, load_model
-from story_losses import COLUMNS, digest, keep_losses, read_losses
+from story_losses import COLUMNS, digest, read_losses
 
 ROOT = Path(__file__).parents[1]
 SIMULATED = 2000
@@ -142,32 +142,6 @@ class TestStatistics:
         assert np.isnan(over_seeds(values, [0.8, 0.81], paired=True).p) or over_seeds(values, [0.8, 0.81], paired=True).p < 1e-6
         assert np.isnan(over_seeds([0.9, 0.9], [0.8, 0.8], paired=False).p)
         assert seeds_needed(values, values, paired=True) is None
-
-
-@pytest.fixture
-def make_run(tiny_run):
-    """Make a run with losses by story of its own: those of the tiny run, shifted by some bits per byte, and noise."""
-    keep_losses(tiny_run)
-
-    def make(name, shift=0.0, seed=0, group=None, noise=0.01, **facts):
-        run = Run(name)
-        shutil.copytree(Run(tiny_run).folder, run.folder)
-        losses, _ = read_losses(name)
-        random = np.random.default_rng(len(name) + 100 * seed)
-        losses["nats"] += math.log(2) * losses["bytes"] * (shift + random.normal(0, noise, len(losses)))
-        run.save_log(losses.to_dict("records"), COLUMNS, "story_losses.csv")
-        change(name, "train_config.json", seed=seed)
-        change(name, "story_losses.json", **facts)
-        if group:
-            run.save_text("group.json", json.dumps({"group": group}))
-        return name
-
-    return make
-
-
-def change(name, file, **values):
-    run = Run(name)
-    run.save_text(file, json.dumps(json.loads(run.path(file).read_text()) | values))
 
 
 class TestLosses:
