@@ -37,7 +37,7 @@ from presets import Preset, preset
 from tokenizer import load_tokenizer
 
 UNCHANGED = "unchanged"
-SECONDS_PER_EVALUATION = 20
+EVALUATIONS = 15  # of a run with a constant batch; of one whose batch grows it is more, most of them early
 MAX_EVALUATED = 200
 
 
@@ -209,7 +209,7 @@ def choose_eval_every(arguments: Arguments, chosen: Preset, results: dict[tuple[
         return chosen.train.eval_every
     if results:
         return next(iter(results.values())).eval_every
-    return max(1, round(SECONDS_PER_EVALUATION / in_new_process(seconds_per_step, chosen, folder)))
+    return max(1, round(60 * arguments.minutes / EVALUATIONS / in_new_process(seconds_per_step, chosen, folder)))
 
 
 def seconds_per_step(chosen: Preset, folder: Path) -> float:
