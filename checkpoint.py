@@ -18,6 +18,8 @@ from model import GPT
 from probe import Choices
 from runs import Run, load_model, load_weights
 from tokenizer import Tokenizer
+from world_grades import COLUMNS as GRADES
+from world_grades import grade_model
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Record:
     tokens_per_second: float  # without evaluations
     peak_memory_mb: float  # resident memory of the process so far; of the GPU on CUDA
     flops: float | None = None  # spent on these tokens so far, forward and backward; None in checkpoints older than this
+    grades: dict[str, float] | None = None  # shares of samples, each a column of the log; None where the world grades none
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Training:
     tokenizer: Tokenizer
     data: Data
     validation: list[str]  # the stories that every evaluation scores
+    grade_stories: int = 0  # samples that the world grades at every evaluation
     average: AveragedModel | None = None  # of the weights, where it is to be scored and kept instead of the last ones
     code: dict[str, str] = field(default_factory=dict)  # a digest of every file that has a say in the numbers
     choices: Choices | None = None  # what was found to be the fastest way on this machine
@@ -91,13 +95,21 @@ class Training:
         with torch.compiler.set_stance("force_eager"):  # else every length of a story would be compiled
             return evaluate(model, self.tokenizer, stories)
 
+    def grade(self) -> dict[str, float] | None:
+        """What the world says of samples of the model; None where it is not asked. The same seeds every time."""
+        if not self.grade_stories:
+            return None
+        with torch.compiler.set_stance("force_eager"):
+            return grade_model(self.best_model, self.tokenizer, self.grade_stories).columns
+
     def note(self, record: Record, log_every: int):
         """Keep a record for the log, which has a row for every log_every steps and for every evaluation."""
         self.unlogged.append(record)
         if record.validation_loss is not None or record.step % log_every == 0:
             loss = fmean(record.train_loss for record in self.unlogged)
             pace = fmean(record.tokens_per_second for record in self.unlogged)
-            self.log.append(asdict(replace(record, train_loss=loss, tokens_per_second=pace)))
+            row = asdict(replace(record, train_loss=loss, tokens_per_second=pace))
+            self.log.append(row | (row.pop("grades") or {}))
             self.unlogged = []
         if record.validation_loss is not None:
             for place, block in self.reporting_blocks.items():
@@ -108,6 +120,11 @@ class Training:
     def reporting_blocks(self) -> dict[str, torch.nn.Module]:
         """Those that have something to say of themselves, by their place in the model."""
         return {place: block for place, block in self.model.named_modules() if hasattr(block, "report")}
+
+    @property
+    def log_columns(self) -> list[str]:
+        own = [field.name for field in fields(Record) if field.name != "grades"]
+        return own + list(GRADES) * (self.grade_stories > 0)
 
     def save_model(self):
         """Write model.pth: the weights, and the tokenizer and the data that they belong to."""
@@ -125,7 +142,7 @@ class Training:
             raise self.not_finite(self.step)
         if math.isinf(self.best_loss):
             self.save_model()
-        self.run.save_log(self.log, [field.name for field in fields(Record)])
+        self.run.save_log(self.log, self.log_columns)
         if self.block_log:
             self.run.save_log(self.block_log, ["step", "block", "name", "value"], "blocks.csv")
         self.run.save("checkpoint.pth", {

@@ -132,6 +132,7 @@ class TrainConfig:
     max_minutes: float | None = 3.5  # stop after so many minutes of training, evaluations included
     eval_every: int = 250  # steps between two looks at the validation stories
     eval_stories: int = 256  # how many whole validation stories are scored, always the same ones
+    grade_stories: int = 0  # on storyworld, how many samples the world grades at each of these looks; 64 take some seconds
     checkpoint_every: int = 250  # steps between two checkpoints
     optimizer: Literal["AdamW", "Muon"] = "AdamW"  # Muon is for the hidden matrices; AdamW does the rest
     muon_lr_scale: float = 1.0  # Muon's learning rate is so many times that of AdamW
@@ -161,7 +162,9 @@ class TrainConfig:
         for name in ("batch_size", "eval_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
         require(self.data_seed is None or self.data_seed >= 0, self, "data_seed", "give a number of at least 0, or None")
-        for name in ("warmup_steps", "final_flat_steps", "num_restarts", "weight_decay", "lr_init", "lr_min", "seed"):
+        for name in (
+            "grade_stories", "warmup_steps", "final_flat_steps", "num_restarts", "weight_decay", "lr_init", "lr_min", "seed",
+        ):  # fmt: skip
             require(getattr(self, name) >= 0, self, name, "give a number of at least 0")
         for name in ("max_stories", "max_steps", "max_minutes", "grad_clip", "loss_chunk", "window_start"):
             value = getattr(self, name)
@@ -171,6 +174,10 @@ class TrainConfig:
         require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "give two numbers from 0 to below 1")
         require(0 <= self.muon_momentum < 1, self, "muon_momentum", "give a share from 0 to below 1")
         require(self.eval_stories >= 200, self, "eval_stories", "fewer than 200 cannot tell models apart")
+        require(
+            self.grade_stories == 0 or self.data.split(":")[0] == "storyworld", self, "grade_stories",
+            f"only storyworld can grade stories, and not data={self.data!r}: give data='storyworld', or 0",
+        )  # fmt: skip
         require(self.max_steps or self.max_minutes, self, "max_steps", "give max_steps or max_minutes, or it never ends")
         require(self.threads == "auto" or self.threads >= 1, self, "threads", "give a whole number of at least 1, or auto")
         average = self.weight_averaging

@@ -6,6 +6,7 @@ B batch, T time, V vocabulary.
 """
 
 import argparse
+import math
 import re
 import sys
 from collections import Counter
@@ -20,6 +21,8 @@ from inference import generate
 from model import GPT, IGNORE
 from report import validation_stories
 from runs import Run, load_model
+from world_floor import floor_of
+from world_grades import is_world
 
 FUNCTION = """
 a an the this that these those and or but so if because while when then than as of to in on at by for from with into out up
@@ -187,5 +190,11 @@ def main(words: list[str]):
                   f"{loss_by_word_class(scores, tokenizer, stories).round(3)}\n\ncalibration error {error:.4f}\n"
                   f"{len(told)} samples: {repetition(told):.1%} of 4 words repeated, "
                   + ", ".join(f"distinct-{n} {distinct(told, n):.3f}" for n in (1, 2, 3)))  # fmt: skip
+            if is_world(data) and (floor := floor_of(stories, tokenizer)):
+                loss, num_bytes = scores.nats.mean(), sum(len(story.encode()) for story in stories)
+                bits = scores.nats.sum() / num_bytes / math.log(2)
+                print(f"loss {loss:.4f} nats per token, {loss - floor.nats_per_token:.4f} over the entropy of the world, "
+                      f"{floor.nats_per_token:.4f}; {bits:.4f} bits per byte, {bits - floor.bits_per_byte:.4f} over "
+                      f"{floor.bits_per_byte:.4f}")  # fmt: skip
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

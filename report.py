@@ -12,7 +12,10 @@ from evaluation import evaluate
 from inference import generate
 from runs import Run, load_model
 from sources import open_source
-from story_losses import keep_losses
+from story_losses import NOT_ITS_OWN, keep_losses
+from world_floor import floor_of, world_floor
+from world_grades import is_world
+from world_report import draw_floors, lines_of_the_world, plot_grades
 
 PROMPTS = ("Once upon a time", "One day, Lily", "Tim was")
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds", "flops": "training FLOPs"}
@@ -22,6 +25,7 @@ SCORES = {"loss": "validation_loss", "bits per byte": "bits_per_byte"}
 def plot_losses(*names: str, by: str = "step", axes=None):
     """Training loss (thin) and validation loss (thick) of runs, in nats per token, by step, tokens, seconds or flops.
 
+    On storyworld a dashed line is its exact entropy, which no model can pass for long.
     Returns the matplotlib axes. The legend names the data, and the title says so where they differ, as losses do not compare
     then; runs of other tokenizers are better compared in bits per byte.
     """
@@ -37,6 +41,7 @@ def plot_losses(*names: str, by: str = "step", axes=None):
         measured = log.dropna(subset="validation_loss")
         axes.plot(log[by], log["train_loss"], color=f"C{number}", linewidth=0.6, alpha=0.6)
         axes.plot(measured[by], measured["validation_loss"], color=f"C{number}", marker=".", label=f"{name} on {saved['data']}")
+    draw_floors(axes, map(world_floor, names))
     warning = ". Different data: do not compare!" if len(scored_on) > 1 else ""
     axes.set(xlabel=AXES[by], ylabel="loss (nats per token)", title=f"training (thin) and validation (thick){warning}")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -98,7 +103,7 @@ class LivePlot:
 
     def add(self, record):
         if not self.records:
-            self.data = Run(self.name).load("model.pth", {"data"})["data"]
+            self.data, self.floor = Run(self.name).load("model.pth", {"data"})["data"], world_floor(self.name)
         self.records.append(record)
         if time.monotonic() - self.drawn_at > self.seconds_between or record.validation_loss is not None:
             self.drawn_at = time.monotonic()
@@ -109,6 +114,7 @@ class LivePlot:
         self.axes.clear()
         self.axes.plot([r.step for r in self.records], [r.train_loss for r in self.records], linewidth=0.6, label="training")
         self.axes.plot([r.step for r in measured], [r.validation_loss for r in measured], marker=".", label="validation")
+        draw_floors(self.axes, [self.floor])
         last = self.records[-1]
         self.axes.set(xlabel="steps", ylabel="loss (nats per token)")
         pace = f"{last.tokens_per_second:,.0f} tokens/s"
@@ -122,6 +128,8 @@ def table(
     *names: str, top_k: tuple[int, ...] = (1, 5, 10), num_stories: int | None = None, data_if_missing: str | None = None
 ):
     """A pandas DataFrame with a row for each run: data, parameters, FLOPs, minutes, bits per byte and top-k accuracy.
+
+    Where runs were trained on storyworld, also the excess of their bits per byte over the exact entropy of these stories.
 
     Every model is scored on the whole validation set of the data it was trained on, or on its first num_stories. Top-k
     accuracy is the share of tokens that were among the k most likely, given the true text before them. Where a run's data
@@ -150,6 +158,8 @@ def table(
             "bits per byte": score.bits_per_byte,
             **{f"top-{k}": share for k, share in score.top_k.items()},
         }
+        if is_world(data) and (floor := floor_of(stories[:num_stories], tokenizer)):
+            rows[name] |= {"entropy": floor.bits_per_byte, "excess": score.bits_per_byte - floor.bits_per_byte}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -171,7 +181,7 @@ def validation_stories(source: str, source_if_missing: str | None) -> tuple[str,
         if source_if_missing is None:
             raise
         opened = open_source(source_if_missing)
-        name = f"{opened.name} (not its own)"
+        name = f"{opened.name} {NOT_ITS_OWN}"
         print(f"{error}.\nRuns that were trained on {source!r} are scored on {opened.name} instead, which is not what they know.")
     return name, choose_validation(opened, Counter())
 
@@ -220,11 +230,17 @@ def write_report(name: str) -> list[str]:
         f"- best at step {int(best.step):,}: {best.bits_per_byte:.4f} bits per byte, loss {best.validation_loss:.4f} nats per "
         f"token, perplexity {best.perplexity:.2f}, on {saved['validation_stories']} validation stories",
     ]
+    numbers += [f"- {line}" for line in lines_of_the_world(name)]
     if dead := dead_experts(name):
         numbers.append(f"- {dead}")
+    pictures = "![loss curve](loss.png)"
+    if config.grade_stories:
+        run.save_figure("grades.png", plot_grades(name))
+        pictures += "\n\n![samples that the world accepts, by loss](grades.png)"
     told = "\n\n".join("> " + story.replace("\n", "\n>\n> ") for story in stories)
     again = command(run.model_config, config, continued_from=saved["continued_from"])
-    run.save_text("README.md", README.format(name=name, numbers="\n".join(numbers), stories=told, command=again))
+    filled = {"name": name, "numbers": "\n".join(numbers), "pictures": pictures, "stories": told, "command": again}
+    run.save_text("README.md", README.format(**filled))
     return stories
 
 
@@ -246,7 +262,7 @@ README = """# {name}
 
 {numbers}
 
-![loss curve](loss.png)
+{pictures}
 
 Three samples, at temperature 0.8:
 

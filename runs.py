@@ -10,7 +10,7 @@ checkpoint.pth     the last state of the training, to resume from
 story_losses.csv   what the model scores on every validation story;  story_losses.json: with which weights, data and code
 diverged.txt       at which step the loss was no longer finite; where it was not
 group.json         the group of seeds that the run belongs to; where it does
-loss.png           the loss curve
+loss.png           the loss curve;  grades.png: what the storyworld accepts of its samples, by loss; where it grades them
 
 A run that is called EXPERIMENT/RUN goes with the experiment: it is experiments/EXPERIMENT/trained_models/RUN.
 Files are written next to their place and moved there, so that a crash or a full disk leaves what was there before.

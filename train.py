@@ -49,6 +49,7 @@ from runs import Run, default_name
 from seeds import train_group
 from story_losses import code_digests
 from tokenizer import load_tokenizer
+from world_grades import check_tokenizer
 
 LOG_EVERY = 10  # steps that a row of log_data.csv stands for
 
@@ -124,8 +125,9 @@ def train(
             if finished or training.step % train_config.eval_every == 0:
                 score = training.evaluate()
                 record = replace(
-                    record, validation_loss=score.loss, perplexity=score.perplexity, bits_per_byte=score.bits_per_byte
-                )
+                    record, validation_loss=score.loss, perplexity=score.perplexity, bits_per_byte=score.bits_per_byte,
+                    grades=training.grade(),
+                )  # fmt: skip
                 training.seconds = time.perf_counter() - began
             training.note(record, LOG_EVERY)
             if finished or training.step % train_config.checkpoint_every == 0:
@@ -152,6 +154,8 @@ def prepare(
         raise ValueError(f"the run {name!r} can only be resumed with the configs in its folder. To change them: continue_from")
     torch.manual_seed(train_config.seed)
     tokenizer = load_tokenizer(train_config.tokenizer)
+    if train_config.grade_stories:
+        check_tokenizer(tokenizer)
     device = choose_device(train_config.device)
     model = build_model(model_config, tokenizer.vocab_size).to(device)
     make_ready(model, train_config)
@@ -162,7 +166,7 @@ def prepare(
     optimizers = build_optimizers(model, train_config)
     validation = data.validation[: train_config.eval_stories]
     average = average_of_weights(model, train_config.weight_averaging) if train_config.weight_averaging else None
-    training = Training(run, model, optimizers, tokenizer, data, validation, average)
+    training = Training(run, model, optimizers, tokenizer, data, validation, train_config.grade_stories, average)
     training.flops_per_token, training.code = model_cost(model).training_flops, code_digests(model_config.plugins)
     if resume:
         training.restore()
