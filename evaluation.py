@@ -5,7 +5,9 @@ holds: a story longer than the context is read in windows that overlap by half.
 
     python evaluation.py compare A B C      # which run, or group of seeds, is better, and by how much
     python evaluation.py probes A B         # what the architectures of these learn of synthetic tasks
+    python evaluation.py scaling A B --sizes 0.25m 0.5m 1m 2m    # how their losses fall with the size, and which overtakes which
     python evaluation.py measures A         # where its loss is, how well it is calibrated, how often it repeats itself
+    python evaluation.py grade A B          # on storyworld: which share of their stories the world accepts, and what broke
 
 B batch, T time, V vocabulary.
 """
@@ -13,7 +15,10 @@ B batch, T time, V vocabulary.
 import sys
 from importlib import import_module
 
-COMMANDS = {"compare": "comparison", "measures": "measures", "probes": "capability"}  # the module that holds the command's `main`
+COMMANDS = {  # the module that holds the command's `main`
+    "compare": "comparison", "measures": "measures", "probes": "capability", "scaling": "scaling",
+    "grade": "world_grades",
+}  # fmt: skip
 
 
 def main(words: list[str]):

@@ -3,6 +3,7 @@
 Side by side, with a thread and a process each, where the machine's cores get more done that way; else one after the other.
 """
 
+import os
 import shlex
 import signal
 import subprocess
@@ -94,11 +95,7 @@ def train_group(arguments: Arguments, train_one: Callable[[Arguments], bool], py
     finished = arguments.seeds - len(todo)
     if finished:
         say(f"{finished} of {arguments.seeds} seeds are finished")
-    if side_by_side(arguments, len(todo)) if not arguments.resume else todo and todo[0].train.threads == 1:
-        alone = [replace(one, train=replace(one.train, threads=1)) for one in todo]
-        failed, stopped = run_side_by_side(alone)
-    else:
-        failed, stopped = run_in_turn(todo, train_one)
+    failed, stopped = train_members(arguments, todo, train_one)
     if stopped:
         print(f"stopped; what was begun is saved. To go on: {again}")
         return
@@ -108,6 +105,15 @@ def train_group(arguments: Arguments, train_one: Callable[[Arguments], bool], py
     print(f"""
 {arguments.seeds} seeds are finished: {", ".join(member_names(arguments))}
 Compare with others:  {python} evaluation.py compare {arguments.name} ANOTHER""")
+
+
+def train_members(
+    arguments: Arguments, todo: list[Arguments], train_one: Callable[[Arguments], bool]
+) -> tuple[dict[str, str], bool]:
+    """Train these runs of a group the faster way: why some failed, by their names; and whether Ctrl-C came."""
+    if side_by_side(arguments, len(todo)) if not arguments.resume else todo and todo[0].train.threads == 1:
+        return run_side_by_side([replace(one, train=replace(one.train, threads=1)) for one in todo])
+    return run_in_turn(todo, train_one)
 
 
 def run_in_turn(todo: list[Arguments], train_one: Callable[[Arguments], bool]) -> tuple[dict[str, str], bool]:
@@ -133,13 +139,13 @@ def words_of(arguments: Arguments) -> list[str]:
     return [sys.executable, str(Path(__file__).with_name("train.py")), *shlex.split(line)[2:]]
 
 
-def run_side_by_side(todo: list[Arguments]) -> tuple[dict[str, str], bool]:
-    """A process each, as many at a time as there are cores; as `run_in_turn`. Ctrl-C lets each finish its step and save."""
+def run_side_by_side(todo: list[Arguments], at_once: int | None = None) -> tuple[dict[str, str], bool]:
+    """A process each, so many at once, or as there are cores; as `run_in_turn`. Ctrl-C lets each finish its step and save."""
     waiting, running, failed, stopped = list(enumerate(todo)), {}, {}, False
     with tqdm(total=0, position=len(todo), bar_format="{desc}") as line:
         while (waiting and not stopped) or running:
             try:
-                while waiting and not stopped and len(running) < probe.most_threads():
+                while waiting and not stopped and len(running) < (at_once or probe.most_threads()):
                     number, arguments = waiting.pop(0)
                     running[arguments.name] = Child(arguments, number)
                 for name, child in list(running.items()):
@@ -163,7 +169,7 @@ class Child:
         # In a session of its own, so that Ctrl-C comes to it once, by us, and not by the terminal, too.
         self.process = subprocess.Popen(
             words_of(arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
-            start_new_session=True,
+            start_new_session=True, env={**os.environ, "TQDM_MININTERVAL": "0.5"},
         )  # fmt: skip
         self.name, self.last = arguments.name, "begins"
         self.line = tqdm(total=0, position=position, bar_format="{desc}")

@@ -1,0 +1,159 @@
+"""Promises of the loss law: known laws are found again, intervals cover, nothing is claimed that the losses leave open."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.optimize import curve_fit, least_squares
+from scipy.stats import t
+
+from loss_law import ALPHAS, fit, race
+from tests.errors import one_line_error
+
+SIZES = np.array([0.25e6, 0.5e6, 1e6, 2e6])
+SEEDS = np.repeat(SIZES, 3)
+NOISE = 0.004
+
+
+def law_of(E, alpha, at_a_million=0.85):
+    """The law that goes through a loss at a million parameters."""
+    return lambda sizes: E + (at_a_million - E) * (np.asarray(sizes) / 1e6) ** -alpha
+
+
+class TestFit:
+    def test_it_is_that_of_scipy_where_the_losses_determine_it(self):
+        """Least squares, and where the noise is small intervals by derivatives, too."""
+        sizes, random = np.repeat(np.geomspace(1e5, 1e8, 10), 2), np.random.default_rng(0)
+        losses = law_of(0.5, 0.3)(sizes) + random.normal(0, 1e-4, len(sizes))
+        law = fit(sizes, losses)
+        wanted, covariance = curve_fit(lambda N, E, A, alpha: E + A * N**-alpha, sizes, losses, p0=(0.4, 20, 0.25))
+        assert list(law.numbers.values()) == pytest.approx(wanted, rel=1e-4)
+        for (low, high), middle, variance in zip(law.intervals.values(), wanted, covariance.diagonal(), strict=True):
+            margin = t.ppf(0.975, len(sizes) - 3) * variance**0.5
+            assert (low, high) == pytest.approx((middle - margin, middle + margin), abs=0.03 * margin)
+        low, high = law.band(sizes)
+        assert (low < law.at(sizes)).all() and (law.at(sizes) < high).all()
+
+    def test_nothing_is_below_zero(self):
+        """Losses that fall faster than a power of the size would want E below zero."""
+        losses = np.array([1.0, 0.85, 0.70, 0.55])
+        law = fit(SIZES, losses)
+
+        def left(numbers):
+            return numbers[0] + numbers[1] * (SIZES / 1e6) ** -numbers[2] - losses
+
+        assert least_squares(left, (0.5, 0.5, 0.2)).x[0] < 0
+        wanted = least_squares(left, (0.5, 0.5, 0.2), bounds=([0, 0, 0], np.inf)).x
+        assert law.numbers["E"] == pytest.approx(0) == pytest.approx(wanted[0], abs=1e-4)
+        assert law.numbers["alpha"] == pytest.approx(wanted[2], rel=1e-3)
+        assert all(low >= 0 for low, _ in law.intervals.values())
+
+    def test_an_interval_holds_what_fits_by_brute_force(self):
+        losses = law_of(0.5, 0.3)(SEEDS) + np.random.default_rng(1).normal(0, NOISE, len(SEEDS))
+        law, wanted = fit(SEEDS, losses), [0.4e6, 3e6]
+        E, middle, alpha = np.meshgrid(np.linspace(0, 0.8, 161), np.linspace(0.82, 0.87, 101), np.linspace(0.02, 2, 199))
+        values = [E + (middle - E) * (size / 1e6) ** -alpha for size in (*SEEDS[::3], *wanted)]
+        means, within = losses.reshape(4, 3).mean(axis=1), losses.reshape(4, 3).var(axis=1).sum() * 3
+        left = within + 3 * sum((value - mean) ** 2 for value, mean in zip(values, means, strict=False))
+        fits = left <= left.min() * (1 + t.ppf(0.975, 9) ** 2 / 9)
+        assert left.min() == pytest.approx(law.squares([law.best_alpha])[0], rel=1e-2)
+        assert law.intervals["E"] == pytest.approx((E[fits].min(), E[fits].max()), abs=0.015)
+        assert law.intervals["alpha"] == pytest.approx((alpha[fits].min(), alpha[fits].max()), abs=0.02)
+        for place, value in enumerate(values[4:]):
+            band = [side[place] for side in law.band(wanted)]
+            assert band == pytest.approx((value[fits].min(), value[fits].max()), abs=0.002)
+
+    @pytest.mark.parametrize("E, alpha, simulated, at_most", [(0.55, 0.18, 400, 0.98), (0.03, 0.12, 100, 1.0)])
+    def test_intervals_cover(self, E, alpha, simulated, at_most):
+        """95% intervals hold the known truth in about 95% of ladders, in more of them where E is next to its bound."""
+        truth, random = law_of(E, alpha), np.random.default_rng(3)
+        hits = {"E": 0, "alpha": 0, "at a size": 0, "forecast": 0}
+        for _ in range(simulated):
+            losses = truth(SEEDS) + random.normal(0, NOISE, len(SEEDS))
+            law = fit(SEEDS, losses)
+            for number, value in {"E": E, "alpha": alpha}.items():
+                low, high = law.intervals[number]
+                hits[number] += low <= value <= high
+            (low,), (high,) = law.band([0.7e6])
+            hits["at a size"] += low <= truth(0.7e6) <= high
+            hits["forecast"] += fit(SEEDS, losses, held_out=SIZES[-1]).forecast.came_true
+        assert all(0.90 <= count / simulated <= at_most for count in hits.values()), hits
+
+    def test_errors_of_single_runs_are_taken_and_scaled_up_where_the_law_says_so(self):
+        losses = law_of(0.5, 0.3)(SIZES)
+        near, far = fit(SIZES, losses, np.full(4, 0.004)), fit(SIZES, losses, np.full(4, 0.008))
+        assert near.noise == "stories" and np.ptp(far.band([1e6])) == pytest.approx(2 * np.ptp(near.band([1e6])), rel=0.05)
+        off = losses + np.array([0.01, -0.03, 0.03, -0.01])
+        wide, wider = fit(SIZES, off, np.full(4, 1e-3)), fit(SIZES, off, np.full(4, 1e-4))
+        assert np.ptp(wide.band([1e6])) == pytest.approx(np.ptp(wider.band([1e6])), rel=1e-3) and np.ptp(wide.band([1e6])) > 0.02
+
+    def test_two_sizes_leave_a_range_open_and_say_so(self):
+        truth = law_of(0.5, 0.3)
+        law = fit(SIZES[:3], truth(SIZES[:3]), np.full(3, 1e-6), held_out=1e6)
+        forecast = law.forecast
+        assert math.isnan(forecast.expected) and not law.is_determined and law.open_numbers == ["E", "alpha"]
+        straight = truth(0.5e6) ** 2 / truth(0.25e6)  # E = 0: each doubling takes the same share
+        assert forecast.interval == pytest.approx((straight, truth(0.5e6)), abs=1e-3) and forecast.came_true
+        assert all(math.isnan(number) for number in law.numbers.values())
+
+    def test_losses_that_do_not_fall_are_no_law(self):
+        law = fit(SEEDS, 0.85 + np.random.default_rng(2).normal(0, NOISE, len(SEEDS)) + 0.02 * np.log(SEEDS / 1e6))
+        assert not law.is_determined and law.intervals["alpha"] == (ALPHAS[0], ALPHAS[-1]) and law.best[1] == 0
+
+    def test_a_law_that_does_not_fit_is_noticed(self):
+        random = np.random.default_rng(3)
+        bent = np.repeat([0.95, 0.80, 0.79, 0.70], 3)
+        assert fit(SEEDS, bent + random.normal(0, NOISE, 12)).misfit < 0.001
+        p = [fit(SEEDS, law_of(0.5, 0.3)(SEEDS) + random.normal(0, NOISE, 12)).misfit for _ in range(60)]
+        assert 0.3 < np.mean(p) < 0.7 and math.isnan(fit(SIZES, bent[::3]).misfit)
+
+    def test_without_noise_there_are_no_intervals(self):
+        law = fit(SIZES[:3], law_of(0.5, 0.3)(SIZES[:3]))
+        assert law.noise == "nothing" and all(np.isnan(interval).all() for interval in law.intervals.values())
+        assert law.numbers["alpha"] == pytest.approx(0.3, rel=1e-3) and np.isnan(law.band(SIZES)).all()
+
+    def test_bad_input(self):
+        one_line_error(lambda: fit([1e6, 1e6], [0.9, 0.8]), "at least two sizes", "train more sizes")
+        one_line_error(lambda: fit(SIZES[:2], [0.9, 0.8], held_out=0.5e6), "at least two sizes")
+        one_line_error(lambda: fit(SIZES, [0.9, 0.8, math.nan, 0.7]), "diverged")
+
+
+def simulated_race(one, other, random, seeds=3):
+    return race(*(fit(sizes, truth(sizes) + random.normal(0, NOISE, len(sizes)))
+                  for truth, sizes in ((one, np.repeat(SIZES, seeds)), (other, np.repeat(1.03 * SIZES, seeds)))))  # fmt: skip
+
+
+class TestRace:
+    def test_a_crossing_is_found_with_its_interval(self):
+        random = np.random.default_rng(4)
+        races = [simulated_race(law_of(0.5, 0.15), law_of(0.5, 0.35), random) for _ in range(60)]
+        found = [race.overtaking for race in races]
+        assert all(crossing is not None and crossing[0] == -1 for crossing in found)
+        assert np.mean([low <= 1e6 <= high for _, _, (low, high) in found]) >= 0.9
+        assert np.median([at for _, at, _ in found]) == pytest.approx(1e6, rel=0.05)
+        assert np.median([high / low for _, _, (low, high) in found]) < 1.5
+        which, at, _ = simulated_race(law_of(0.5, 0.35), law_of(0.5, 0.15), random).overtaking
+        assert which == 1 and at == pytest.approx(1e6, rel=0.2)
+
+    def test_equal_laws_are_not_told_apart(self):
+        random = np.random.default_rng(5)
+        races = [simulated_race(law_of(0.5, 0.2), law_of(0.5, 0.2), random) for _ in range(60)]
+        assert sum(bool(race.stretches) for race in races) <= 3 and not any(race.overtaking for race in races)
+
+    def test_one_that_is_always_better_crosses_nowhere(self):
+        found = simulated_race(law_of(0.5, 0.2), law_of(0.45, 0.2, at_a_million=0.80), np.random.default_rng(6))
+        ((which, start, end),) = found.stretches
+        assert which == -1 and (start, end) == (found.sizes[0], found.sizes[-1]) and found.overtaking is None
+        assert (found.sizes[0], found.sizes[-1]) == pytest.approx((1.03 * SIZES[0], SIZES[-1]))
+
+    def test_a_crossing_beyond_what_was_measured_is_no_overtaking(self):
+        meet_at_8 = law_of(0.5, 0.2)(8e6)
+        other = law_of(0.5, 0.4, at_a_million=0.5 + (meet_at_8 - 0.5) * 8**0.4)
+        found = race(*(replace(fit(SEEDS, truth(SEEDS) + 1e-4 * np.tile([-1, 0, 1], 4))) for truth in (law_of(0.5, 0.2), other)))
+        assert found.crossings == pytest.approx([8e6], rel=0.02)
+        assert found.overtaking is None and [which for which, _, _ in found.stretches] == [1]
+
+    def test_sizes_must_overlap(self):
+        near, far = (fit(sizes, law_of(0.5, 0.2)(sizes)) for sizes in (SIZES, 100 * SIZES))
+        one_line_error(lambda: race(near, far), "do not overlap", "same sizes")

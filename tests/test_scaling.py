@@ -1,0 +1,274 @@
+"""Promises of a ladder: sizes that are met, rungs trained once and alike, and a verdict that claims no more than was measured."""
+
+import itertools
+import math
+import os
+import signal
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+import evaluation
+import ladder
+import scaling
+from config import TrainConfig
+from conftest import MODEL
+from cost import cost_of
+from ladder import Budget, at_width, kept_widths, plan, read_size, resumed, train_all
+from loss_law import fit, race
+from presets import PRESETS, Preset
+from runs import Run, run_names
+from story_losses import COLUMNS, digest, read_losses
+from tests.errors import one_line_error
+from tokenizer import load_tokenizer
+
+SIZES = ("6k", "11k", "18k")
+FEW = Budget("steps", 6)
+
+
+@pytest.fixture
+def presets(monkeypatch, make_config):
+    """Two tiny architectures, called small and plain."""
+    train = make_config(threads=1, warmup_steps=1)
+    monkeypatch.setitem(PRESETS, "small", Preset(MODEL, train))
+    monkeypatch.setitem(PRESETS, "plain", Preset(replace(MODEL, gated=False, positions="none", norm="LayerNorm"), train))
+    return train
+
+
+def weights_of(name):
+    return Run(name).path("model.pth").stat().st_mtime_ns
+
+
+class TestSizes:
+    @pytest.mark.parametrize("text, size", [("0.25m", 250_000), ("250k", 250_000), ("2M", 2_000_000), ("1500", 1500)])
+    def test_are_read(self, text, size):
+        assert read_size(text) == size
+
+    @pytest.mark.parametrize("text", ["2g", "m", "-1m", "0", "1e6", "two", "nan", "1 0m", "1000m"])
+    def test_nonsense_is_one_line(self, text):
+        one_line_error(lambda: read_size(text), f"--sizes {text}")
+
+    @pytest.mark.parametrize("name", ["1m", "gpt2_like", "qwen3_like", "grok_like", "mamba_like", "griffin_like", "speedrun"])
+    def test_are_met_with_the_same_layer_strings(self, name):
+        config = PRESETS[name].model
+        for rung in ladder.ladder(name, config, 1024, [300_000, 1_200_000]):
+            made, values, old = rung.config, rung.config.block_values, config.block_values
+            kept = {"dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"}
+            assert all(getattr(made, field) == getattr(config, field) for field in vars(config) if field not in kept)
+            assert abs(rung.parameters / rung.wanted - 1) < 0.1
+            share = made.dim / config.dim
+            assert values["mlp_dim"] / old["mlp_dim"] == pytest.approx(share, rel=0.02)
+            if config.num_heads > 1:
+                assert 0.6 < values["head_dim"] / old["head_dim"] < 1.6
+                group = config.num_heads // config.num_kv_heads if config.num_kv_heads > 1 else 1
+                assert made.num_heads == pytest.approx(config.num_heads * share, abs=0.75 * group)
+            assert name in str(rung) and f"{rung.parameters:,}" in str(rung) and f"dim {made.dim}" in str(rung)
+
+    def test_none_is_nearer_and_they_are_counted_as_elsewhere(self):
+        model = PRESETS["1m"].model
+        (rung,) = ladder.ladder("1m", model, load_tokenizer(TrainConfig().tokenizer).vocab_size, [600_000])
+        near = [cost_of(at_width(model, dim), T=8).parameters for dim in range(80, 121, ladder.STEP)]
+        assert rung.parameters == cost_of(rung.config, T=8).parameters == min(near, key=lambda there: abs(there - 600_000))
+
+    def test_heads_share_keys_as_they_did(self):
+        four = replace(PRESETS["5m"].model)  # 8 heads, 2 of keys
+        assert [(made.num_heads, made.num_kv_heads) for made in (at_width(four, dim) for dim in (64, 96, 128, 256, 512))] == [
+            (4, 1), (4, 1), (4, 1), (8, 2), (16, 4)]  # fmt: skip
+        assert at_width(four, 32).num_heads == 1
+        one = PRESETS["gemma1_like"].model
+        assert [(made.num_heads, made.num_kv_heads) for made in (at_width(one, dim) for dim in (48, 96, 144))] == [
+            (2, 1), (4, 1), (6, 1)]  # fmt: skip
+        assert at_width(PRESETS["2m"].model, 192) == PRESETS["2m"].model
+
+    def test_what_cannot_be_reached_is_one_line(self):
+        model = PRESETS["mamba2_hybrid_like"].model  # whose heads of 64 channels divide few widths
+        one_line_error(lambda: ladder.ladder("hybrid", model, 1024, [500_000]), "hybrid cannot have 0.5m", "nearest is", "dim=")
+        one_line_error(lambda: ladder.ladder("1m", PRESETS["1m"].model, 1024, [1000]), "cannot have 0.001m")
+        one_line_error(lambda: ladder.ladder("1m", PRESETS["1m"].model, 1024, [500_000, 501_000]), "the same at 0.5m and 0.501m")
+
+    def test_widths_in_the_layer_string_are_told(self):
+        assert kept_widths("Norm->Attn(window=64, num_heads=2)->+->Norm->MLP(mlp_dim=72)->+") == ["num_heads=2", "mlp_dim=72"]
+        assert kept_widths((["Norm->MLP->+", "Attn(head_dim=8)"], "Attn(head_dim=8)")) == ["head_dim=8"]
+
+
+class TestPlan:
+    def test_rungs_differ_in_size_alone(self, presets):
+        planned = plan(("small", "plain"), SIZES, seeds=2, budget=FEW)
+        assert [group.name for group in planned.groups][:4] == [
+            "scaling-small-0.006m-6steps", "scaling-small-0.011m-6steps", "scaling-small-0.018m-6steps",
+            "scaling-plain-0.006m-6steps"]  # fmt: skip
+        assert {group.train for group in planned.groups} == {replace(presets, max_steps=6)}
+        assert [rung.architecture for rung in planned.rungs] == ["small"] * 3 + ["plain"] * 3
+
+    def test_budgets(self, presets):
+        rung = plan(("small",), SIZES, budget=FEW).rungs[2]
+        minutes = Budget("minutes", 1.5).apply(presets, rung)
+        assert (minutes.max_steps, minutes.max_minutes) == (None, 1.5)
+        tokens = Budget("tokens_per_parameter", 20).apply(presets, rung)
+        assert tokens.max_steps * presets.batch_size * MODEL.max_seq_len == pytest.approx(20 * rung.parameters, rel=0.01)
+        growing = Budget("tokens_per_parameter", 20).apply(replace(presets, batch_size_start=1), rung)  # 1, 2, then 4 at a time
+        assert growing.max_steps / tokens.max_steps == pytest.approx(4 / (0.25 * 1 + 0.25 * 2 + 0.5 * 4), rel=0.01)
+        for kind, amount in [("steps", 0), ("steps", 2.5), ("minutes", -1), ("minutes", math.inf), ("steps", math.nan)]:
+            one_line_error(lambda kind=kind, amount=amount: Budget(kind, amount), f"--{kind}", "positive")
+
+    def test_what_is_trained_otherwise_than_by_itself_is_told(self, presets, monkeypatch):
+        own = replace(presets, lr_max=1e-4, optimizer="Muon", threads="auto", max_steps=99)
+        monkeypatch.setitem(PRESETS, "plain", Preset(replace(PRESETS["plain"].model, max_seq_len=32), own))
+        notes = plan(("small", "plain"), SIZES, budget=FEW).notes
+        assert notes == ["plain is trained as small is, though by itself it has optimizer='Muon', lr_max=0.0001",
+                         "plain reads 48 tokens at once as small does, though by itself 32"]  # fmt: skip
+
+    def test_runs_and_groups_lend_their_architecture(self, presets, tiny_run):
+        assert ladder.architecture("tiny") == (MODEL, Run("tiny").train_config)
+        Run("tiny").save_text("group.json", '{"group": "several"}')
+        assert ladder.architecture("several")[0] == MODEL
+        experiment, _ = ladder.architecture("example/forgetting")
+        assert "ForgettingAttn" in experiment.layers
+        planned = plan(("example/forgetting",), ("0.3m", "0.5m", "1m"), train=presets)
+        assert planned.groups[0].name == "example/scaling-forgetting-0.3m-2000steps"
+
+    @pytest.mark.parametrize("specs, changes, words", [
+        (("small",), {"sizes": ("6k", "11k")}, ["--sizes 6k 11k", "at least three"]),
+        (("small",), {"sizes": ("6k", "11k", "0.011m")}, ["name each size once"]),
+        (("small", "small"), {}, ["each once"]),
+        (("smal",), {}, ["'smal' is neither a preset nor a run", "Did you mean 'small'?"]),
+        (("nobody/small",), {}, ["no experiment is called 'nobody'"]),
+        (("small",), {"seeds": 0}, ["--seeds 0"]),
+        (("small",), {"name": "a/b"}, ["--name a/b"]),
+    ])  # fmt: skip
+    def test_bad_input(self, presets, specs, changes, words):
+        one_line_error(lambda: plan(specs, **{"sizes": SIZES, "budget": FEW} | changes), *words)
+
+
+class TestTraining:
+    def test_a_ladder_in_the_terminal_goes_on_where_it_was_stopped(self, presets, capsys, tmp_path, monkeypatch):
+        words = ["scaling", "small", "plain", "--sizes", *SIZES, "--steps", "6", "--save", str(tmp_path / "out")]
+        save_model, saved = Run.save, itertools.count()
+
+        def save_and_press_ctrl_c(run, file, content):
+            save_model(run, file, content)
+            if run.name == "scaling-small-0.011m-6steps-seed0" and next(saved) == 2:  # once training has begun
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(Run, "save", save_and_press_ctrl_c)
+        with pytest.raises(SystemExit) as stopped:
+            evaluation.main([*words, "--train.eval_every", "3"])
+        assert stopped.value.code == 130 and "The same command goes on" in capsys.readouterr().err
+        finished = [name for name in run_names() if (Run(name).folder / "story_losses.json").exists()]
+        assert 0 < len(finished) < len(run_names()) < 6
+        before = {name: weights_of(name) for name in finished}
+
+        monkeypatch.setattr(Run, "save", save_model)
+        evaluation.main([*words, "--train.eval_every", "3"])
+        printed = capsys.readouterr().out
+        assert len(run_names()) == 6 and before == {name: weights_of(name) for name in finished}
+        for said in ("small at 0.006m: ", "small: held out, 0.01", "plain: held out, 0.01", "L(N) = E + A N^-alpha"):
+            assert said in printed
+        assert (tmp_path / "out/scaling.png").stat().st_size > 10_000
+        runs = pd.read_csv(tmp_path / "out/runs.csv")
+        assert len(runs) == 6 and runs["tokens"].nunique() == 1 and (tmp_path / "out/verdict.txt").read_text() in printed
+        for row in runs.itertuples():
+            losses, scored = read_losses(row.run)
+            assert row.parameters == scored.parameters and Run(row.run).log()["step"].max() == 6
+            assert row[5] == pytest.approx(losses["nats"].sum() / losses["bytes"].sum() / math.log(2))
+
+        times = {name: weights_of(name) for name in run_names()}
+        again = scaling.scaling("small", "plain", sizes=SIZES, budget=FEW, train=replace(presets, eval_every=3))
+        assert times == {name: weights_of(name) for name in run_names()} and str(again) in printed
+        with pytest.raises(SystemExit, match=r"error: the run 'scaling-small-.*-seed0' has other configs.* another --name"):
+            evaluation.main([*words, "--train.eval_every", "2"])
+
+    def test_seeds_and_a_rung_that_diverges(self, presets, capsys):
+        planned = plan(("small",), (*SIZES, "30k"), seeds=2, budget=FEW)
+        assert train_all(planned)
+        assert not any(resumed(group).resume is False for group in planned.groups)
+        largest = planned.groups[-1].name
+        for seed in (0, 1):
+            Run(f"{largest}-seed{seed}").save_text("diverged.txt", "the loss is no longer finite at step 3\n")
+        Run("scaling-small-0.006m-6steps-seed1").save_text("diverged.txt", "the loss is no longer finite at step 2\n")
+        result = scaling.measure(planned)
+        assert [note.split(" diverged")[0] for note in result.notes] == [
+            "scaling-small-0.006m-6steps-seed1", f"{largest}-seed0", f"{largest}-seed1"]  # fmt: skip
+        assert result.table["seeds"].tolist() == [1, 2, 2] and result.laws["small"].noise == "seeds"
+        assert any(f"held out, {scaling.size_told(planned.rungs[2].parameters)}" in line for line in result.verdicts)
+        Run("scaling-small-0.006m-6steps-seed0").save_text("diverged.txt", "the loss is no longer finite at step 2\n")
+        few = scaling.measure(planned)
+        assert few.verdicts == ["small: a law needs three sizes, but runs of only 2 are left"] and not few.laws
+        plt.close(scaling.plot(few))
+
+    def test_runs_on_other_data_are_one_line(self, presets):
+        planned = plan(("small",), SIZES, budget=FEW)
+        one_line_error(lambda: scaling.measure(planned), "'scaling-small-0.006m-6steps-seed0' is not trained to its end")
+        train_all(planned)
+        name = "scaling-small-0.018m-6steps-seed0"
+        losses, scored = read_losses(name)
+        facts = Run(name).path("story_losses.json").read_text()
+        Run(name).save_log(losses[:100].to_dict("records"), COLUMNS, "story_losses.csv")
+        shorter = digest("".join(losses["story"][:100]).encode())
+        Run(name).save_text("story_losses.json", facts.replace(scored.validation, shorter))
+        one_line_error(lambda: scaling.measure(planned), name, "was scored on other stories than", "another --name")
+
+    def test_a_run_that_fails_otherwise_stops_the_ladder(self, presets, monkeypatch):
+        planned = plan(("small",), SIZES, budget=FEW)
+        broken = {"scaling-small-0.006m-6steps-seed0": "the disk is full"}
+        monkeypatch.setattr(ladder, "train_members", lambda *given: (broken, False))
+        one_line_error(lambda: train_all(planned), "seed0: the disk is full", error=ChildProcessError)
+
+    @pytest.mark.parametrize("words, said", [
+        (["small", "--sizes", "1q", "2m", "3m"], "--sizes 1q: write a number of parameters"),
+        (["nobody", "--sizes", "1m", "2m", "3m"], "'nobody' is neither a preset nor a run"),
+        (["small", "--sizes", *SIZES, "--minutes", "0"], "--minutes 0: give a positive number"),
+        (["small", "--sizes", *SIZES, "--train.max_steps", "7"], "--train.max_steps: give --steps"),
+    ])  # fmt: skip
+    def test_bad_words_are_one_line(self, presets, words, said):
+        with pytest.raises(SystemExit) as stopped:
+            evaluation.main(["scaling", *words])
+        assert stopped.value.code.startswith(f"error: {said}") and "\n" not in stopped.value.code
+
+
+class TestSentences:
+    """What is said of laws that are known."""
+
+    sizes = np.repeat([0.25e6, 0.5e6, 1e6, 2e6], 3)
+
+    def law(self, alpha, middle=0.85):
+        losses = 0.5 + (middle - 0.5) * (self.sizes / 1e6) ** -alpha
+        return fit(self.sizes, losses + 0.002 * np.tile([-1, 0, 1], 4))
+
+    def told(self, one, other, noise="seeds"):
+        return scaling.told_race("A", "B", race(one, other), {noise})
+
+    def test_who_overtakes_whom(self):
+        told = self.told(self.law(0.15), self.law(0.35))
+        assert told.startswith("B is better than A from about 1m parameters on (95% interval 0.") and told.endswith("below that")
+        assert self.told(self.law(0.35), self.law(0.15), "stories").startswith("A is better than B from about 1m")
+        assert self.told(self.law(0.35), self.law(0.15), "stories").endswith("another seed may say otherwise)")
+        assert self.told(self.law(0.2), self.law(0.2, 0.8)) == (
+            "B is better than A at all sizes from 0.25m to 2m parameters")  # fmt: skip
+        assert self.told(self.law(0.2), self.law(0.2)).startswith(
+            "can't tell which of A and B is better from 0.25m to 2m parameters: at the largest B - A is -0.0")  # fmt: skip
+
+    def test_what_was_not_measured_is_a_guess(self):
+        meet_at_8 = 0.35 * 8**-0.2
+        told = self.told(self.law(0.2), self.law(0.4, 0.5 + meet_at_8 * 8**0.4))
+        assert told.startswith("A is better than B at all sizes")
+        assert "cross at about 8" in told and "no more than a guess" in told
+
+    def test_the_forecast(self):
+        losses = 0.5 + 0.35 * (self.sizes / 1e6) ** -0.2 + 0.002 * np.tile([-1, 0, 1], 4)
+        told = scaling.told_forecast("A", fit(self.sizes, losses, held_out=2e6))
+        assert "held out, 2m parameters measured 0.80" in told and "inside of the 95% interval" in told and "over seeds" in told
+        losses[-3:] += 0.1
+        assert "outside of the 95% interval" in scaling.told_forecast("A", fit(self.sizes, losses, held_out=2e6))
+        two = fit(self.sizes[:9], losses[:9], held_out=1e6)
+        assert "do not determine a law" in scaling.told_forecast("A", two)
+
+    def test_what_a_law_leaves_open(self):
+        assert scaling.told_law("A", fit(self.sizes, 0.8 + 0.01 * np.log(self.sizes / 1e6))) == [
+            "A: the loss does not fall with the size, so there is no law"]  # fmt: skip
+        open_law = fit(self.sizes, 0.85 * (self.sizes / 1e6) ** -0.1 + 0.004 * np.tile([-1, 0, 1], 4))
+        assert scaling.told_law("A", open_law)[0].startswith("A: these sizes do not determine E: E = 0 to 0.")
+        assert scaling.told_law("A", self.law(0.9)) == []
