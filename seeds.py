@@ -153,7 +153,9 @@ def run_side_by_side(todo: list[Arguments], at_once: int | None = None) -> tuple
                         del running[name]
                         if child.process.returncode:
                             failed[name] = child.last.removeprefix("error: ")
-                line.set_description_str(f"{len(running)} running, {len(waiting)} waiting, {len(failed)} failed")
+                told = f"{len(running)} running, {len(waiting)} waiting, {len(failed)} failed"
+                if told != line.desc:  # a file is not to fill with it
+                    line.set_description_str(told)
                 time.sleep(0.1)
             except KeyboardInterrupt:
                 for child in running.values():

@@ -1,0 +1,359 @@
+"""What the recurrent presets are worth: bits per byte of each after equal minutes, and where in a story they gain or lose.
+
+    python benchmarks/worth.py --runs ../worth --side_by_side 2 --save worth
+    python benchmarks/worth.py --runs ../worth --budget clock --presets 1m mamba_like --minutes 5
+
+Every preset is trained with every seed, as train.py does it, into a folder of its own in --runs. What is finished there is not
+trained again and what was begun is gone on with, so that the same command may be stopped at any time and given again.
+
+--budget steps does not depend on how busy the machine is: first each preset's speed is measured, in turns and with nothing beside
+(--measure_only stops there), and kept in speeds.json; then each is trained for as many steps as the minutes would have taken at
+that speed. --budget clock trains for the minutes by the clock, evaluations included.
+"""
+
+import itertools
+import json
+import math
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ablations import changed
+from preset_speed import RECURRENT
+from time_to_loss import settings_of, with_train
+from train_speed import (
+    HERE,
+    Variant,
+    describe_machine,
+    in_new_process,
+    list_variants,
+    new_process,
+    quartiles,
+    save_page,
+    show,
+    table,
+    take_turn,
+    warm_up,
+)
+
+import seeds
+from command_line import Arguments as Training
+from comparison import Candidate, Comparison, compare, told_p
+from differences import Difference, over_seeds, over_stories
+from measures import loss_by_position, token_scores
+from presets import Preset, preset
+from probe import Choices
+from report import validation_stories
+from runs import Run, load_model, runs_folder
+from tokenizer import load_tokenizer
+
+EVALUATIONS = 8  # of a run that is trained for a number of steps
+
+
+@dataclass(frozen=True)
+class Arguments:
+    runs: Path | None = None  # the folder of the trained runs, made where it is missing; by default $BASEGPT_RUNS
+    presets: tuple[str, ...] = ("1m", *RECURRENT)  # the others are compared with the first
+    minutes: float = 10.0  # of a run
+    seeds: int = 3  # of each preset, from 0 on
+    budget: Literal["steps", "clock"] = "steps"  # steps that the minutes would have taken on a quiet machine, or the clock
+    side_by_side: int = 1  # how many runs at a time, in a process each
+    threads: int = 1  # of each run
+    data: str = "tinystories"  # any source that training takes
+    set: tuple[str, ...] = ()  # changes of every preset, such as train.lr_max=2e-3
+    rounds: int = 9  # how often the presets take turns when their speed is measured
+    seconds: float = 3.0  # how long a turn is
+    measure_only: bool = False  # measure the speeds, which needs a quiet machine, and train nothing yet
+    position_stories: int = 500  # validation stories whose loss is told by position
+    save: str | None = None  # write tables and curves to benchmarks/SAVE.md and SAVE.png
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of a preset while nothing else ran: an entry of speeds.json."""
+
+    settings: dict  # what the preset was then
+    choices: dict  # how the machine trains it fastest
+    tokens_per_second: list[float]  # of each turn
+    machine: str
+
+
+def main(arguments: Arguments):
+    check_early(arguments)
+    presets = {name: base_preset(name, arguments) for name in arguments.presets}
+    speeds = {}
+    if arguments.budget == "steps":
+        speeds = measured_speeds(presets, arguments)
+        presets = {name: for_steps(chosen, speeds[name], arguments.minutes) for name, chosen in presets.items()}
+        show(speed_table(presets, speeds))
+    if arguments.measure_only:
+        return
+    failed = train_missing(presets, arguments)
+    result = compare(*(name for name in presets if any(map(is_scored, seeds.member_names(group_of(name, presets, arguments))))))
+
+    lines = show([describe_machine(), "", caption(arguments, speeds), "", *worth_table(result, speeds), ""])
+    lines += show([*(f"- {line}" for line in result.verdicts + result.notes), ""])
+    by_position = losses_by_position(result.groups, arguments)
+    told = (f"Nats per token by its position in the story, on {arguments.position_stories} validation stories: the mean of the "
+            "seeds, and in brackets the difference to the first with its 95% interval over seeds.")  # fmt: skip
+    lines += show([told, "", *position_table(by_position)])
+    if arguments.save:
+        path = HERE / f"{arguments.save}.md"
+        draw(by_position, path.with_suffix(".png"))
+        save_page(path, [*lines, "", f"![loss by position]({path.stem}.png)"])
+    if failed:
+        raise ChildProcessError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+
+
+def check_early(arguments: Arguments):
+    """What is missing is better missed now than after hours. Raises ValueError, OSError or ImportError with the cure."""
+    import matplotlib  # noqa: F401
+    import scipy.stats  # noqa: F401
+
+    if arguments.runs is not None:
+        os.environ["BASEGPT_RUNS"] = str(arguments.runs.resolve())
+    if "BASEGPT_RUNS" not in os.environ:
+        raise ValueError("name a folder for the runs by --runs, or in the environment variable BASEGPT_RUNS")
+    for name in ("seeds", "side_by_side", "threads", "rounds", "position_stories"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name}={getattr(arguments, name)}: give a whole number of at least 1")
+    if len(set(arguments.presets)) < max(2, len(arguments.presets)):
+        raise ValueError(f"presets={arguments.presets}: give two or more, each once")
+    if arguments.measure_only and arguments.budget != "steps":
+        raise ValueError("measure_only: the clock needs no speeds; leave it out, or take --budget steps")
+    runs_folder().mkdir(parents=True, exist_ok=True)
+
+
+def base_preset(name: str, arguments: Arguments) -> Preset:
+    """The preset with the minutes and the changes of the command line. Not compiled, which would take its share of them."""
+    shared = {"data": arguments.data, "threads": arguments.threads, "compile": False}
+    return changed(with_train(preset(name), max_steps=None, max_minutes=arguments.minutes, **shared), arguments.set)
+
+
+def measured_speeds(presets: dict[str, Preset], arguments: Arguments) -> dict[str, Speed]:
+    """The speed of each preset: from speeds.json, or else measured and kept there.
+
+    Raises ValueError where it was measured with other settings.
+    """
+    path = runs_folder() / "speeds.json"
+    known = {name: Speed(**entry) for name, entry in json.loads(path.read_text()).items()} if path.exists() else {}
+    settings = {name: settings_of(chosen, arguments.data) for name, chosen in presets.items()}
+    for group in settings.values():
+        del group["train"]["max_minutes"]  # a speed serves for any budget
+    for name in known.keys() & presets.keys():
+        then, now = known[name].settings, settings[name]
+        if not all(then[group].items() <= now[group].items() for group in now):
+            raise ValueError(f"{path} has the speed of {name} with other settings: give those again, or another folder as --runs")
+    missing = {name: chosen for name, chosen in presets.items() if name not in known}
+    if missing:
+        known |= measure(missing, settings, arguments)
+        path.write_text(json.dumps({name: asdict(speed) for name, speed in known.items()}, indent=1))
+    return known
+
+
+def measure(presets: dict[str, Preset], settings: dict[str, dict], arguments: Arguments) -> dict[str, Speed]:
+    """The presets train in turns, each in a process of its own, so that what disturbs one disturbs all."""
+    variants = {name: in_new_process(fastest_way, chosen) for name, chosen in presets.items()}
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(new_process()) for name in variants}
+        for name, process in processes.items():
+            process.submit(warm_up, variants[name]).result()
+        turns = {name: [] for name in variants}
+        for _, (name, process) in itertools.product(range(arguments.rounds), processes.items()):
+            turns[name].append(process.submit(take_turn, arguments.seconds).result())
+    return {name: Speed(settings[name], asdict(variant.choices), turns[name], describe_machine())
+            for name, variant in variants.items()}  # fmt: skip
+
+
+def fastest_way(chosen: Preset) -> Variant:
+    (variant,) = list_variants(chosen, load_tokenizer(chosen.train.tokenizer).vocab_size, ["ours_probed"]).values()
+    return variant
+
+
+def for_steps(chosen: Preset, speed: Speed, minutes: float) -> Preset:
+    """The preset trained for as many steps as the minutes take at this speed, and in the way that it was measured in."""
+    choices = Choices(**speed.choices)
+    tokens = chosen.train.batch_size * chosen.model.max_seq_len
+    steps = max(1, round(60 * minutes * float(np.median(speed.tokens_per_second)) / tokens))
+    trained = with_train(
+        chosen, max_steps=steps, max_minutes=None, eval_every=math.ceil(steps / EVALUATIONS), dtype=choices.dtype,
+        micro_batch_size=choices.micro_batch_size,
+    )  # fmt: skip
+    return Preset(replace(chosen.model, attention=choices.attention), trained.train)
+
+
+def train_missing(presets: dict[str, Preset], arguments: Arguments) -> dict[str, str]:
+    """Train every run that is not finished: why some failed, by their names. Raises KeyboardInterrupt after Ctrl-C."""
+    todo = [run for name in presets for run in seeds.members(group_of(name, presets, arguments))]
+    total = len(presets) * arguments.seeds
+    print(f"{total - len(todo)} of {total} runs are finished", file=sys.stderr, flush=True)
+    by_seed = sorted(todo, key=lambda run: run.train.seed)  # what is stopped early has as many of each preset
+    failed, stopped = seeds.run_side_by_side(by_seed, arguments.side_by_side)
+    if stopped:
+        raise KeyboardInterrupt
+    return failed
+
+
+def group_of(name: str, presets: dict[str, Preset], arguments: Arguments) -> Training:
+    """The runs of a preset, as the command line of train.py would have them."""
+    model, train = presets[name]
+    group = Training(preset=name, name=name, seeds=arguments.seeds, model=model, train=replace(train, seed=0))
+    begun = any(Run(member).folder.exists() for member in seeds.member_names(group))
+    return replace(group, resume=begun)
+
+
+def is_scored(name: str) -> bool:
+    return (Run(name).folder / "story_losses.json").exists()
+
+
+def caption(arguments: Arguments, speeds: dict[str, Speed]) -> str:
+    threads = f"{arguments.threads} thread{'s' * (arguments.threads > 1)}"
+    minutes = f"{arguments.minutes:g} minutes"
+    told = [f"{arguments.seeds} seeds of each on {arguments.data}, all with the same learning rate and batches."]
+    if arguments.budget == "clock":
+        told += [f"Each run had {minutes} by the clock with {threads}, evaluations included, {arguments.side_by_side} at a time."]
+    else:
+        measured = " and ".join(sorted({speed.machine for speed in speeds.values()}))
+        told += [f"The budget of a run is a number of steps: as many as {minutes} hold at the tokens/s of its preset. Those were",
+                 f"measured once, in turns and with nothing beside, with {threads} ({measured}). Evaluations and the start are",
+                 "not counted, and it does not matter how busy the machine was during the training."]  # fmt: skip
+    if arguments.set:
+        told += [f"Changed in all: {', '.join(arguments.set)}."]
+    return " ".join([
+        *told, "Bits per byte are of all validation stories, ± is the 95% interval over seeds (Student's t). The difference to",
+        "the first is paired by seed, which also decides the order of the stories, and once more by story: that interval says",
+        "what other stories would give, but not what other seeds would. p is corrected for all comparisons (Holm).",
+    ])  # fmt: skip
+
+
+def speed_table(presets: dict[str, Preset], speeds: dict[str, Speed]) -> list[str]:
+    rows = []
+    for name, chosen in presets.items():
+        pace = quartiles(speeds[name].tokens_per_second, ",.0f")
+        rows.append([name, pace, f"{chosen.train.max_steps:,}", str(Choices(**speeds[name].choices))])
+    return [*table(["", "tokens/s", "steps", "how"], rows), ""]
+
+
+def worth_table(result: Comparison, speeds: dict[str, Speed]) -> list[str]:
+    """A row for each preset that has a finished run."""
+    first, rows = result.groups[0], []
+    for candidate in result.groups:
+        logs = [member.log for member in candidate.members]
+        paces = speeds[candidate.name].tokens_per_second if speeds else pd.concat(logs)["tokens_per_second"]
+        spent = [np.mean([log[column].max() for log in logs]) for column in ("step", "tokens")]
+        row = [candidate.name, str(len(logs)), *(f"{number:,.0f}" for number in (candidate.parameters, np.median(paces), *spent))]
+        row.append(with_margin(from_nothing(candidate.values), ".4f"))
+        rows.append(row + (["–"] * 3 if candidate is first else differences(first, candidate, result)))
+    return table(["", "seeds", "parameters", "tokens/s", "steps", "tokens seen", "bits per byte",
+                  f"difference to {first.name}, by seed", "p", "by story"], rows)  # fmt: skip
+
+
+def differences(first: Candidate, other: Candidate, result: Comparison) -> list[str]:
+    """The difference by seed with its p-value, and by story."""
+    pair = f"{other.name} - {first.name}"
+    if pair not in result.differences.index:
+        return ["not compared", "–", "–"]
+    row = result.differences.loc[pair]
+    over = Difference(row["difference"], row["95% from"], row["to"], row["p"])
+    by_seed = with_margin(over, "+.4f") if row["over"].startswith("seeds") else f"{over.mean:+.4f}"
+    nats = [np.mean([member.losses["nats"] for member in candidate.members], axis=0) for candidate in (first, other)]
+    by_story = over_stories(*nats, first.members[0].losses["bytes"])
+    return [by_seed, told_p(row["p (Holm)"]), with_margin(by_story, "+.4f")]
+
+
+def from_nothing(values: np.ndarray) -> Difference:
+    """The mean of several seeds (seeds, ...) with its interval; without one where there is a single seed."""
+    if len(values) < 2:
+        return Difference(values[0], *[values[0] + math.nan] * 3)
+    return over_seeds(np.zeros_like(values), values, paired=True)
+
+
+def with_margin(value: Difference, style: str) -> str:
+    return f"{value.mean:{style}}" + ("" if np.isnan(value.margin) else f" ± {value.margin:{style.removeprefix('+')}}")
+
+
+@dataclass(frozen=True)
+class ByPosition:
+    """The losses of all presets by position in the story."""
+
+    names: list[str]  # of the octaves: 1 to 1, 2 to 3, 4 to 7, …
+    tokens: np.ndarray  # (octaves,) how many were scored
+    losses: dict[str, np.ndarray]  # of each preset (seeds, octaves), nats per token
+    seeds: dict[str, list[int]]
+
+    def means(self, preset_name: str) -> Difference:
+        return from_nothing(self.losses[preset_name])
+
+    def to_first(self, preset_name: str) -> Difference:
+        """How much more than the first preset, by octave; paired where the seeds are the same."""
+        base = next(iter(self.losses))
+        first, other = self.losses[base], self.losses[preset_name]
+        if self.seeds[base] == self.seeds[preset_name]:
+            return from_nothing(other - first)
+        if min(len(first), len(other)) < 2:
+            mean = other.mean(axis=0) - first.mean(axis=0)
+            return Difference(mean, *[mean + math.nan] * 3)
+        return over_seeds(first, other, paired=False)
+
+
+def losses_by_position(groups: list[Candidate], arguments: Arguments) -> ByPosition:
+    stories = validation_stories(arguments.data, None)[1][: arguments.position_stories]
+    losses = {}
+    for candidate in groups:
+        tables = [loss_by_position(token_scores(*load_model(member.name), stories)) for member in candidate.members]
+        losses[candidate.name] = np.array([scored["loss"] for scored in tables])
+    seeds_of = {candidate.name: candidate.seeds for candidate in groups}
+    return ByPosition(list(tables[0].index), np.array(tables[0]["tokens"]), losses, seeds_of)
+
+
+def position_table(found: ByPosition) -> list[str]:
+    rows = [["tokens scored", *(f"{count:,.0f}" for count in found.tokens)]]
+    for number, name in enumerate(found.losses):
+        cells = [f"{mean:.3f}" for mean in found.means(name).mean]
+        if number:
+            over = found.to_first(name)
+            by_octave = [Difference(*numbers) for numbers in zip(over.mean, over.low, over.high, over.p, strict=True)]
+            cells = [f"{cell} ({with_margin(difference, '+.3f')})" for cell, difference in zip(cells, by_octave, strict=True)]
+        rows.append([name, *cells])
+    return table(["", *found.names], rows)
+
+
+def draw(found: ByPosition, path: Path):
+    """On the left the loss by position, on the right how much more it is than the first preset's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    places = 2.0 ** np.arange(len(found.names)) * 1.5
+    for number, name in enumerate(found.losses):
+        left.plot(places, found.means(name).mean, marker=".", color=f"C{number}", label=name)
+        if number:
+            over = found.to_first(name)
+            shifted = places * 1.03 ** (number - len(found.losses) / 2)  # so that the intervals stand apart
+            margin = None if np.isnan(over.margin).all() else over.margin
+            right.errorbar(shifted, over.mean, margin, marker=".", linewidth=1, capsize=2, color=f"C{number}", label=name)
+    right.axhline(0, color="C0", linewidth=1, label=next(iter(found.losses)))
+    left.set(xlabel="position in the story (tokens)", ylabel="nats per token", xscale="log")
+    right.set(xlabel="position in the story (tokens)", ylabel="difference, 95% interval over seeds", xscale="log")
+    left.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Arguments, use_underscores=True, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except ImportError as error:
+        sys.exit(f"error: {error}. Install what requirements-dev.txt lists")
+    except KeyboardInterrupt:
+        sys.exit("stopped. The same command goes on where each run was")
