@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import evaluation
+import kernels
 from conftest import MODEL
-from evaluation import Evaluation, evaluate, windows
+from data import default_cache_dir
+from evaluation import Evaluation, evaluate, ranks_of, windows
 from model import GPT, IGNORE
 from runs import load_model
 from tokenizer import load_tokenizer
@@ -111,6 +114,31 @@ class TestEvaluate:
         assert model.training is training
         assert torch.equal(torch.get_rng_state(), state)
         assert all(weight.grad is None for weight in model.parameters())
+
+    @pytest.mark.skipif(kernels.fingerprint() == "none", reason="there is no C++ compiler")
+    def test_our_kernels_score_the_same_for_many_stories_or_where_they_are_compiled(self, model_and_tokenizer, monkeypatch):
+        model, tokenizer = model_and_tokenizer
+        calls, attention = [], kernels.attention
+        monkeypatch.setattr(kernels, "attention", lambda *inputs: calls.append(inputs) or attention(*inputs))
+        wanted = evaluate(model, tokenizer, TEXTS, top_k=(1, 5))
+        assert not calls
+        for many_stories in (len(TEXTS), 1000):
+            monkeypatch.setattr(evaluation, "MANY_STORIES", many_stories)
+            score = evaluate(model, tokenizer, TEXTS, top_k=(1, 5))
+            torch.testing.assert_close(score.story_nats, wanted.story_nats, rtol=1e-5, atol=1e-4)
+            assert calls and score.top_k == wanted.top_k
+            assert {block.backend for block in model.modules() if hasattr(block, "backend")} == {"auto"}
+            calls.clear()
+            default_cache_dir().mkdir(exist_ok=True)
+            (default_cache_dir() / f"kernels-{kernels.fingerprint()}.so").touch()  # they may have been compiled for another test
+
+    def test_ranks_against_a_sort_and_ties_count_against_the_model(self):
+        torch.manual_seed(0)
+        logits, targets = torch.randn(3, 4, 11), torch.randint(11, (3, 4))
+        places = logits.argsort(dim=-1, descending=True).eq(targets[..., None]).int().argmax(dim=-1)
+        assert torch.equal(ranks_of(logits, targets), places)
+        assert ranks_of(torch.zeros(1, 2, 5), torch.tensor([[3, IGNORE]])).tolist() == [[4, 5]]
+        assert ranks_of(torch.full((1, 1, 5), math.nan), torch.tensor([[3]])).tolist() == [[5]]
 
     def test_no_stories(self, model_and_tokenizer):
         with pytest.raises(ValueError, match="no stories to evaluate on"):
