@@ -250,7 +250,7 @@ def plot(result: Scaling):
         if found.overtaking is not None:
             _, at, interval = found.overtaking
             axes.axvline(at, color="grey", linewidth=1)
-            axes.axvspan(*interval, color="grey", alpha=0.15, linewidth=0)
+            axes.axvspan(*interval, color="grey", alpha=0.15, linewidth=0, label="where they cross")
     least, most = np.log(result.runs[BITS].min()), np.log(result.runs[BITS].max())
     margin = max(0.3 * (most - least), 0.01)
     axes.set_ylim(np.exp(least - margin), np.exp(most + margin))  # else bands that are wide open would leave no room for the rest
@@ -300,7 +300,7 @@ def run(words: list[str]) -> bool:
     parser.add_argument("--sizes", nargs="+", required=True, help="parameters, embeddings included, such as 0.25m 0.5m 1m 2m")
     parser.add_argument("--seeds", type=int, default=1, help="models of each size")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--steps", type=float, help=f"of training, equal for all; the default, with {EQUAL_STEPS.amount:,}")
+    budget.add_argument("--steps", type=float, help=f"of training, equal for all; {EQUAL_STEPS.amount:,} by default")
     budget.add_argument("--minutes", type=float, help="of training, equal for all")
     budget.add_argument("--tokens_per_parameter", type=float, help="so that larger models see more; 20 is a common number")
     parser.add_argument("--name", default="scaling", help="what the names of the runs begin with")
@@ -309,7 +309,7 @@ def run(words: list[str]) -> bool:
     named = {kind: getattr(arguments, kind) for kind in ("steps", "minutes", "tokens_per_parameter")}
     chosen = next((Budget(kind, amount) for kind, amount in named.items() if amount is not None), EQUAL_STEPS)
     _, by_itself = architecture(arguments.specs[0])
-    train = tyro.cli(Options, args=rest, default=Options(by_itself), use_underscores=True).train
+    train = tyro.cli(Options, prog=parser.prog, args=rest, default=Options(by_itself), use_underscores=True).train
     for field in ("max_steps", "max_minutes"):
         if getattr(train, field) != getattr(by_itself, field):
             raise ValueError(f"--train.{field}: give --steps, --minutes or --tokens_per_parameter instead")
