@@ -50,6 +50,11 @@ def run_names(with_file: str = "model.pth") -> list[str]:
     ]
 
 
+def group_names() -> list[str]:
+    """The names of all groups of seeds, and of the runs that belong to none: what can be compared."""
+    return list(dict.fromkeys(Run(name).group or name for name in run_names()))
+
+
 def group_members(name: str) -> list[str]:
     """The runs of a group of seeds; the run itself where it is one. Raises FileNotFoundError where it is neither."""
     if not Run(name).folder.is_dir():

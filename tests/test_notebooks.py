@@ -1,7 +1,6 @@
 """Every notebook runs from top to bottom, and is committed as people should read it on a web page."""
 
 import ast
-import json
 import re
 import shutil
 from pathlib import Path
@@ -10,8 +9,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from conftest import MODEL, change
 from inference import generate
 from runs import load_model
+from train import train
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLE = "experiments/example/example"
@@ -76,15 +77,22 @@ def test_inference(run, tiny_run):
     assert "Lily saw a red" in shown
 
 
-def test_model_evaluation_says_which_data_are_not_here(run, tiny_run, corpus, folders):
-    lost = folders / "runs" / "lost"
-    shutil.copytree(folders / "runs" / tiny_run, lost)
-    config = json.loads((lost / "train_config.json").read_text(encoding="utf-8"))
-    (lost / "train_config.json").write_text(json.dumps(config | {"data": "moved/tinystories"}), encoding="utf-8")
-    shown = printed(run("model_evaluation", num_stories=20, data_if_missing=corpus, prompts=("Tom had", "Mia saw")))
-    assert "moved/tinystories" in shown and f"{Path(corpus).name} (not its own)" in shown
-    for told in ("tiny", "lost", "top-1", "top-5", "top-10", "bits per byte", "Mia saw"):
+def test_model_evaluation_compares_groups_and_says_which_data_are_not_here(run, make_run, make_config, corpus, folders):
+    for number in (0, 1):
+        make_run(f"base-seed{number}", 0.001 * number, number, "base"), make_run(f"lost-seed{number}", -0.02, number, "lost")
+        change(f"lost-seed{number}", "train_config.json", data="moved/tinystories")
+    world = make_config(data="storyworld:300", max_steps=2, eval_every=1, grade_stories=2)
+    list(train(MODEL, world, "world"))
+    page = folders / "page.html"
+    small = {"num_stories": 20, "prompts": ("Tom had", "Mia saw"), "data_if_missing": corpus, "report": str(page)}
+    notebook = run("model_evaluation", groups=("base", "lost"), **small)
+    shown = printed(notebook)
+    for told in ("lost is better than base by 0.0", "moved/tinystories", "top-10", "bits per byte", "Mia saw",
+                 "(2 seeds, p", "punctuation", "distinct-2", "lost - base"):  # fmt: skip
         assert told in shown
+    pictures = [output for cell in code_cells(notebook) for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3  # curves, those of the world, and its grades
+    assert "lost is better than base" in page.read_text(encoding="utf-8")
 
 
 def test_build_tokenizer(run, corpus):
