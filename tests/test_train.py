@@ -446,7 +446,7 @@ class TestData:
         assert run.load("model.pth", {"data"})["data"] == "storyworld"
         write_report("offline")
         assert "trained on storyworld" in (run.folder / "README.md").read_text(encoding="utf-8")
-        assert plot_losses("offline").get_legend_handles_labels()[1] == ["offline on storyworld"]
+        assert plot_losses("offline").get_legend_handles_labels()[1][0] == "offline on storyworld"
 
     @pytest.mark.parametrize("data", ["tinystories", "hub:nobody/nothing"])
     def test_data_asked_for_by_name_never_fall_back(self, make_config, script, data):
