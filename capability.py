@@ -4,9 +4,11 @@
     python evaluation.py probes "Norm->Attn->+" "Norm->Mamba->+" --quick    # layer strings
     python evaluation.py probes 1m griffin_like --tasks "hop chains" --seeds 3 --save probes.png
 
-All models are scaled to one small width, and trained from scratch by the same AdamW on equally many fresh sequences. That is half
-a minute a task on two cores, an eighth of it with --quick. A score is the share of right answers on test sequences that are the
-same for all; chance is what the best answer gives that does not look at the sequence.
+All models are scaled to one small width, and trained from scratch by the same AdamW on fresh sequences, with one learning rate
+after the other, until one solves the task; the one with the lowest training loss at its end counts. --quick trains less;
+--thorough, with wider models and 20 times the steps, takes hours. A score is the share of right answers on test sequences that
+are the same for all; chance is what the best answer gives that does not look at the sequence. What was scored is kept in the
+cache folder and not trained again.
 
 B sequences, T tokens of each, V vocabulary.
 """
@@ -14,40 +16,49 @@ B sequences, T tokens of each, V vocabulary.
 import argparse
 import inspect
 import itertools
+import json
 import math
+import os
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capability_tasks import TASKS, Task
+from capability_tasks import TASKS, Compressor, Task
 from command_line import read_layers
 from config import Layers, ModelConfig, TrainConfig, did_you_mean
 from cost import config_of
+from data import default_cache_dir
 from losses import IGNORE
 from menu import build_model
 from optim import build_optimizers, scheduled_learning_rate
+from sources import digest
+from story_losses import code_digests
 
 
 @dataclass(frozen=True)
 class Effort:
     """How much is done for one probe."""
 
-    steps: int = 600
+    steps: int = 1000  # at most, for each learning rate
     batch_size: int = 64  # sequences a step, all new
     test_sequences: int = 512
-    lr: float = 3e-3
+    lrs: tuple[float, ...] = (1e-3, 4e-3)  # the best is taken
     dim: int = 64
     num_layers: int = 2  # or as many as the shortest tile of layers that is not shorter
 
 
-QUICK = Effort(steps=150, batch_size=32, test_sequences=256)
+QUICK = Effort(steps=300, batch_size=32, test_sequences=256, lrs=(2e-3,))
+THOROUGH = Effort(steps=20_000, batch_size=128, test_sequences=1280, lrs=(5e-4, 1e-3, 4e-3), dim=128)
+SOLVED = 0.03  # nats an answer, the mean of the last LAST steps: then a training ends before its time
+LAST = 25
 SMALLEST_HEAD = 16  # channels: scaled down with the width, heads become no smaller
 CONTEXT = 64  # what a layer string is written for: about the length of the sequences
 
@@ -62,6 +73,7 @@ class Score:
     shares: Tensor  # (seeds, sequences): the share of right answers in each test sequence; NaN where training diverged
     parameters: int
     seconds: float  # of training and scoring, all seeds
+    lrs: tuple[float, ...] = ()  # the learning rate that was best, for each seed
 
     @property
     def accuracy(self) -> float:
@@ -91,28 +103,6 @@ class Score:
             return "diverged"
         low, high = self.interval
         return f"{self.accuracy:.3f} [{low:.3f}, {high:.3f}]"
-
-
-class Compressor(nn.Module):
-    """A model, of whose logits after the last token alone an MLP tells all tokens before (MAD, arXiv 2403.17844, section 3.1)."""
-
-    def __init__(self, model: nn.Module, dim: int, vocab_size: int, T: int):
-        super().__init__()
-        self.model = model
-        self.w_in = nn.Linear(vocab_size, 4 * dim)
-        self.position = nn.Embedding(T, 4 * dim)
-        self.w_hidden = nn.Linear(4 * dim, 4 * dim)
-        self.head = nn.Linear(4 * dim, vocab_size)
-
-    def forward(self, tokens, targets=None):
-        """As a model: logits (B, T, V) and the loss; the logits at a place are the answer for that place."""
-        B, T = tokens.shape
-        logits, _ = self.model(tokens)
-        hidden = F.gelu(self.w_in(logits[:, -1:]) + self.position.weight)  # (B, T, 4 * dim)
-        answers = self.head(F.gelu(self.w_hidden(hidden)))
-        if targets is None:
-            return answers, None
-        return answers, F.cross_entropy(answers.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
 
 def architecture(spec: str | ModelConfig, plugins: tuple[str, ...] = ()) -> ModelConfig:
@@ -160,10 +150,16 @@ def build(config: ModelConfig, task: Task, effort: Effort) -> nn.Module:
     return Compressor(model, effort.dim, task.vocab_size, task.T) if task.compressed else model
 
 
-def train(model: nn.Module, task: Task, seed: int, effort: Effort) -> bool:
-    """Teach the model the task, by AdamW with a cosine schedule. False where the loss is no longer finite."""
-    config = TrainConfig(max_steps=effort.steps, lr_max=effort.lr, warmup_steps=effort.steps // 10, schedule="cosine")
+def train(model: nn.Module, task: Task, seed: int, effort: Effort, lr: float) -> float:
+    """Teach the model the task, by AdamW with warm-up and a cosine schedule: its loss in the end, infinite where it diverged.
+
+    The loss is the mean of the last LAST steps, of sequences that were new to the model.
+    """
+    config = TrainConfig(
+        max_steps=effort.steps, lr_max=lr, warmup_steps=effort.steps // 10, schedule="cosine", weight_decay=0.0
+    )
     optimizers, rng = build_optimizers(model, config), task.training_rng(seed)
+    losses = deque(maxlen=LAST)
     model.train()
     for step in range(effort.steps):
         for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
@@ -171,13 +167,34 @@ def train(model: nn.Module, task: Task, seed: int, effort: Effort) -> bool:
         drawn = task.training_sequences(effort.batch_size, rng)
         _, loss = model(drawn.tokens, drawn.targets)
         loss.backward()
-        if not math.isfinite(loss.item()):
-            return False
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            return math.inf
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return True
+        if len(losses) == LAST and fmean(losses) < SOLVED:
+            break
+    return fmean(losses)
+
+
+def best_model(config: ModelConfig, task: Task, seed: int, effort: Effort) -> tuple[nn.Module, float, float]:
+    """The model with the lowest loss of those trained with each learning rate, that rate, and that loss.
+
+    Once one has solved the task the other rates are not tried.
+    """
+    best = None
+    for lr in effort.lrs:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build(config, task, effort)
+            loss = train(model, task, seed, effort, lr)
+        if best is None or loss < best[2]:
+            best = model, lr, loss
+        if loss < SOLVED:
+            break
+    return best
 
 
 @torch.no_grad()
@@ -190,22 +207,40 @@ def right_answers(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 def probe(name: str, config: ModelConfig, task_name: str, seeds: int = 1, effort: Effort = Effort()) -> list[Score]:
-    """Train and score an architecture on one task, with seeds 0, 1, ...; one Score for each level of the task."""
-    task, began, shares = TASKS[task_name], time.perf_counter(), []
+    """Train and score an architecture on one task, with seeds 0, 1, ...; one Score for each level of the task.
+
+    A model that was scored before, by the same code, is not trained again.
+    """
+    task = TASKS[task_name]
     test = task.test_sequences(effort.test_sequences)
-    for seed in range(seeds):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = build(config, task, effort)
-            finite = train(model, task, seed, effort)
-        right = right_answers(model, test.tokens, test.targets)
-        shares.append(right if finite else torch.full_like(right, math.nan))
     asked = (test.targets != IGNORE).any(dim=1)
-    parameters, seconds = sum(weight.numel() for weight in model.parameters()), time.perf_counter() - began
+    found = [kept_or_scored(config, task, seed, effort) for seed in range(seeds)]
+    shares = torch.stack([torch.tensor(one["shares"]) for one in found])  # (seeds, sequences)
+    lrs, seconds = tuple(one["lr"] for one in found), sum(one["seconds"] for one in found)
     return [
-        Score(name, task_name, level, torch.stack(shares)[:, asked & (test.level == level)], parameters, seconds)
+        Score(name, task_name, level, shares[:, asked & (test.level == level)], found[0]["parameters"], seconds, lrs)
         for level in test.level.unique().tolist()
     ]
+
+
+def kept_or_scored(config: ModelConfig, task: Task, seed: int, effort: Effort) -> dict:
+    """What one seed gives: `shares` of right answers in each test sequence, `lr`, `parameters` and `seconds`; kept on disk."""
+    own = {file: Path(__file__).with_name(file).read_text(encoding="utf-8") for file in ("capability.py", "capability_tasks.py")}
+    asked = [repr(config), repr(task), seed, repr(effort), code_digests(config.plugins), own, torch.__version__]
+    path = default_cache_dir() / "probes" / f"{digest(json.dumps(asked))}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    began, test = time.perf_counter(), task.test_sequences(effort.test_sequences)
+    model, lr, loss = best_model(config, task, seed, effort)
+    right = right_answers(model, test.tokens, test.targets)  # (sequences,)
+    right = right if math.isfinite(loss) else torch.full_like(right, math.nan)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    scored = {"shares": right.tolist(), "lr": lr, "parameters": parameters, "seconds": time.perf_counter() - began}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(scored), encoding="utf-8")
+    os.replace(unfinished, path)
+    return scored
 
 
 def probes(
@@ -233,6 +268,10 @@ def probes(
     return (probe(name, config, task, seeds, effort) for task in tasks for name, config in configs.items())
 
 
+def level_name(score: Score) -> str:
+    return f"{score.task}, {score.level}" if score.level else score.task
+
+
 def table(scores: list[Score]):
     """A pandas DataFrame with a row for each task and level, and a column for each architecture: accuracy and 95% interval."""
     import pandas as pd
@@ -240,14 +279,13 @@ def table(scores: list[Score]):
     rows: dict[str, dict] = {}
     for score in scores:
         task = TASKS[score.task]
-        row = f"{score.task}, {score.level}" if score.level else score.task
         known = {"chance": round(task.chance, 4), "data seed": task.seed, "sequences": score.shares.shape[1]}
-        rows.setdefault(row, known)[score.architecture] = str(score)
+        rows.setdefault(level_name(score), known)[score.architecture] = str(score)
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def radar(scores: list[Score]):
-    """A matplotlib figure: for each architecture a polygon over the tasks, from chance in the middle to all right at the rim."""
+    """A matplotlib figure: for each architecture a polygon over the tasks, from chance, the inner circle, to all right."""
     import matplotlib.pyplot as plt
 
     heights: dict[str, dict[str, list[float]]] = {}
@@ -267,10 +305,13 @@ def radar(scores: list[Score]):
     axes.set_theta_direction(-1)
     axes.set_xticks(angles, tasks)
     axes.tick_params(axis="x", pad=18)
-    axes.set_ylim(0, 1)
-    axes.set_yticks([0.25, 0.5, 0.75, 1], ["", "half way", "", "all right"], color="grey", fontsize="small")
-    axes.set_title("what each architecture learns; the middle is chance", pad=24)
-    figure.legend(loc="outside lower center", ncols=min(3, len(heights)))
+    axes.set_ylim(-0.15, 1)
+    around = [2 * math.pi * part / 100 for part in range(101)]
+    axes.plot(around, [0.0] * 101, color="black", linestyle="--", label="chance")
+    axes.set_yticks([0, 0.5, 1], ["chance", "half way", "all right"], color="grey", fontsize="small")
+    axes.set_rlabel_position(180 / len(tasks))  # between two spokes
+    axes.set_title("what each architecture learns", pad=24)
+    figure.legend(loc="outside lower center", ncols=min(3, len(heights) + 1))
     return figure
 
 
@@ -301,21 +342,30 @@ def run(words: list[str]):
     parser.add_argument("specs", nargs="+", metavar="ARCHITECTURE", help="a preset, a run, or a layer string")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"some of: {', '.join(TASKS)}")
     parser.add_argument("--seeds", type=int, default=1, help="models of each architecture and task")
-    parser.add_argument("--steps", type=int, help="of training")
-    parser.add_argument("--lr", type=float, help="the highest learning rate")
-    parser.add_argument("--quick", action="store_true", help="an eighth of the training: a first look")
+    parser.add_argument("--steps", type=int, help="of training, at most, for each learning rate")
+    parser.add_argument("--lrs", type=float, nargs="+", help="learning rates: the best is taken")
+    efforts = parser.add_mutually_exclusive_group()
+    efforts.add_argument("--quick", action="store_true", help="less training, one learning rate: a first look")
+    efforts.add_argument("--thorough", action="store_true", help="larger models, three learning rates, 20 times the steps: hours")
     parser.add_argument("--plugins", nargs="+", default=[], help="modules whose BLOCKS the layer strings name")
     parser.add_argument("--save", type=Path, metavar="FILE.png", help="the radar picture there, and the table as .csv beside it")
     arguments = parser.parse_args(words)
-    given = {name: getattr(arguments, name) for name in ("steps", "lr") if getattr(arguments, name) is not None}
+    given = {name: getattr(arguments, name) for name in ("steps", "lrs") if getattr(arguments, name) is not None}
     for name, value in given.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"--{name} {value}: give a positive number")
+        if not all(number > 0 and math.isfinite(number) for number in (value if name == "lrs" else [value])):
+            raise ValueError(f"--{name} {value}: give positive numbers")
+    if "lrs" in given:
+        given["lrs"] = tuple(given["lrs"])
     if arguments.save:
         check_picture(arguments.save)
-    tasks, effort = tuple(dict.fromkeys(arguments.tasks)), replace(QUICK if arguments.quick else Effort(), **given)
+    chosen = QUICK if arguments.quick else THOROUGH if arguments.thorough else Effort()
+    tasks, effort = tuple(dict.fromkeys(arguments.tasks)), replace(chosen, **given)
     coming = probes(*arguments.specs, tasks=tasks, seeds=arguments.seeds, effort=effort, plugins=tuple(arguments.plugins))
-    scores = list(itertools.chain(*tqdm(coming, total=len(tasks) * len(arguments.specs), unit="probe")))
+    scores = []
+    for found in tqdm(coming, total=len(tasks) * len(arguments.specs), unit="probe"):
+        scores += found
+        told = ", ".join(f"{level_name(score)} {score}" for score in found)
+        tqdm.write(f"{found[0].architecture}: {told}, lr {' '.join(f'{lr:g}' for lr in found[0].lrs)}, {found[0].seconds:.0f} s")
 
     print(table(scores).to_string())
     for task in tasks:
@@ -325,7 +375,9 @@ def run(words: list[str]):
         seconds = sum({score.task: score.seconds for score in scores if score.architecture == name}.values())
         print(f"{name}: {min(sizes):,} to {max(sizes):,} parameters, by the task's vocabulary; {seconds:.0f} s")
     over = "the test sequences alone: 1 seed" if arguments.seeds == 1 else f"{arguments.seeds} seeds and the test sequences"
-    print(f"Accuracy with 95% interval over {over}. {effort.steps} steps of {effort.batch_size} sequences, lr {effort.lr:g}.")
+    rates = " or ".join(f"{lr:g}" for lr in effort.lrs)
+    print(f"Accuracy with 95% interval over {over}. At most {effort.steps} steps of {effort.batch_size} sequences, lr {rates}: "
+          "the one with the lowest training loss counts.")  # fmt: skip
     if arguments.save:
         radar(scores).savefig(arguments.save, dpi=120)
         table(scores).to_csv(arguments.save.with_suffix(".csv"), index_label="task")

@@ -1,9 +1,11 @@
 """Synthetic sequences, each made to ask for one capability: recall, copying, compression, memory, steps of reasoning.
 
+All are small enough to be learned in half a minute on a CPU by some architecture; the papers that they are from have larger ones.
+
 A task makes as many fresh sequences as are wanted from a random generator. At a scored place a model, which has read the tokens
 up to there, shall answer with the token that stands in the targets there.
 
-B sequences, T tokens of each, P pairs of a key and a value, N pieces of a key and its value.
+B sequences, T tokens of each, V vocabulary, P pairs of a key and a value, N pieces of a key and its value.
 """
 
 from dataclasses import dataclass
@@ -12,9 +14,18 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from losses import IGNORE
+
+WIDE_ENOUGH = 64  # the vocabulary of compression: its logits are all that is read of the model, so they are more than the letters
+
+
+class Size(NamedTuple):
+    vocab_size: int
+    T: int  # tokens of a sequence
+    num_answers: int  # that an answer is one of, all equally likely
 
 
 class Sequences(NamedTuple):
@@ -34,16 +45,20 @@ class Task:
     compressed: ClassVar[bool] = False  # all answers are to be read from what the model says after the last token
 
     @property
-    def vocab_size(self) -> int:
+    def size(self) -> Size:
         raise NotImplementedError
+
+    @property
+    def vocab_size(self) -> int:
+        return self.size.vocab_size
 
     @property
     def T(self) -> int:
-        raise NotImplementedError
+        return self.size.T
 
     @property
     def chance(self) -> float:
-        raise NotImplementedError
+        return 1 / self.size.num_answers
 
     def draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         """Tokens and targets, each (number, T), and, where there are levels, those (number,)."""
@@ -72,21 +87,13 @@ class MultiQueryRecall(Task):
     """Keys and values in pairs, then each key again, in another order: tell its value (Zoology, arXiv 2312.04927, section 3)."""
 
     seed: int = 1
-    num_pairs: int = 16
-    num_keys: int = 32
-    num_values: int = 32
+    num_pairs: int = 6
+    num_keys: int = 12
+    num_values: int = 12
 
     @property
-    def vocab_size(self):
-        return self.num_keys + self.num_values
-
-    @property
-    def T(self):
-        return 3 * self.num_pairs
-
-    @property
-    def chance(self):
-        return 1 / self.num_values
+    def size(self):
+        return Size(self.num_keys + self.num_values, 3 * self.num_pairs, self.num_values)
 
     def draw(self, number, rng):
         return self.draw_pairs(rng, np.full(number, self.num_pairs))
@@ -115,25 +122,17 @@ class InContextRecall(Task):
     """Pairs that come again and again: tell the value of each key that was there before (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 2
-    num_pairs: int = 8  # different keys in a sequence
-    num_keys: int = 16  # tokens that keys are made of
-    num_values: int = 16  # tokens that values are made of
+    num_pairs: int = 4  # different keys in a sequence
+    num_keys: int = 8  # tokens that keys are made of
+    num_values: int = 8  # tokens that values are made of
     longest: int = 1  # tokens of a key, and of a value, at most
     noise: float = 0.0  # share of pairs in whose place there is noise
     num_noise: int = 0  # tokens that noise is made of
-    length: int = 64
+    length: int = 32
 
     @property
-    def vocab_size(self):
-        return self.num_keys + self.num_values + self.num_noise
-
-    @property
-    def T(self):
-        return self.length
-
-    @property
-    def chance(self):
-        return 1 / self.num_values
+    def size(self):
+        return Size(self.num_keys + self.num_values + self.num_noise, self.length, self.num_values)
 
     def draw(self, number, rng):
         T, N = self.T, self.T // 2 + 1  # a piece has at least two tokens
@@ -171,19 +170,20 @@ class NoisyRecall(InContextRecall):
     """In-context recall with tokens of noise in between, which mean nothing (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 3
-    noise: float = 0.4
-    num_noise: int = 16
+    noise: float = 0.2
+    num_noise: int = 8
 
 
 @dataclass(frozen=True)
 class FuzzyRecall(InContextRecall):
-    """In-context recall of keys and values of one to three tokens (MAD, arXiv 2403.17844, section 3.1)."""
+    """In-context recall of keys and values of one or two tokens (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 4
-    num_pairs: int = 6
-    num_keys: int = 8
-    num_values: int = 8
-    longest: int = 3
+    num_pairs: int = 3
+    num_keys: int = 5
+    num_values: int = 5
+    longest: int = 2
+    length: int = 40
 
 
 @dataclass(frozen=True)
@@ -191,22 +191,14 @@ class SelectiveCopying(Task):
     """Letters scattered among noise: write them down in their order (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 5
-    num_letters: int = 16
-    num_noise: int = 8
-    num_copied: int = 12
-    length: int = 48  # of what is read; the letters are written behind it
+    num_letters: int = 8
+    num_noise: int = 4
+    num_copied: int = 6
+    length: int = 24  # of what is read; the letters are written behind it
 
     @property
-    def vocab_size(self):
-        return self.num_letters + self.num_noise + 1
-
-    @property
-    def T(self):
-        return self.length + self.num_copied
-
-    @property
-    def chance(self):
-        return 1 / self.num_letters
+    def size(self):
+        return Size(self.num_letters + self.num_noise + 1, self.length + self.num_copied, self.num_letters)
 
     def draw(self, number, rng):
         blank = self.vocab_size - 1
@@ -225,21 +217,13 @@ class Compression(Task):
     """Random letters, to be told again from what the model says after the last token (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 6
-    num_letters: int = 16
-    length: int = 16
+    num_letters: int = 8
+    length: int = 12
     compressed: ClassVar[bool] = True
 
     @property
-    def vocab_size(self):
-        return 64  # more than there are letters, as the logits are all that is read of the model
-
-    @property
-    def T(self):
-        return self.length + 1
-
-    @property
-    def chance(self):
-        return 1 / self.num_letters
+    def size(self):
+        return Size(WIDE_ENOUGH, self.length + 1, self.num_letters)
 
     def draw(self, number, rng):
         tokens = rng.integers(self.num_letters, size=(number, self.T))
@@ -248,26 +232,40 @@ class Compression(Task):
         return tokens, targets
 
 
+class Compressor(nn.Module):
+    """A model, of whose logits after the last token alone an MLP tells all tokens before (MAD, arXiv 2403.17844, section 3.1)."""
+
+    def __init__(self, model: nn.Module, dim: int, vocab_size: int, T: int):
+        super().__init__()
+        self.model = model
+        self.w_in = nn.Linear(vocab_size, 4 * dim)
+        self.position = nn.Embedding(T, 4 * dim)
+        self.w_hidden = nn.Linear(4 * dim, 4 * dim)
+        self.head = nn.Linear(4 * dim, vocab_size)
+
+    def forward(self, tokens, targets=None):
+        """As a model: logits (B, T, V) and the loss; the logits at a place are the answer for that place."""
+        B, T = tokens.shape
+        logits, _ = self.model(tokens)
+        hidden = F.gelu(self.w_in(logits[:, -1:]) + self.position.weight)  # (B, T, 4 * dim)
+        answers = self.head(F.gelu(self.w_hidden(hidden)))
+        if targets is None:
+            return answers, None
+        return answers, F.cross_entropy(answers.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+
 @dataclass(frozen=True)
 class Memorisation(Task):
     """Facts that are the same in all sequences: tell the value after its key and a blank (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 7
-    num_keys: int = 256
-    num_values: int = 64
-    num_asked: int = 24
+    num_keys: int = 128
+    num_values: int = 32
+    num_asked: int = 16
 
     @property
-    def vocab_size(self):
-        return self.num_keys + self.num_values + 1
-
-    @property
-    def T(self):
-        return 2 * self.num_asked
-
-    @property
-    def chance(self):
-        return 1 / self.num_values
+    def size(self):
+        return Size(self.num_keys + self.num_values + 1, 2 * self.num_asked, self.num_values)
 
     @property
     def facts(self) -> np.ndarray:
@@ -289,21 +287,13 @@ class HopChains(Task):
     """From a letter to what followed it when it was last seen, k times; k comes first (k-hop, arXiv 2402.09268, section 4)."""
 
     seed: int = 8
-    num_letters: int = 8
+    num_letters: int = 6
     max_hops: int = 4
-    length: int = 64
+    length: int = 32
 
     @property
-    def vocab_size(self):
-        return self.num_letters + self.max_hops
-
-    @property
-    def T(self):
-        return self.length + 1
-
-    @property
-    def chance(self):
-        return 1 / self.num_letters
+    def size(self):
+        return Size(self.num_letters + self.max_hops, self.length + 1, self.num_letters)
 
     def draw(self, number, rng):
         rows = np.arange(number)

@@ -1,5 +1,6 @@
 """The synthetic tasks are what they say, against slow and plain answers, and tell architectures apart."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +37,7 @@ def test_answers_of_recall_are_the_values_that_were_seen():
     for tokens, targets in zip(*TASKS["noisy recall"].test_sequences(64)[:2], strict=True):
         known = {}
         for place, (token, target) in enumerate(zip(tokens.tolist(), targets.tolist(), strict=True)):
-            is_key = token < 16
+            is_key = token < TASKS["noisy recall"].num_keys
             assert target == (known.get(token, IGNORE) if is_key else IGNORE)
             if is_key and place + 1 < len(tokens):
                 known[token] = tokens[place + 1].item()
@@ -62,7 +63,7 @@ def test_letters_are_copied_in_order():
 
 
 def test_attention_recalls_where_a_small_state_fails_as_pairs_grow(monkeypatch):
-    effort = replace(QUICK, steps=350, batch_size=64, test_sequences=128, dim=32, num_layers=1, lr=1e-2)
+    effort = replace(QUICK, steps=350, batch_size=64, test_sequences=128, dim=32, num_layers=1, lrs=(1e-2,))
     accuracy = {}
     for pairs in (2, 10):
         monkeypatch.setitem(capability.TASKS, RECALL, replace(TASKS[RECALL], num_pairs=pairs, num_keys=16, num_values=16))
@@ -81,7 +82,7 @@ def test_presets_become_small(name):
     model = capability.build(PRESETS[name].model, TASKS["compression"], capability.Effort())
     tokens, targets, _ = TASKS["compression"].test_sequences(2)
     logits, loss = model(tokens, targets)
-    assert logits.shape == (2, 17, 64) and loss.isfinite()
+    assert logits.shape == (2, TASKS["compression"].T, 64) and loss.isfinite()
 
 
 def test_intervals():
@@ -103,9 +104,52 @@ def test_a_table_and_a_picture_of_all_tasks(folders, capsys):
     assert len(table(scores)) == len(TASKS)
 
 
-def test_the_same_again(folders):
-    first, second = (probe("a", ModelConfig(), RECALL, 2, TINY)[0].shares for _ in range(2))
+def test_the_same_again(folders, monkeypatch):
+    shares = []
+    for cache in ("one", "other"):
+        monkeypatch.setenv("BASEGPT_CACHE", str(folders / cache))
+        shares.append(probe("a", ModelConfig(), RECALL, 2, TINY)[0].shares)
+    first, second = shares
     assert torch.equal(first, second) and first.shape == (2, 16)
+
+
+def test_what_was_scored_is_not_trained_again(folders, monkeypatch):
+    first = probe("a", ModelConfig(), RECALL, 2, TINY)
+    monkeypatch.setattr(capability, "best_model", lambda *_: pytest.fail("it was trained again"))
+    again = probe("b", ModelConfig(), RECALL, 2, TINY)
+    assert torch.equal(first[0].shares, again[0].shares) and again[0].lrs == first[0].lrs and again[0].seconds == first[0].seconds
+    for other in (replace(TINY, steps=3), replace(TINY, lrs=(1e-3,))):
+        with pytest.raises(pytest.fail.Exception):
+            probe("a", ModelConfig(), RECALL, 1, other)
+
+
+@pytest.mark.parametrize("losses, wanted", [
+    ([3.0, 2.0, 4.0], (0.2, 3)),
+    ([3.0, 0.01, 0.0], (0.2, 2)),
+    ([math.inf] * 3, (0.1, 3)),
+])  # fmt: skip
+def test_the_best_learning_rate_is_that_of_the_lowest_loss_and_one_that_solves_is_enough(monkeypatch, losses, wanted):
+    tried = []
+
+    def train(model, task, seed, effort, lr):
+        tried.append(lr)
+        return losses[len(tried) - 1]
+
+    monkeypatch.setattr(capability, "train", train)
+    _, lr, loss = capability.best_model(ModelConfig(), TASKS[RECALL], 0, replace(TINY, lrs=(0.1, 0.2, 0.3)))
+    assert (lr, len(tried)) == wanted and loss == min(losses[: len(tried)])
+
+
+def test_a_training_ends_when_the_task_is_solved(monkeypatch):
+    task, effort = TASKS["memorisation"], replace(TINY, steps=capability.LAST + 9)
+    drawn = []
+    draw = type(task).draw
+    monkeypatch.setattr(type(task), "draw", lambda self, number, rng: drawn.append(number) or draw(self, number, rng))
+    for limit, steps in ((100.0, capability.LAST), (0.0, effort.steps)):
+        monkeypatch.setattr(capability, "SOLVED", limit)
+        drawn.clear()
+        capability.train(capability.build(ModelConfig(), task, effort), task, 0, effort, 1e-3)
+        assert len(drawn) == steps
 
 
 def test_mistakes_are_told_before_training(folders):
