@@ -5,7 +5,8 @@
 
 All models go on from the same beginnings. The judge grades each story by the rubric of TinyStories, and says of each two which is
 better, in both orders and without knowing whose they are: only a verdict that is the same in both orders counts, all others are
-ties. What it costs is shown before. Answers are kept in the cache folder, so the same command goes on where it was stopped.
+ties. What it costs is shown before. Answers are kept in the cache folder, so the same command goes on where it was stopped, and
+when all is answered it needs neither server nor key.
 """
 
 import argparse
@@ -173,12 +174,15 @@ def main(words: list[str]):
         arguments.model, arguments.base_url, timeout=arguments.timeout, retries=arguments.retries, parallel=arguments.parallel,
         temperature=arguments.judge_temperature, max_answer_tokens=arguments.max_answer_tokens,
     )  # fmt: skip
-    endpoint.check()
+    if not endpoint.has_kept():
+        endpoint.check()  # before the minute that the stories take
     options = {"temperature": arguments.temperature, "max_new_tokens": arguments.max_new_tokens}
     stories = write_stories(arguments.runs, prompts, arguments.stories_per_prompt, arguments.seed, **options)
     calls = {asked: Call(*call) for asked, call in questions(prompts, stories, arguments.repeat, arguments.seed).items()}
     print(plan(calls, endpoint, arguments.price_per_million))
     missing = len(endpoint.missing(calls))
+    if missing:
+        endpoint.check()
     if missing and not arguments.yes and not confirmed(f"Ask {arguments.model} at {endpoint.base_url}?"):
         return
     answers, failed = endpoint.ask_all(calls)

@@ -51,7 +51,7 @@ class Endpoint:
     base_url: of an OpenAI-compatible server; None is $OPENAI_BASE_URL, or OpenAI's own, which needs $OPENAI_API_KEY.
     timeout: seconds to wait for an answer.  retries: after a time-out, a lost connection, or a status of 408, 409, 429 and from
     500 on, with growing pauses.  parallel: calls at a time.  temperature: None leaves it to the server.  max_answer_tokens: each.
-    Raises PermissionError where a key is needed and there is none, OSError where the cache folder cannot be made.
+    What was answered before is there without a key and without the server. Raises OSError where the cache folder cannot be made.
     """
 
     def __init__(
@@ -61,8 +61,7 @@ class Endpoint:
         self.model, self.temperature, self.max_answer_tokens, self.parallel = model, temperature, max_answer_tokens, parallel
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or OFFICIAL).rstrip("/")
         key = os.environ.get("OPENAI_API_KEY")
-        if not key and self.base_url == OFFICIAL:
-            raise PermissionError("OPENAI_API_KEY is not set: set it, or name a server by --base_url (a local one needs no key)")
+        self._needs_a_key = not key and self.base_url == OFFICIAL
         self._client = openai.OpenAI(api_key=key or "none", base_url=self.base_url, timeout=timeout, max_retries=retries)
         self._timeout = timeout
         self._folder = default_cache_dir() / "judge"
@@ -72,7 +71,12 @@ class Endpoint:
         self.tokens_read = self.tokens_written = 0  # as the server counts them, in the calls of this object
 
     def check(self):
-        """Asks the server for its models, which costs nothing. Raises OSError where it cannot be reached or refuses the key."""
+        """Asks the server for its models, which costs nothing.
+
+        Raises PermissionError where it wants a key and there is none, or refuses it, ConnectionError where it cannot be reached.
+        """
+        if self._needs_a_key:
+            raise PermissionError("OPENAI_API_KEY is not set: set it, or name a server by --base_url (a local one needs no key)")
         try:
             self._client.with_options(timeout=min(self._timeout, 20.0), max_retries=1).models.with_raw_response.list()
         except openai.APIConnectionError as error:
@@ -83,6 +87,10 @@ class Endpoint:
             raise self._no_entry(error) from error
         except openai.APIStatusError:
             return  # it is there, but has no list of models, which not every server has
+
+    def has_kept(self) -> bool:
+        """Whether any answer of any judge is kept. If not, no question can do without the server."""
+        return any(self._folder.glob("*.json"))
 
     def kept(self, call: Call) -> dict | None:
         """The answer of an earlier call, or None. A damaged one is told, and is none."""

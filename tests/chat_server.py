@@ -31,6 +31,7 @@ class Reply:
     seconds: float = 0.0  # before it comes
     headers: dict[str, str] = field(default_factory=dict)
     body: str | None = None  # sent as it is, in place of a completion
+    hangs_up: bool = False  # without a word
 
 
 class ChatServer(ThreadingHTTPServer):
@@ -79,7 +80,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append(request)
         reply = self.server.judge(request, number)
         time.sleep(reply.seconds)
-        if reply.status != 200:
+        if reply.hangs_up:
+            self.close_connection = True
+        elif reply.status != 200:
             self.send(reply.status, told(reply.error, reply.code), reply.headers)
         elif reply.body is not None:
             self.send(200, reply.body, reply.headers)

@@ -280,13 +280,14 @@ class TestEndpoint:
             16: (Reply(body='{"choices": [{"message": null}], "usage": {}}'), "is no chat completion"),
             17: (Reply(body='{"choices": [{"message": {"content": [1]}}], "usage": 7}'), "an empty answer"),
             18: (Reply(body='{"choices": 5}'), "is no chat completion"),
+            19: (Reply(hangs_up=True), "the connection broke"),
         }
         done = asked_once(lambda request, _: replies[request["seed"]][0], len(replies), timeout=2.0)
         assert done.answers == {11: GRADE}
         for seed, (_, reason) in replies.items():
             assert reason is None or reason in done.failed[seed], done.failed
-        assert "18 of 19 calls failed" in judge.failures(done.failed, 19)
-        assert "7 x what the server sent is no chat completion" in judge.failures(done.failed, 19)
+        assert "19 of 20 calls failed" in judge.failures(done.failed, 20)
+        assert "7 x what the server sent is no chat completion" in judge.failures(done.failed, 20)
 
     @pytest.mark.parametrize("status", [429, 500])
     def test_a_server_that_is_busy_is_asked_again_but_not_for_ever(self, status):
@@ -366,7 +367,7 @@ class TestEndpoint:
             assert len(endpoint.missing(calls)) == 6 and len(server.requests) < 9
 
     def test_a_key_that_is_missing_or_wrong_or_right(self, monkeypatch):
-        one_line_error(lambda: Endpoint("judge"), "OPENAI_API_KEY is not set", "--base_url", error=PermissionError)
+        one_line_error(Endpoint("judge").check, "OPENAI_API_KEY is not set", "--base_url", error=PermissionError)
         with serving(answer_by(quality), key="secret") as server:
             one_line_error(lambda: Endpoint("judge", server.url).check(), "refuses the key", error=PermissionError)
             monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -416,6 +417,30 @@ class TestTerminal:
         saved = json.loads((tmp_path / "all.json").read_text())
         assert len(saved["answers"]) == 16 and saved["stories"].keys() == {"tiny", "other_run"}
         assert saved["stories"]["tiny"] != saved["stories"]["other_run"]
+
+    def test_a_judgement_that_is_kept_needs_no_server_and_one_that_is_not_says_so(self, two_runs, capsys):
+        with serving(answer_by(lambda story: 1 + len(story) % 10)) as server:
+            words = [*two_runs, "--base_url", server.url, "--timeout", "2", "--yes"]
+            judge.main(words)
+            first = capsys.readouterr().out
+        judge.main(words)
+        again = capsys.readouterr().out
+        assert "0 are to be asked" in again and again.split("\n\n", 1)[1] == first.split("\n\n", 1)[1]
+        more = [*words, "--stories_per_prompt", "2"]
+        one_line_error(lambda: judge.main(more), "no judge answers", error=ConnectionError)
+        judge.main(words)
+        assert capsys.readouterr().out.endswith(again.split("\n\n", 1)[1])
+
+    def test_what_was_paid_for_is_kept_when_the_server_fails_halfway(self, two_runs, capsys):
+        good = answer_by(lambda story: 1 + len(story) % 10)
+        bad = [Reply("wonderful"), Reply(None, refusal="no"), Reply(hangs_up=True), Reply(status=500), Reply(seconds=4.0)]
+        with serving(lambda request, number: good(request) if number < 9 else bad[number % len(bad)]) as server:
+            words = [*two_runs, "--base_url", server.url, "--timeout", "1.5", "--retries", "0", "--yes"]
+            judge.main(words)
+            assert "7 of 16 calls failed" in capsys.readouterr().out
+            server.judge = good
+            judge.main(words)
+            assert "9 are answered already, 7 are to be asked" in capsys.readouterr().out and len(server.requests) == 16 + 7
 
     def test_models_go_on_from_the_beginning_and_the_instruction_is_no_part_of_the_story(self, two_runs):
         prompts = read_prompts(two_runs[5])
