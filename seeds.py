@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def train_group(arguments: Arguments, train_one: Callable[[Arguments], bool], py
         say(f"{finished} of {arguments.seeds} seeds are finished")
     failed, stopped = train_members(arguments, todo, train_one)
     if stopped:
-        print(f"stopped; what was begun is saved. To go on: {again}")
+        begun = any(Run(name).folder.exists() for name in member_names(arguments))
+        print(f"stopped; what was begun is saved. To go on: {again}" if begun else "stopped before anything was begun")
         return
     if failed:
         lines = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
@@ -139,29 +141,37 @@ def words_of(arguments: Arguments) -> list[str]:
     return [sys.executable, str(Path(__file__).with_name("train.py")), *shlex.split(line)[2:]]
 
 
-def run_side_by_side(todo: list[Arguments], at_once: int | None = None) -> tuple[dict[str, str], bool]:
-    """A process each, so many at once, or as there are cores; as `run_in_turn`. Ctrl-C lets each finish its step and save."""
-    waiting, running, failed, stopped = list(enumerate(todo)), {}, {}, False
-    with tqdm(total=0, position=len(todo), bar_format="{desc}") as line:
-        while (waiting and not stopped) or running:
-            try:
-                while waiting and not stopped and len(running) < (at_once or probe.most_threads()):
-                    number, arguments = waiting.pop(0)
-                    running[arguments.name] = Child(arguments, number)
-                for name, child in list(running.items()):
-                    if child.is_over():
-                        del running[name]
-                        if child.process.returncode:
-                            failed[name] = child.last.removeprefix("error: ")
-                told = f"{len(running)} running, {len(waiting)} waiting, {len(failed)} failed"
-                if told != line.desc:  # a file is not to fill with it
-                    line.set_description_str(told)
-                time.sleep(0.1)
-            except KeyboardInterrupt:
+@contextmanager
+def presses_of_ctrl_c():
+    """Gives a list that grows by one with each Ctrl-C, which interrupts nothing: no process is forgotten while it is begun."""
+    presses = []
+    previous = signal.signal(signal.SIGINT, lambda *_: presses.append(True))
+    try:
+        yield presses
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def run_side_by_side(todo: list[Arguments]) -> tuple[dict[str, str], bool]:
+    """A process each, as many at a time as there are cores; as `run_in_turn`. Ctrl-C lets each finish its step and save."""
+    waiting, running, failed, heard = list(enumerate(todo)), {}, {}, 0
+    with presses_of_ctrl_c() as presses, tqdm(total=0, position=len(todo), bar_format="{desc}") as line:
+        while (waiting and not presses) or running:
+            while waiting and not presses and len(running) < probe.most_threads():
+                number, arguments = waiting.pop(0)
+                running[arguments.name] = Child(arguments, number)
+            if (pressed := len(presses)) > heard:  # another may come meanwhile
                 for child in running.values():
-                    child.stop(at_once=stopped)
-                stopped = True
-    return failed, stopped
+                    child.stop(at_once=heard > 0)
+                heard = pressed
+            for name, child in list(running.items()):
+                if child.is_over():
+                    del running[name]
+                    if child.process.returncode:
+                        failed[name] = child.last.removeprefix("error: ")
+            line.set_description_str(f"{len(running)} running, {len(waiting)} waiting, {len(failed)} failed")
+            time.sleep(0.1)
+    return failed, bool(presses)
 
 
 class Child:

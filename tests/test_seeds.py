@@ -1,9 +1,15 @@
 """Promises of seeds.py: one config, several seeds, one group; resumed where it was stopped; side by side where that is faster."""
 
 import json
+import os
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +20,8 @@ from comparison import compare
 from conftest import MODEL
 from runs import Run, group_members
 from train import train
+
+ROOT = Path(__file__).parents[1]
 
 
 def words_of(config, *more):
@@ -115,3 +123,57 @@ class TestSideBySide:
         python, script, *words = seeds.words_of(member)
         assert python == sys.executable and script.endswith("train.py")
         assert parse(words) == replace(member, preset=parse(words).preset)
+
+
+class TestCtrlC:
+    """A group in processes of its own, stopped in its middle, as a terminal does it and as a service manager does."""
+
+    @pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["to the group of processes", "to the first alone"])
+    def test_all_seeds_stop_saved_and_resume_to_the_same_numbers(self, quick, script, monkeypatch, tmp_path, send):
+        model = replace(MODEL, layers="Norm->Attn->+->Norm->MLP->+->Held->+", plugins=("held_blocks",))
+        words = [*shlex.split(command(model, quick, "group"))[2:], "--seeds", "2"]
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        monkeypatch.setattr(probe, "most_threads", lambda: 2)
+        held = tmp_path / "held"
+        held.mkdir()
+        # Both at a time also where there is but one core.
+        code = f"import probe, runpy, sys; probe.most_threads = lambda: 2; sys.argv = {['train.py', *words]!r}; "
+        code += "runpy.run_path('train.py', run_name='__main__')"
+        with subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "HELD": str(held)}, start_new_session=True, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ) as group:  # fmt: skip
+            while len(list(held.iterdir())) < 2 and group.poll() is None:
+                time.sleep(0.02)
+            if group.poll() is None:
+                send(group.pid, signal.SIGINT)
+            printed, _ = group.communicate(timeout=120)
+        assert group.returncode == 0 and "stopped; what was begun is saved. To go on: the same command with --resume" in printed
+        for name in ("group-seed0", "group-seed1"):
+            assert Run(name).was_stopped() and not seeds.is_over(Run(name)), printed
+        code, printed = script(*words, "--resume")
+        assert code == 0 and "2 seeds are finished" in printed
+        for seed in (0, 1):
+            list(train(model, replace(quick, seed=seed), f"alone{seed}"))
+            assert log_of(f"group-seed{seed}") == log_of(f"alone{seed}")
+
+    def test_each_press_is_heard_and_the_second_stops_at_once(self, quick, monkeypatch):
+        stops = []
+
+        class Stubborn:
+            process = SimpleNamespace(returncode=0)
+
+            def __init__(self, arguments, number):
+                os.kill(os.getpid(), signal.SIGINT)  # while it is begun
+
+            def stop(self, at_once):
+                stops.append(at_once)
+                os.kill(os.getpid(), signal.SIGINT)
+
+            def is_over(self):
+                return len(stops) == 2
+
+        monkeypatch.setattr(seeds, "Child", Stubborn)
+        todo = [Arguments(name=f"group-seed{seed}", model=MODEL, train=replace(quick, seed=seed)) for seed in range(3)]
+        assert seeds.run_side_by_side(todo) == ({}, True) and stops == [False, True]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
