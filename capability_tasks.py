@@ -1,6 +1,6 @@
 """Synthetic sequences, each made to ask for one capability: recall, copying, compression, memory, steps of reasoning.
 
-All are small enough to be learned in half a minute on a CPU by some architecture; the papers that they are from have larger ones.
+All are smaller than in the papers that they are from, as they shall be learned on a CPU in minutes.
 
 A task makes as many fresh sequences as are wanted from a random generator. At a scored place a model, which has read the tokens
 up to there, shall answer with the token that stands in the targets there.
