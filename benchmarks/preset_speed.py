@@ -1,11 +1,16 @@
-"""How presets train and write as stories get longer: time and memory of a step, and tokens a second of writing.
+"""How presets train and write as stories get longer: time and memory of a step, what takes the time, tokens a second of writing.
 
     python benchmarks/preset_speed.py
-    python benchmarks/preset_speed.py --presets 1m mamba_like --lengths 512 1024
+    python benchmarks/preset_speed.py --threads 1 --presets 1m mamba_like --lengths 512 1024
 
-A step is forward, backward and AdamW on as many made-up tokens at every length T, in fewer rows the longer they are. The presets
-take turns in rounds, each in a process of its own, and the times are told as a multiple of the first one's in the same round.
-Writing is one token after the other, one story at a time, behind so many tokens that the model has read before.
+A step is forward, backward and AdamW on as many made-up tokens at every length T, in fewer rows the longer they are, and in
+micro-batches of about 2,048 tokens or of one row. The presets take turns in rounds, each in a process of its own, and the times
+are told as a multiple of the first one's in the same round. Growth is the power of T that the time of a row, and the memory for
+one, grow with, over the longer half of the lengths: 1 is linear, 2 quadratic.
+
+What takes the time is read from torch's profile of one step: the share of each kind of operation, at the shortest and at the
+longest T. A view costs nothing but its call; what is outside of operations is Python and torch's own bookkeeping, with what the
+profile adds to it. Writing is one token after the other, one story at a time, behind so many tokens that the model has read.
 
 T time.
 """
@@ -23,8 +28,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mixers import growth
 from train_speed import (
     HERE,
+    UNDER_WAY,
     Variant,
     describe_machine,
     in_new_process,
@@ -47,6 +54,20 @@ from probe import Choices
 RECURRENT = (
     "mamba_like", "mamba2_like", "griffin_like", "megalodon_like", "gated_deltanet_like", "mamba2_hybrid_like", "qwen3.5_like",
 )  # fmt: skip
+KINDS = {  # what the names of operations in a profile begin with
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linalg_solve", "aten::triangular_solve"),
+    "attention": ("basegpt::attention", "aten::scaled_dot_product", "aten::_scaled_dot_product", "Attention"),
+    "scan": ("basegpt::scan", "basegpt::selective_scan", "Scan", "SelectiveScan"),
+    "optimizer": ("Optimizer.", "aten::_fused_adam"),
+    "calls": ("autograd::engine",),
+}
+VIEWS = {  # what only makes a tensor, and touches none of its numbers
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "as_strided", "expand", "t", "transpose", "permute", "unsqueeze",
+    "squeeze", "select", "slice", "split", "unbind", "unflatten", "flatten", "detach", "alias", "empty", "empty_like",
+    "empty_strided", "new_empty", "lift_fresh",
+}  # fmt: skip
+REST = "elementwise and copies"  # each number is read and written for little computing: traffic of memory
+WHOLE = ("attention", "scan", "optimizer")  # all that is done inside is of this kind
 MICRO_BATCH = 2048  # tokens that go through the model at once, or a single row
 READ_AT_ONCE = 256  # tokens, before the writing begins
 WRITTEN = 48  # tokens at each place
@@ -55,12 +76,13 @@ WRITTEN = 48  # tokens at each place
 @dataclass(frozen=True)
 class Arguments:
     presets: tuple[str, ...] = ("1m", *RECURRENT)  # the others are compared with the first
-    lengths: tuple[int, ...] = (256, 1024, 2048, 8192)  # T
+    lengths: tuple[int, ...] = (256, 2048, 4096, 8192)  # T
     tokens: int = 8192  # of a step
-    places: tuple[int, ...] = (16, 500, 4000)  # how many tokens a story has when the writing is timed
+    places: tuple[int, ...] = (16, 500, 4000)  # how many tokens a story has when the writing is timed, from few to many
+    threads: int | None = None  # of the CPU; None is as many as torch takes by itself
     vocab_size: int = 1024
     rounds: int = 5  # how often the presets take turns
-    seconds: float = 2.0  # how long a turn is
+    seconds: float = 1.0  # how long a turn is, of a step at least
     short: bool = False  # a glance: two presets, two lengths, three short rounds
     save: bool = False  # write the tables to benchmarks/preset_speed.md
 
@@ -71,31 +93,101 @@ def main(arguments: Arguments):
             arguments, presets=arguments.presets[:2], lengths=arguments.lengths[:2], tokens=1024, places=arguments.places[:2],
             rounds=3, seconds=0.3,
         )  # fmt: skip
-    if arguments.tokens < max(arguments.lengths):
-        raise ValueError(f"lengths={arguments.lengths}: give none of more than tokens={arguments.tokens}")
+    check(arguments)
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
     chosen = {name: preset(name) for name in arguments.presets}
     lines = show([describe_machine(), f"{arguments.tokens} tokens a step, vocabulary {arguments.vocab_size}", ""])
-    lines += training_table(chosen, arguments) + show([""]) + writing_table(chosen, arguments)
+    table_lines, shares = training_table(chosen, arguments)
+    lines += table_lines + show(["", *limits_table(shares), ""]) + writing_table(chosen, arguments)
     if arguments.save:
         save_page(HERE / "preset_speed.md", lines)
 
 
-def training_table(chosen: dict[str, Preset], arguments: Arguments) -> list[str]:
-    """A row for each length, printed as it grows and returned."""
+def check(arguments: Arguments):
+    """Raises ValueError for what cannot be measured."""
+    lengths, places = arguments.lengths, arguments.places
+    if list(lengths) != sorted(set(lengths)) or arguments.tokens < max(lengths):
+        raise ValueError(f"lengths={lengths}: give them from short to long, none of more than tokens={arguments.tokens}")
+    if any(later - earlier < WRITTEN for earlier, later in itertools.pairwise((-WRITTEN, *places))):
+        raise ValueError(f"places={places}: give them from few to many, {WRITTEN} tokens apart, as so many are written at each")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"threads={arguments.threads}: give a whole number of at least 1")
+
+
+def training_table(chosen: dict[str, Preset], arguments: Arguments) -> tuple[list[str], dict[str, dict[str, float]]]:
+    """A row for each length, printed as it grows; and the shares of time by preset and length."""
     first, *_ = chosen
-    lines = show(table([f"time of a step, times {first}; MB", *chosen], []))
+    lines = show(table([f"a step: times {first}; tokens/s; MB", *chosen], []))
+    paces, memories, shares = {name: [] for name in chosen}, {name: [] for name in chosen}, {}
     for T in arguments.lengths:
-        variants = {name: variant_of(made, T, arguments) for name, made in chosen.items()}
         with ExitStack() as stack:
-            processes = {name: stack.enter_context(new_process()) for name in variants}
-            memory = {name: processes[name].submit(warm_up, variant).result()[1] for name, variant in variants.items()}
-            speeds = {name: [] for name in variants}
+            processes = {name: stack.enter_context(new_process()) for name in chosen}
+            for name, process in processes.items():
+                memories[name].append(process.submit(warm_up, variant_of(chosen[name], T, arguments)).result()[1])
+            speeds = {name: [] for name in chosen}
             for _, (name, process) in itertools.product(range(arguments.rounds), processes.items()):
                 speeds[name].append(process.submit(take_turn, arguments.seconds).result())
-        cells = [f"{quartiles(np.divide(speeds[first], speeds[name]), '.2f')}; {memory[name]:,.0f}" for name in chosen]
-        cells[0] = f"{np.median(speeds[first]):,.0f} tokens/s; {memory[first]:,.0f}"
+            if T in (arguments.lengths[0], arguments.lengths[-1]):
+                shares |= {f"{name}, T {T}": process.submit(shares_of_time).result() for name, process in processes.items()}
+        cells = []
+        for name in chosen:
+            paces[name].append(float(np.median(speeds[name])))
+            ratio = quartiles(np.divide(speeds[first], speeds[name]), ".2f")
+            cells.append(f"{ratio}; {paces[name][-1]:,.0f}; {memories[name][-1]:,.0f}")
         lines += show(table(["", *chosen], [[f"T {T}", *cells]])[2:])
-    return lines
+    lines += show(growth_rows(arguments.lengths, paces, memories))
+    return lines, shares
+
+
+def growth_rows(lengths: tuple[int, ...], paces: dict[str, list], memories: dict[str, list]) -> list[str]:
+    """How time grows, and memory from where on a row goes through the model by itself. No rows where lengths are too few."""
+    rows = []
+    if len(lengths) > 1:
+        rows.append(["growth of time", *(f"{growth(lengths, 1 / np.array(of)):.2f}" for of in paces.values())])
+    alone = np.array(lengths) >= MICRO_BATCH
+    if alone.sum() > 1:
+        longer = np.array(lengths)[alone]
+        grown = [growth(tuple(longer), np.array(of)[alone] / longer) for of in memories.values()]
+        rows.append(["growth of memory", *(f"{power:.2f}" for power in grown)])
+    return table(["", *paces], rows)[2:]
+
+
+def shares_of_time() -> dict[str, float]:
+    """What a step of the variant that this process was made ready for spends on each kind of operation, of all its time."""
+    ((_, step),) = UNDER_WAY
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        began = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - began
+    shares = dict.fromkeys([*KINDS, REST], 0.0)
+    for event in profile.events():
+        shares[kind_of(event)] += 1e-6 * event.self_cpu_time_total / seconds
+    shares["calls"] += max(0.0, 1 - sum(shares.values()))
+    return shares
+
+
+def kind_of(event) -> str:
+    """The kind of an operation of a profile, or of the one that it is a part of."""
+    found = own_kind(event.name)
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        outer = own_kind(event.name)
+        if outer in WHOLE or (found == REST and outer == "matrix products"):
+            found = outer
+    return found
+
+
+def own_kind(name: str) -> str:
+    if name.removeprefix("aten::") in VIEWS:
+        return "calls"
+    return next((kind for kind, beginnings in KINDS.items() if name.startswith(beginnings)), REST)
+
+
+def limits_table(shares: dict[str, dict[str, float]]) -> list[str]:
+    """A row for each preset and length: the shares of its time, and what takes most of it."""
+    kinds = [*KINDS, REST]
+    rows = [[name, *(f"{of[kind]:.0%}" for kind in kinds), max(kinds, key=of.__getitem__)] for name, of in shares.items()]
+    return table(["share of a step's time", *kinds, "most"], rows)
 
 
 def variant_of(made: Preset, T: int, arguments: Arguments) -> Variant:
@@ -116,28 +208,31 @@ def fastest_attention() -> str:
 
 
 def writing_table(chosen: dict[str, Preset], arguments: Arguments) -> list[str]:
-    lines = show(table(["tokens/s of writing", *chosen], []))
-    for place in arguments.places:
-        speeds = [in_new_process(writing_speed, made, place, arguments.vocab_size) for made in chosen.values()]
-        lines += show(table(["", *chosen], [[f"behind {place:,} tokens", *(f"{speed:,.0f}" for speed in speeds)]])[2:])
-    return lines
+    speeds = [in_new_process(writing_speeds, made, arguments.places, arguments.vocab_size, torch.get_num_threads())
+              for made in chosen.values()]  # fmt: skip
+    rows = [[f"behind {place:,} tokens", *(f"{speed:,.0f}" for speed in row)]
+            for place, row in zip(arguments.places, zip(*speeds, strict=True), strict=True)]  # fmt: skip
+    return show(table(["tokens/s of writing", *chosen], rows))
 
 
 @torch.no_grad()
-def writing_speed(made: Preset, place: int, vocab_size: int) -> float:
-    """Tokens per second, one after the other, behind so many. For a process of its own."""
+def writing_speeds(made: Preset, places: tuple[int, ...], vocab_size: int, threads: int) -> list[float]:
+    """Tokens per second, one after the other, behind so many each time. For a process of its own."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = build_model(replace(made.model, max_seq_len=place + WRITTEN), vocab_size).eval()
-    tokens = torch.randint(vocab_size, (1, place + WRITTEN))
-    cache = Cache()
-    for read in tokens[:, :place].split(READ_AT_ONCE, dim=1):
-        model(read, cache=cache)
-    times = []
-    for token in tokens[:, place:].split(1, dim=1):
-        began = time.perf_counter()
-        model(token, cache=cache)
-        times.append(time.perf_counter() - began)
-    return 1 / float(np.median(times))
+    model = build_model(replace(made.model, max_seq_len=places[-1] + WRITTEN), vocab_size).eval()
+    cache, length, speeds = Cache(), 0, []
+    for place in places:
+        for size in [READ_AT_ONCE] * ((place - length) // READ_AT_ONCE) + [(place - length) % READ_AT_ONCE]:
+            model(torch.randint(vocab_size, (1, size)), cache=cache)
+        times = []
+        for token in torch.randint(vocab_size, (WRITTEN, 1, 1)):
+            began = time.perf_counter()
+            model(token, cache=cache)
+            times.append(time.perf_counter() - began)
+        speeds.append(1 / float(np.median(times)))
+        length = place + WRITTEN
+    return speeds
 
 
 if __name__ == "__main__":

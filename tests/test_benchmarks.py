@@ -89,14 +89,129 @@ def test_a_change_is_written_as_in_python_and_a_wrong_one_named(scripts):
             ablations.changed(preset, [change])
 
 
+def here(function, *arguments):
+    """What in_new_process does, in this process."""
+    return function(*arguments)
+
+
 def test_preset_speed_tells_training_and_writing(scripts, monkeypatch, capsys):
     import preset_speed
 
     small = {name: Preset(replace(preset(name).model, dim=32, num_layers=1)) for name in ("1m", "mamba2_like")}
-    arguments = preset_speed.Arguments(lengths=(32,), tokens=64, places=(5,), vocab_size=50, rounds=2, seconds=0.01)
-    monkeypatch.setattr(preset_speed, "in_new_process", lambda function, *arguments: function(*arguments))
-    preset_speed.training_table(small, arguments)
+    sizes = {"lengths": (32,), "tokens": 64, "places": (5, 60), "vocab_size": 50}
+    arguments = preset_speed.Arguments(**sizes, rounds=2, seconds=0.01, threads=1)
+    monkeypatch.setattr(preset_speed, "in_new_process", here)
+    preset_speed.check(arguments)
+    _, shares = preset_speed.training_table(small, arguments)
+    print("\n".join(preset_speed.limits_table(shares)))
     preset_speed.writing_table(small, arguments)
     table = rows(capsys.readouterr().out)
-    assert float(table["T 32"][0].split()[0].replace(",", "")) > 0 and float(table["T 32"][1].split()[0]) > 0
-    assert all(float(speed.replace(",", "")) > 0 for speed in table["behind 5 tokens"])
+    assert table["T 32"][0].startswith("1.00 (1.00–1.00); ") and float(table["T 32"][1].split()[0]) > 0
+    assert all(float(speed.replace(",", "")) > 0 for place in (5, 60) for speed in table[f"behind {place} tokens"])
+    kinds = [float(share.strip("%")) for share in table["mamba2_like, T 32"][:-1]]
+    assert sum(kinds) == pytest.approx(100, abs=4) and table["1m, T 32"][-1] in (*preset_speed.KINDS, preset_speed.REST)
+    for wrong in ({"lengths": (32, 16)}, {"lengths": (128,)}, {"places": (60, 70)}, {"threads": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            preset_speed.check(replace(arguments, **wrong))
+
+
+def test_preset_speed_tells_a_product_from_a_scan_and_a_view(scripts):
+    import torch
+    from preset_speed import REST, kind_of
+
+    from modules.scan import scan
+
+    x = torch.rand(2, 300, 64, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        scan(x, x).exp().matmul(torch.rand(64, 64)).transpose(0, 1).sum().backward()
+    kinds = {}
+    for event in profile.events():
+        kinds.setdefault(event.name, set()).add(kind_of(event))
+    assert kinds["aten::addcmul"] == {"scan"} and kinds["aten::exp"] == {REST}
+    assert kinds["aten::transpose"] <= {"calls", "scan"} and kinds["aten::mm"] == {"matrix products"}
+
+
+def test_growth_is_of_the_time_of_a_row_and_the_memory_of_one_alone(scripts):
+    import preset_speed
+
+    lengths, paces = (256, 2048, 4096, 8192), {"linear": [9] * 4, "quadratic": [8, 4, 2, 1]}
+    memories = {"linear": [90, 100, 200, 400], "quadratic": [90, 100, 400, 1600]}
+    found = rows("\n".join(preset_speed.growth_rows(lengths, paces, memories)))
+    assert found == {"growth of time": ["1.00", "2.00"], "growth of memory": ["1.00", "2.00"]}
+
+
+def test_worth_trains_what_is_missing_and_tells_it_again(scripts, corpus, tmp_path, monkeypatch, capsys):
+    import worth
+
+    from report import write_report
+    from train import train
+
+    def train_here(todo, at_once):
+        assert at_once == 2
+        for run in todo:
+            trained.append(run.name)
+            for _ in train(run.model, run.train, run.name, group=run.group):
+                pass
+            write_report(run.name)
+        return {}, False
+
+    trained, way = [], {"dtype": "float32", "attention": "sdpa", "micro_batch_size": 2, "threads": 1, "compile": False}
+    monkeypatch.setenv("BASEGPT_RUNS", "set again by main, and then taken back")
+    monkeypatch.setattr(worth.seeds, "run_side_by_side", train_here)
+    monkeypatch.setattr(worth, "HERE", tmp_path)
+    monkeypatch.setattr(worth, "measure", lambda presets, settings, arguments: {
+        name: worth.Speed(settings[name], way, [1000.0, 960.0 * number, 9000.0], "a machine")
+        for number, name in enumerate(presets, 2)})  # fmt: skip
+    settings = ["train.warmup_steps=1", "train.eval_stories=200", "train.batch_size=2", "train.tokenizer=bpe_tokenizer_95",
+                "model.max_seq_len=48"]  # fmt: skip
+    words = worth.Arguments(
+        runs=tmp_path / "runs", presets=("1m", "mamba_like"), minutes=0.01, seeds=2, data=corpus, set=(*TINY, *settings),
+        side_by_side=2, position_stories=20, save="worth",
+    )  # fmt: skip
+    worth.main(words)
+    printed = capsys.readouterr().out
+    told = rows(printed.partition("Nats per token")[0])
+    assert [told["1m"][2], told["mamba_like"][2]] == ["1,920", "2,880"]  # tokens/s
+    assert [told["1m"][3], told["mamba_like"][3]] == ["12", "18"]  # steps: 60 * 0.01 s at that speed, 96 tokens each
+    assert "±" in told["1m"][5] and "±" in told["mamba_like"][6]
+    assert trained == ["1m-seed0", "mamba_like-seed0", "1m-seed1", "mamba_like-seed1"]
+    assert "Nats per token" in (tmp_path / "worth.md").read_text()
+    assert (tmp_path / "worth.png").stat().st_size > 0
+
+    worth.main(words)
+    assert rows(capsys.readouterr().out) == rows(printed) and len(trained) == 4
+    with pytest.raises(ValueError, match="other settings"):
+        worth.main(replace(words, set=(*words.set, "model.mlp_dim=32")))
+
+
+def test_worth_trains_for_the_steps_that_the_minutes_would_have_taken(scripts):
+    import worth
+
+    speed = worth.Speed({}, {"dtype": "float32", "attention": "sdpa", "micro_batch_size": 2, "threads": 1, "compile": False},
+                        [10.0, 4096.0, 9999.0], "a machine")  # fmt: skip
+    trained = worth.for_steps(preset("1m"), speed, 10.0)
+    assert trained.train.max_steps == 60 * 10 * 4096 / (4 * 512) and trained.train.max_minutes is None
+    assert (trained.model.attention, trained.train.micro_batch_size, trained.train.dtype) == ("sdpa", 2, "float32")
+
+
+def test_what_worth_cannot_do_is_one_line(scripts, monkeypatch, tmp_path):
+    import worth
+
+    for wrong in ({"seeds": 0}, {"presets": ("1m",)}, {"presets": ("1m", "1m")}, {"budget": "clock", "measure_only": True}):
+        with pytest.raises(ValueError, match=list(wrong)[-1]):
+            worth.check_early(worth.Arguments(runs=tmp_path, **wrong))
+    monkeypatch.delenv("BASEGPT_RUNS")
+    with pytest.raises(ValueError, match="--runs"):
+        worth.check_early(worth.Arguments())
+
+
+def test_worth_tells_positions_with_their_differences(scripts):
+    import numpy as np
+    import worth
+
+    losses = {"base": np.array([[3.0, 2.0], [3.2, 2.2]]), "idea": np.array([[3.1, 1.9], [3.3, 2.1]])}
+    found = worth.ByPosition(["1 to 1", "2 to 3"], np.array([10, 20]), losses, {"base": [0, 1], "idea": [0, 1]})
+    assert found.to_first("idea").mean == pytest.approx([0.1, -0.1])
+    table = rows("\n".join(worth.position_table(found)))
+    assert table["base"] == ["3.100", "2.100"] and table["tokens scored"] == ["10", "20"]
+    assert table["idea"][0].startswith("3.200 (+0.100") and table["idea"][1].startswith("2.000 (-0.100")
