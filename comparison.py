@@ -156,7 +156,8 @@ def at_budget(candidates: list[Candidate], at: str, notes: list[str]) -> tuple[l
     if max(spent) <= (1 + SAME_BUDGET) * budget:
         notes.append(f"all runs have spent {budget:,.4g} {at}, within {SAME_BUDGET:.0%}: their best weights are compared")
         return candidates, True
-    notes.append(f"compared at {budget:,.4g} {at}, by the curves of the log: no losses by story are kept there")
+    notes.append(f"compared at {budget:,.4g} {at}, by the curves of the log: no losses by story are kept there. Runs that went "
+                 "on are read before their learning rate fell, which favours those that end there")  # fmt: skip
     read = [replace(candidate, values=np.array([read_off(member, at, budget) for member in candidate.members]))
             for candidate in candidates]  # fmt: skip
     scored_on = {min(member.config.eval_stories, len(member.losses)) for member in members}

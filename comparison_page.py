@@ -60,19 +60,20 @@ def write_page(comparison: Comparison, path: str | Path, **options):
 
 def as_page(
     comparison: Comparison, *, prompts: tuple[str, ...] = PROMPTS, seed: int = 0, num_stories: int = NUM_STORIES,
-    data_if_missing: str | None = None, command: str | None = None,
+    data_if_missing: str | None = None, measured: list | None = None, command: str | None = None,
 ) -> str:  # fmt: skip
     """The page as text. All models tell the prompts on, with the same seed; where their loss is, is measured on num_stories.
 
-    Where the data of the runs are not here, and data_if_missing is None, the page says that it was not measured. `command` is
-    what was typed to get the page. Raises ValueError where all runs diverged.
+    Where the data of the runs are not here, and data_if_missing is None, the page says that it was not measured. `measured` is
+    what `where_the_loss_is` gave before, and `command` what was typed to get the page. Raises ValueError where all runs diverged.
     """
     if not comparison.groups:
         raise ValueError("all runs diverged: there is nothing to report")
     groups = comparison.groups
     scored = groups[0].members[0]
     notes = [*comparison.notes, *seeds_noted(groups)]
-    loss_tables = where_the_loss_is(groups, num_stories, data_if_missing, notes)
+    if measured is None:
+        measured = where_the_loss_is(groups, num_stories, data_if_missing, notes)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     first, *others = groups
@@ -86,7 +87,7 @@ def as_page(
         differences=table_of(comparison.differences.rename(columns={"p (Holm)": "p, corrected"})),
         intervals=plot_of_differences(comparison),
         curves=[(label, plot_by(groups, by)) for by, label in AXES.items()],
-        loss_tables=[(heading, explanation, table_of(frame)) for heading, explanation, frame in loss_tables],
+        loss_tables=[(heading, explanation, table_of(frame)) for heading, explanation, frame in measured],
         num_stories=num_stories,
         stories=stories_of(groups, prompts, seed),
         seed=seed,
@@ -159,9 +160,12 @@ def where_the_loss_is(
         notes.append("losses by position are in nats per token, which do not compare between tokenizers")
     positions = pd.DataFrame(by_position)
     positions = positions.loc[sorted(positions.index, key=lambda octave: int(octave.split()[0]))]
+    classes = pd.DataFrame(by_class).fillna(0.0)  # what a set of stories has no words of adds nothing
+    classes = classes.sort_values(classes.columns[0], ascending=False)
+    classes.loc["all"] = classes.sum()
     return [
         ("By position", "Nats per token, by the place of the token in its story.", positions),
-        ("By kind of word", f"What each kind adds to the {BITS} of these stories.", pd.DataFrame(by_class)),
+        ("By kind of word", f"What each kind adds to the {BITS} of these stories.", classes),
         ("Calibration and repetition", "The calibration error is 0 where of all tokens that are held 70% likely 70% come true. "
          f"Repetition and distinct words are those of {NUM_SAMPLES} stories of each seed, from the first word on: groups of 4 "
          "words that were in the same story before, and different groups of 1, 2 and 3 words, as a share of all.",
@@ -175,11 +179,11 @@ def measures_of(member: Member, stories: list[str]) -> tuple[pd.Series, pd.Serie
     scores = token_scores(model, tokenizer, stories)
     classes = loss_by_word_class(scores, tokenizer, stories)
     num_bytes = sum(len(story.encode(errors="replace")) for story in stories)
-    bits = (classes["loss"] * classes["tokens"] / num_bytes / math.log(2)).sort_values(ascending=False)
+    bits = classes["loss"] * classes["tokens"] / num_bytes / math.log(2)
     told = generate(model, tokenizer, [""] * NUM_SAMPLES)
     manner = {"calibration error": calibration(scores)[0], "4 words repeated": repetition(told)}
     manner |= {f"distinct-{n}": distinct(told, n) for n in (1, 2, 3)}
-    return loss_by_position(scores)["loss"], pd.concat([bits, pd.Series({"all": bits.sum()})]), pd.Series(manner)
+    return loss_by_position(scores)["loss"], bits, pd.Series(manner)
 
 
 def stories_of(groups: list[Candidate], prompts: tuple[str, ...], seed: int) -> list[tuple[str, list[str]]]:
@@ -244,8 +248,8 @@ def plot_of_differences(comparison: Comparison) -> Markup:
         for place, (name, row) in zip(places, rows.iterrows(), strict=True):
             margin = (row["to"] - row["95% from"]) / 2
             axes.errorbar(row["difference"], place, xerr=margin if np.isfinite(margin) else None, fmt="o", color="C0", capsize=3)
-            axes.annotate(name, (0, place), (4, 6), xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8)
-        axes.vlines(np.zeros(len(rows)), places - 0.25, places + 0.2, color="grey", linewidth=1)
+            axes.annotate(name, (0, place), (4, 9), xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8)
+        axes.vlines(np.zeros(len(rows)), places - 0.25, places + 0.12, color="grey", linewidth=1)
         axes.set(yticks=[], ylim=(-0.5, len(rows) - 0.2), xlabel=f"difference in {BITS}: left of 0 is better")
         axes.spines[["left", "right", "top"]].set_visible(False)
         return inline(figure, "differences", "differences with their intervals")

@@ -122,11 +122,11 @@ def visible_range(curves: list[Curve], floor: float | None) -> tuple[float, floa
 
 
 def plot_all_curves(*names: str):
-    """A matplotlib figure with the curves by steps, tokens, FLOPs and seconds, one above the other."""
+    """A matplotlib figure with the curves by steps, tokens, FLOPs and seconds."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(4, 1, figsize=(8, 14), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), dpi=75, layout="constrained")
     plt.close(figure)  # or a notebook would show it a second time
-    for by, ax in zip(("step", "tokens", "flops", "seconds"), axes, strict=True):
+    for by, ax in zip(("step", "tokens", "flops", "seconds"), axes.flat, strict=True):
         plot_curves(*names, by=by, axes=ax)
     return figure
