@@ -43,7 +43,7 @@ def plot_grades(*names: str):
     on. On the right for each run what broke first, by steps. Raises ValueError for a run without grades.
     """
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
     logs = {name: graded_log(name) for name in names}
     figure, (left, *others) = plt.subplots(1, 1 + len(logs), figsize=(4.5 * (1 + len(logs)), 4), layout="constrained")
@@ -58,8 +58,12 @@ def plot_grades(*names: str):
         left.plot(log["excess"], log["sentences_right"], color=f"C{number}", linestyle="--", linewidth=0.8)
     if all((log["excess"] > 0).all() for log in logs.values()):
         left.set_xscale("log")
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.xaxis.set_minor_locator(NullLocator())
+        left.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     left.invert_xaxis()
-    left.set(xlabel="loss over the entropy of the world (nats per token)", ylim=(0, 1))
+    left.set(xlabel="loss over the entropy of the world (nats per token)")
+    left.set_ylim(bottom=0)
     left.set(ylabel="stories that are right (dashed: their sentences)")
     left.grid(alpha=0.3)
     left.legend()
