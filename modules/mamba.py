@@ -21,15 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from modules.chunks import check_sizes
 from modules.convolution import ShortConv
-from modules.scan import check_rows, recurrence, scan
+from modules.scan import check_rows, recurrence
 from tools import LoggingModule
 
 FIRST_STEPS = (0.001, 0.1)  # the step sizes that a model begins with, evenly in their logarithms (section 3.6)
+ROWS = 4  # of a batch that are in a piece of in_pieces
 KEPT_EVERY = 16  # tokens, of which the kernel keeps one state for the way back
 BLOCK = 64  # channels that it takes at a time: WIDTH of kernels_scan.cpp
 
@@ -42,7 +42,7 @@ class Mamba(LoggingModule):
     conv_width is how many tokens the convolution sees. Sequences are read in pieces of `chunk` tokens, so that the states of one
     piece alone are in memory at a time; the result does not depend on it. A window is nothing to a recurrence: it reaches
     back to the beginning of the story. Its states are N times as many numbers as the tokens have, and every one of them
-    goes through memory several times: per FLOP it takes 7 times as long as Attn, unless our kernel can be had.
+    is read and written several times: a model of it trains 3 times as slowly as one of Attn, unless our kernel can be had.
     """
 
     examples = ("Mamba", "Norm->Mamba(state_dim=3, expand=3, conv_width=1, step_rank=1, chunk=13, linear_bias=True)->+")
@@ -54,7 +54,7 @@ class Mamba(LoggingModule):
         expand: int = 2,
         conv_width: int = 4,
         step_rank: int | None = None,
-        chunk: int = 32,
+        chunk: int = 16,
         linear_bias: bool = False,
     ):
         super().__init__()
@@ -121,29 +121,116 @@ def step_by_step(u, step, rates, write, read, state=None):
 
 
 def in_pieces(u, step, rates, write, read, begins, state, chunk):
-    """The same, many tokens side by side. The states of a piece of time are not kept, but computed again for the gradients.
+    """The same, a few rows and tokens at a time: all that is done with their states is done while these are in the cache.
 
     begins (B, T) is True where a story begins anew; None is nowhere. Else as step_by_step.
     """
-    outputs = []
-    parts = (x.split(chunk, dim=1) for x in (u, step, write, read))
-    begins_of = [None] * math.ceil(u.shape[1] / chunk) if begins is None else begins.split(chunk, dim=1)
-    for *tokens, new in zip(*parts, begins_of, strict=True):
-        if torch.is_grad_enabled():
-            y, state = checkpoint(piece, *tokens, rates, new, state, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, state = piece(*tokens, rates, new, state)
-        outputs.append(y)
-    return torch.cat(outputs, dim=1), state
+    if state is None:
+        state = u.new_zeros(u.shape[0], rates.shape[1], u.shape[2])
+    return InPieces.apply(u, step, rates, write, read, begins, state, chunk)
 
 
-def piece(u, step, write, read, rates, begins, state):
-    """An associative scan over pairs of decay and update (section 3.3.2); a decay of 0 begins anew."""
-    decay, update = discretise(u, step, rates, write)
+class InPieces(torch.autograd.Function):
+    """The states in front of each piece are kept, those inside computed again for the gradients (section 3.3.2)."""
+
+    @staticmethod
+    def forward(ctx, u, step, rates, write, read, begins, state, chunk):
+        y, last, kept = torch.ops.basegpt.scan_in_pieces(u, step, rates, write, read, begins, state, chunk)
+        ctx.save_for_backward(u, step, rates, write, read, begins, kept)
+        ctx.chunk = chunk
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y, d_last):
+        *others, d_state = torch.ops.basegpt.scan_in_pieces_backward(*ctx.saved_tensors, d_y, d_last, ctx.chunk)
+        return *others, None, d_state if ctx.needs_input_grad[6] else None, None
+
+
+def pieces_forward(u, step, rates, write, read, begins, state, chunk):
+    B, T, W = u.shape
+    y, last, kept = empty_pieces(u, step, rates, write, read, begins, state, chunk)
+    rates = rates.T.contiguous()
+    for rows in spans(B, ROWS):
+        tokens = time_first(step[rows], step[rows] * u[rows], write[rows], begins[rows] if begins is not None else None)
+        state_now, reading = state[rows], read[rows].transpose(0, 1)
+        for number, times in enumerate(spans(T, chunk)):
+            kept[number, rows] = state_now
+            _, states = unroll(*(part if part is None else part[times] for part in tokens), rates, state_now)
+            y[rows, times] = read_out(states[1:], reading[times]).transpose(0, 1)
+            state_now = states[-1]
+        last[rows] = state_now
+    return y, last, kept
+
+
+def pieces_backward(u, step, rates, write, read, begins, kept, d_y, d_last, chunk):
+    (B, T, W), N = u.shape, rates.shape[1]
+    d_u, d_step, d_write, d_read, d_state = (torch.empty_like(x) for x in (u, step, write, read, d_last))
+    rates = rates.T.contiguous()  # (N, W)
+    d_rates = rates.new_zeros(N, W)
+    for rows in spans(B, ROWS):
+        flow = d_last[rows].clone()  # the gradient of the state behind a piece
+        tokens = time_first(step[rows], step[rows] * u[rows], write[rows], begins[rows] if begins is not None else None)
+        read_d_y = time_first(read[rows], d_y[rows])
+        for number, times in reversed(list(enumerate(spans(T, chunk)))):
+            steps, inputs, writing, new = (part if part is None else part[times] for part in tokens)
+            reading, d_out = (part[times] for part in read_d_y)
+            C, R, _ = steps.shape
+            decay, states = unroll(steps, inputs, writing, new, rates, kept[number, rows])
+            d_read[rows, times] = (states[1:] @ d_out[..., None]).squeeze(-1).transpose(0, 1)
+            d_states = reading[..., None] * d_out[:, :, None]  # (C, R, N, W)
+            gradients, decays = d_states.unbind(), decay.unbind()
+            gradients[-1].add_(flow)
+            for t in reversed(range(len(gradients) - 1)):
+                gradients[t].addcmul_(decays[t + 1], gradients[t + 1])
+            flow = decays[0] * gradients[0]
+            d_write[rows, times] = (d_states @ inputs[..., None]).squeeze(-1).transpose(0, 1)
+            d_inputs = read_out(d_states, writing)  # (C, R, W)
+            d_exponent = decay.mul_(states[:-1]).mul_(d_states)  # of exp(step x rates)
+            d_u[rows, times] = (d_inputs * steps).transpose(0, 1)
+            by_rates = torch.mul(d_exponent, rates, out=d_states).sum(dim=2)
+            d_step[rows, times] = by_rates.transpose(0, 1).addcmul_(d_inputs.transpose(0, 1), u[rows, times])
+            d_rates += d_exponent.mul_(steps[:, :, None]).sum(dim=(0, 1))
+        d_state[rows] = flow
+    return d_u, d_step, d_rates.T.contiguous(), d_write, d_read, d_state
+
+
+def unroll(step, inputs, write, begins, rates, state):
+    """Decays (C, B, N, W) and states (C + 1, B, N, W) of C tokens, the state in front of them first.
+
+    step and inputs = step u (C, B, W), write (C, B, N), begins (C, B) or None, rates (N, W), state (B, N, W)
+    """
+    C, B, W = step.shape
+    N = len(rates)
+    decay = (step[:, :, None] * rates).exp_()  # (C, B, N, W)
     if begins is not None:
-        decay = decay.masked_fill(begins[..., None, None], 0.0)
-    states = scan(decay, update, state)
-    return read_out(states, read), states[:, -1]
+        decay[begins] = 0.0
+    states = decay.new_empty(C + 1, B, N, W)
+    states[0] = state
+    torch.mul(inputs[:, :, None], write[..., None], out=states[1:])
+    before, *others = states.unbind()
+    for after, left in zip(others, decay.unbind(), strict=True):
+        before = after.addcmul_(left, before)
+    return decay, states
+
+
+def spans(length: int, size: int) -> list[slice]:
+    """One behind the other, as long as the size but for the last."""
+    return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
+
+
+def time_first(*tensors: Tensor | None) -> list[Tensor | None]:
+    """(B, T, ...) → (T, B, ...)"""
+    return [x if x is None else x.transpose(0, 1).contiguous() for x in tensors]
+
+
+def empty_pieces(u, step, rates, write, read, begins, state, chunk):
+    """y (B, T, W), the last state, and those in front of each piece (pieces, B, N, W)."""
+    return torch.empty_like(u), torch.empty_like(state), u.new_empty(math.ceil(u.shape[1] / chunk), *state.shape)
+
+
+def empty_pieces_gradients(u, step, rates, write, read, begins, kept, d_y, d_last, chunk):
+    return [torch.empty_like(x) for x in (u, step, rates, write, read, d_last)]
 
 
 def discretise(u: Tensor, step: Tensor, rates: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,11 +329,19 @@ def first_step_biases(count: int) -> Tensor:
 
 
 INPUTS = "Tensor u, Tensor step, Tensor rates, Tensor write, Tensor read, Tensor? first"
+PIECES = INPUTS.replace("first", "begins")
 LIBRARY = torch.library.Library("basegpt", "FRAGMENT")  # so that torch.compile takes a scan as one operation
 LIBRARY.define(f"selective_scan({INPUTS}) -> (Tensor, Tensor)")
 LIBRARY.define(f"selective_scan_backward({INPUTS}, Tensor states, Tensor d_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(f"scan_in_pieces({PIECES}, Tensor state, int chunk) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(f"scan_in_pieces_backward({PIECES}, Tensor kept, Tensor d_y, Tensor d_last, int chunk) -> "
+               "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+LIBRARY.impl("scan_in_pieces", pieces_forward, "CompositeExplicitAutograd")
+LIBRARY.impl("scan_in_pieces_backward", pieces_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("selective_scan", run_forward, "CPU")
 LIBRARY.impl("selective_scan_backward", run_backward, "CPU")
+torch.library.register_fake("basegpt::scan_in_pieces", empty_pieces, lib=LIBRARY)
+torch.library.register_fake("basegpt::scan_in_pieces_backward", empty_pieces_gradients, lib=LIBRARY)
 torch.library.register_fake("basegpt::selective_scan", empty_outputs, lib=LIBRARY)
 torch.library.register_fake("basegpt::selective_scan_backward", empty_gradients, lib=LIBRARY)
 

@@ -193,6 +193,25 @@ def test_operators_keep_their_promises():
         )
 
 
+def test_operators_of_pieces_keep_theirs():
+    inputs, state = selective_inputs(20, B=mamba.ROWS + 1), torch.randn(mamba.ROWS + 1, 5, 70)
+    for begins in (None, mamba.story_begins(some_stories(mamba.ROWS + 1, 20))):
+        y, last, kept = torch.ops.basegpt.scan_in_pieces(*inputs, begins, state, C)
+        given = *inputs, begins, kept, torch.randn_like(y), torch.randn_like(last), C
+        torch.library.opcheck(torch.ops.basegpt.scan_in_pieces.default, (*inputs, begins, state, C), test_utils=CHECKS)
+        torch.library.opcheck(torch.ops.basegpt.scan_in_pieces_backward.default, given, test_utils=CHECKS)
+
+
+def test_rows_that_do_not_fit_into_a_piece_are_as_alone():
+    inputs, count = selective_inputs(C + 3, B=mamba.ROWS + 1), mamba.ROWS + 1
+    begins = mamba.story_begins(some_stories(count, C + 3))
+    u, step, rates, write, read = inputs
+    expected = [mamba.in_pieces(*(x[row : row + 1] for x in (u, step)), rates, *(x[row : row + 1] for x in (write, read)),
+                                begins[row : row + 1], None, C) for row in range(count)]  # fmt: skip
+    for ours, alone in zip(mamba.in_pieces(*inputs, begins, None, C), zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.cat(alone))
+
+
 @pytest.mark.parametrize("name, backend", [("Mamba", "plain"), ("Mamba", "kernel"), ("Mamba2", "plain")])
 def test_compiled_without_a_graph_break(name, backend):
     block, x = build(name), torch.randn(2, 40, D)
