@@ -248,6 +248,7 @@ class TestCheckpoints:
             next(train(MODEL, make_config(), "half", resume=True))
 
 
+RECURRENT = ("Norm->Mamba->+", "Norm->Mamba2->+", "Norm->RGLRU->+", "Norm->GatedDeltaNet->+", "Megalodon(chunk=16)->+")
 VARIANTS = {
     "plain": (MODEL, {}),
     "dropout": (replace(MODEL, dropout=0.2), {}),
@@ -257,6 +258,7 @@ VARIANTS = {
     "kernel": (replace(MODEL, attention="kernel"), {}),
     "growing_and_averaged": (MODEL, {"batch_size_start": 1, "window_start": 16, "weight_averaging": 0.9}),
     "less_memory": (replace(MODEL, dropout=0.2), {"gradient_checkpointing": True, "loss_chunk": None}),
+    "recurrent": (replace(MODEL, num_layers=5, layers=RECURRENT), {}),
     "restarts": (replace(MODEL, tied_embeddings=False), {"schedule": "cosine", "num_restarts": 2, "mask_stories": True}),
 }
 
