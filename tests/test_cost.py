@@ -15,6 +15,7 @@ from contract import CONFIG, layers_to_try
 from cost import as_torch_does_it, block_costs, comparison, config_of, cost_of, main, model_cost, steps_with_signs, written
 from menu import block_menu, build_model
 from model import GPT, SoftmaxAttention
+from modules import mamba
 from presets import PRESETS
 from runs import Run, load_model
 from train import train
@@ -183,6 +184,11 @@ def measure(layer: str, name: str):
 
 @pytest.mark.parametrize("name", WITH_METHOD)
 class TestBlocksThatCountForThemselves:
+    @pytest.fixture(autouse=True)
+    def counted_inside(self, monkeypatch):
+        """Mamba's pieces are a single operation for torch, so here it goes step by step."""
+        monkeypatch.setattr(mamba, "in_pieces", lambda *given: mamba.step_by_step(*given[:5], state=given[6]))
+
     def test_against_torch(self, name):
         """Attention counts what is seen, torch all that is multiplied: the difference is the scores that are hidden.
 
