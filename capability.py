@@ -4,11 +4,12 @@
     python evaluation.py probes "Norm->Attn->+" "Norm->Mamba->+" --quick    # layer strings
     python evaluation.py probes 1m griffin_like --tasks "hop chains" --seeds 3 --save probes.png
 
-All models are scaled to one small width, and trained from scratch by the same AdamW on fresh sequences, with one learning rate
-after the other, until one solves the task; the one with the lowest training loss at its end counts. --quick trains less;
---thorough, with wider models and 20 times the steps, takes hours. A score is the share of right answers on test sequences that
-are the same for all; chance is what the best answer gives that does not look at the sequence. What was scored is kept in the
-cache folder and not trained again.
+All models are scaled to one small width, and trained from scratch by the same Muon on fresh sequences until the task is solved.
+With several learning rates the model with the lowest training loss at its end counts. All tasks together take two to five
+minutes of one core for an architecture, most where it cannot solve them. --quick trains less; --thorough, with wider models, 20
+times the steps and three rates, takes hours. A score is the share of right answers on test sequences that are the same for all;
+chance is what the best answer gives that does not look at the sequence. What was scored is kept in the cache folder and not
+trained again.
 
 B sequences, T tokens of each, V vocabulary.
 """
@@ -36,6 +37,7 @@ from command_line import read_layers
 from config import Layers, ModelConfig, TrainConfig, did_you_mean
 from cost import config_of
 from data import default_cache_dir
+from evaluation import by_kernels
 from losses import IGNORE
 from menu import build_model
 from optim import build_optimizers, scheduled_learning_rate
@@ -48,15 +50,15 @@ class Effort:
     """How much is done for one probe."""
 
     steps: int = 1000  # at most, for each learning rate
-    batch_size: int = 64  # sequences a step, all new
+    batch_size: int = 32  # sequences a step, all new
     test_sequences: int = 512
-    lrs: tuple[float, ...] = (1e-3, 4e-3)  # the best is taken
+    lrs: tuple[float, ...] = (3e-3,)  # the best is taken
     dim: int = 64
     num_layers: int = 2  # or as many as the shortest tile of layers that is not shorter
 
 
-QUICK = Effort(steps=300, batch_size=32, test_sequences=256, lrs=(2e-3,))
-THOROUGH = Effort(steps=20_000, batch_size=128, test_sequences=1280, lrs=(5e-4, 1e-3, 4e-3), dim=128)
+QUICK = Effort(steps=400, test_sequences=256)
+THOROUGH = Effort(steps=20_000, batch_size=128, test_sequences=1280, lrs=(1e-3, 3e-3, 1e-2), dim=128)
 SOLVED = 0.03  # nats an answer, the mean of the last LAST steps: then a training ends before its time
 LAST = 25
 SMALLEST_HEAD = 16  # channels: scaled down with the width, heads become no smaller
@@ -74,6 +76,10 @@ class Score:
     parameters: int
     seconds: float  # of training and scoring, all seeds
     lrs: tuple[float, ...] = ()  # the learning rate that was best, for each seed
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}, {self.level}" if self.level else self.task
 
     @property
     def accuracy(self) -> float:
@@ -147,17 +153,29 @@ def build(config: ModelConfig, task: Task, effort: Effort) -> nn.Module:
     for block in model.modules():
         if not getattr(block, "causal", True):
             raise ValueError(f"{type(block).__name__} sees the future, where the answers stand: such a model cannot be probed")
+    start_like_torch(model)
     return Compressor(model, effort.dim, task.vocab_size, task.T) if task.compressed else model
 
 
+@torch.no_grad()
+def start_like_torch(model: nn.Module):
+    """Scale matrices up that begin smaller than torch's own, of standard deviation 1 / sqrt(3 * inputs); not the last ones.
+
+    GPT-2's 0.02 is for wide models. A narrow one that begins with it attends to all tokens alike, and stays so for long.
+    """
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear) and name.rpartition(".")[2] not in ("w_out", "head") and part.weight.any():
+            part.weight.mul_(max(1.0, (3 * part.in_features) ** -0.5 / part.weight.square().mean().sqrt().item()))
+
+
 def train(model: nn.Module, task: Task, seed: int, effort: Effort, lr: float) -> float:
-    """Teach the model the task, by AdamW with warm-up and a cosine schedule: its loss in the end, infinite where it diverged.
+    """Teach the model the task, by Muon with warm-up and a cosine schedule: its loss in the end, infinite where it diverged.
 
     The loss is the mean of the last LAST steps, of sequences that were new to the model.
     """
     config = TrainConfig(
-        max_steps=effort.steps, lr_max=lr, warmup_steps=effort.steps // 10, schedule="cosine", weight_decay=0.0
-    )
+        max_steps=effort.steps, lr_max=lr, warmup_steps=effort.steps // 10, schedule="cosine", weight_decay=0.0, optimizer="Muon",
+    )  # fmt: skip
     optimizers, rng = build_optimizers(model, config), task.training_rng(seed)
     losses = deque(maxlen=LAST)
     model.train()
@@ -189,7 +207,8 @@ def best_model(config: ModelConfig, task: Task, seed: int, effort: Effort) -> tu
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build(config, task, effort)
-            loss = train(model, task, seed, effort, lr)
+            with by_kernels(model, num_stories=effort.steps):  # a step is worth compiling for as much as a story is
+                loss = train(model, task, seed, effort, lr)
         if best is None or loss < best[2]:
             best = model, lr, loss
         if loss < SOLVED:
@@ -268,10 +287,6 @@ def probes(
     return (probe(name, config, task, seeds, effort) for task in tasks for name, config in configs.items())
 
 
-def level_name(score: Score) -> str:
-    return f"{score.task}, {score.level}" if score.level else score.task
-
-
 def table(scores: list[Score]):
     """A pandas DataFrame with a row for each task and level, and a column for each architecture: accuracy and 95% interval."""
     import pandas as pd
@@ -280,7 +295,7 @@ def table(scores: list[Score]):
     for score in scores:
         task = TASKS[score.task]
         known = {"chance": round(task.chance, 4), "data seed": task.seed, "sequences": score.shares.shape[1]}
-        rows.setdefault(level_name(score), known)[score.architecture] = str(score)
+        rows.setdefault(score.name, known)[score.architecture] = str(score)
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -338,14 +353,14 @@ def run(words: list[str]):
     """As main. Raises ValueError, OSError or ImportError with one line for what cannot be."""
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(description="What architectures can learn, on synthetic tasks, in minutes.")
+    parser = argparse.ArgumentParser(description="Synthetic tasks; all take 2 to 5 minutes of one core for each architecture.")
     parser.add_argument("specs", nargs="+", metavar="ARCHITECTURE", help="a preset, a run, or a layer string")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"some of: {', '.join(TASKS)}")
     parser.add_argument("--seeds", type=int, default=1, help="models of each architecture and task")
     parser.add_argument("--steps", type=int, help="of training, at most, for each learning rate")
     parser.add_argument("--lrs", type=float, nargs="+", help="learning rates: the best is taken")
     efforts = parser.add_mutually_exclusive_group()
-    efforts.add_argument("--quick", action="store_true", help="less training, one learning rate: a first look")
+    efforts.add_argument("--quick", action="store_true", help="less training: a first look")
     efforts.add_argument("--thorough", action="store_true", help="larger models, three learning rates, 20 times the steps: hours")
     parser.add_argument("--plugins", nargs="+", default=[], help="modules whose BLOCKS the layer strings name")
     parser.add_argument("--save", type=Path, metavar="FILE.png", help="the radar picture there, and the table as .csv beside it")
@@ -364,7 +379,7 @@ def run(words: list[str]):
     scores = []
     for found in tqdm(coming, total=len(tasks) * len(arguments.specs), unit="probe"):
         scores += found
-        told = ", ".join(f"{level_name(score)} {score}" for score in found)
+        told = ", ".join(f"{score.name} {score}" for score in found)
         tqdm.write(f"{found[0].architecture}: {told}, lr {' '.join(f'{lr:g}' for lr in found[0].lrs)}, {found[0].seconds:.0f} s")
 
     print(table(scores).to_string())

@@ -122,7 +122,7 @@ class InContextRecall(Task):
     """Pairs that come again and again: tell the value of each key that was there before (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 2
-    num_pairs: int = 4  # different keys in a sequence
+    num_pairs: int = 8  # different keys in a sequence: all there are, so that which ones it has is no help to guess
     num_keys: int = 8  # tokens that keys are made of
     num_values: int = 8  # tokens that values are made of
     longest: int = 1  # tokens of a key, and of a value, at most
@@ -170,7 +170,7 @@ class NoisyRecall(InContextRecall):
     """In-context recall with tokens of noise in between, which mean nothing (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 3
-    noise: float = 0.2
+    noise: float = 0.1
     num_noise: int = 8
 
 
@@ -180,8 +180,8 @@ class FuzzyRecall(InContextRecall):
 
     seed: int = 4
     num_pairs: int = 3
-    num_keys: int = 5
-    num_values: int = 5
+    num_keys: int = 3
+    num_values: int = 3
     longest: int = 2
     length: int = 40
 
