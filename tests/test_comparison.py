@@ -271,6 +271,16 @@ class TestCompare:
         with pytest.raises(ValueError, match=r"group\.json of the run 'a' is damaged"):
             compare("tiny", "nobody")
 
+    def test_a_run_whose_tokenizer_is_missing_is_named(self, make_run):
+        """Kept losses need no tokenizer; to score anew does."""
+        make_run("a"), make_run("b", seed=1)
+        change("b", "train_config.json", tokenizer="mine.model")
+        compare("a", "b")
+        Run("b").path("story_losses.json").unlink()
+        with pytest.raises(SystemExit, match=r"^error: .*mine\.model.*$") as error:
+            evaluation.main(["compare", "a", "b"])
+        assert "\n" not in str(error.value)
+
     def test_in_the_terminal_and_without_torch(self, make_run, capsys):
         make_run("a"), make_run("b", -0.02, seed=1)
         evaluation.main(["compare", "a", "b"])
