@@ -84,7 +84,7 @@ def plot_curves(*names: str, by: str = "step", axes=None, members: dict[str, tup
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    axes = axes or plt.subplots(figsize=(8, 4), layout="constrained")[1]
+    axes = axes or plt.subplots(figsize=(8, 4), dpi=75, layout="constrained")[1]
     members = members or {name: converged(name) for name in names}
     curves = [curve(name, by, members[name]) for name in names]
     for number, drawn in enumerate(curves):
@@ -125,7 +125,7 @@ def plot_all_curves(*names: str):
     """A matplotlib figure with the curves by steps, tokens, FLOPs and seconds."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), dpi=75, layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), dpi=70, layout="constrained")
     plt.close(figure)  # or a notebook would show it a second time
     for by, ax in zip(("step", "tokens", "flops", "seconds"), axes.flat, strict=True):
         plot_curves(*names, by=by, axes=ax)

@@ -46,7 +46,7 @@ def plot_grades(*names: str):
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
     logs = {name: graded_log(name) for name in names}
-    figure, (left, *others) = plt.subplots(1, 1 + len(logs), figsize=(4.5 * (1 + len(logs)), 4), layout="constrained")
+    figure, (left, *others) = plt.subplots(1, 1 + len(logs), figsize=(4.5 * (1 + len(logs)), 4), dpi=75, layout="constrained")
     plt.close(figure)  # or a notebook would show it a second time
     for number, (name, log) in enumerate(logs.items()):
         num_samples = Run(name).train_config.grade_stories
