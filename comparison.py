@@ -114,9 +114,8 @@ def gather(name: str, notes: list[str], data_if_missing: str | None) -> Candidat
 
     members: dict[int, Member] = {}
     for run in map(Run, group_members(name)):
-        if (run.folder / "diverged.txt").exists():
-            problem = run.path("diverged.txt").read_text(encoding="utf-8").strip()
-            notes.append(f"{run.name} diverged and is left out: {problem}")
+        if run.diverged is not None:
+            notes.append(f"{run.name} diverged and is left out: {run.diverged}")
             continue
         losses, scored = losses_of(run.name, data_if_missing, tell)
         if not np.isfinite(losses["nats"]).all():

@@ -15,6 +15,7 @@ from differences import CONFIDENCE
 from report import AXES, check_axis, log_with_flops
 from runs import Run, group_members
 from world_floor import world_floor
+from world_report import draw_entropy
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def margin_of(values: np.ndarray) -> np.ndarray:
 
 def converged(name: str) -> tuple[str, ...]:
     """The seeds of a run or group, without those that diverged. Raises ValueError where all of them did."""
-    left = tuple(member for member in group_members(name) if not (Run(member).folder / "diverged.txt").exists())
+    left = tuple(member for member in group_members(name) if Run(member).diverged is None)
     if not left:
         raise ValueError(f"{name!r} diverged: there is no curve to compare. Train it with a lower --train.lr_max")
     return left
@@ -102,7 +103,7 @@ def plot_curves(*names: str, by: str = "step", axes=None, members: dict[str, tup
         axes.set_title("Different data: do not compare!")
     floor = common_floor(drawn_runs)
     if floor is not None:
-        axes.axhline(floor, color="grey", linestyle="--", linewidth=1, label=f"entropy of the world, {floor:.4f}")
+        draw_entropy(axes, floor)
         excess = axes.secondary_yaxis("right", functions=(lambda bits: bits - floor, lambda over: over + floor))
         excess.set_ylabel("excess over the entropy")
     axes.set_ylim(*visible_range(curves, floor))

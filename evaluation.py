@@ -44,7 +44,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from data import default_cache_dir
 from model import GPT, IGNORE
 from sources import say
 
@@ -189,7 +188,7 @@ def by_kernels(model: GPT, num_stories: int):
 def kernels_are_there(compiling: bool) -> bool:
     """Whether our kernels can be called: at once, or after compiling them. Why that failed is said."""
     machine_code = kernels.fingerprint()
-    if machine_code == "none" or not (compiling or (default_cache_dir() / f"kernels-{machine_code}.so").exists()):
+    if machine_code == "none" or not (compiling or kernels.library_path(machine_code).exists()):
         return False
     try:
         kernels.build()

@@ -296,10 +296,8 @@ KINDS = {"p": Pointer, "i": ctypes.c_int64, "f": ctypes.c_float}
 @cache
 def build() -> ctypes.CDLL:
     """Compiles the kernels unless the cache folder has it for this compiler and CPU, and loads it.  Raises BuildError."""
-    from data import default_cache_dir  # not on top: it takes a while to import, and most models do without the kernel
-
     recipe = choose_recipe()
-    path = default_cache_dir() / f"kernels-{digest(recipe)}.so"
+    path = library_path(digest(recipe))
     if not path.exists():
         compile_to(path, recipe)
     try:
@@ -315,6 +313,13 @@ def build() -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes, function.restype = [KINDS[kind] for kind in signature], None
     return library
+
+
+def library_path(fingerprint: str) -> Path:
+    """Where the machine code of that fingerprint is kept once it is compiled."""
+    from data import default_cache_dir  # not on top: it takes a while to import, and most models do without the kernel
+
+    return default_cache_dir() / f"kernels-{fingerprint}.so"
 
 
 def fingerprint() -> str:

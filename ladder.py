@@ -284,7 +284,7 @@ def train_all(planned: Plan) -> bool:
             failed, stopped = train_members(group, todo, train_quietly)
         if stopped:
             return False
-        if broken := {run: why for run, why in failed.items() if not (Run(run).folder / "diverged.txt").exists()}:
+        if broken := {run: why for run, why in failed.items() if Run(run).diverged is None}:
             raise ChildProcessError("; ".join(f"{run}: {why}" for run, why in broken.items()))
     return True
 

@@ -150,6 +150,12 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"group.json of the run {self.name!r} is damaged: write {{\"group\": \"NAME\"}}") from error
 
+    @property
+    def diverged(self) -> str | None:
+        """At which step the loss was no longer finite, in words; None where it was."""
+        file = self.folder / "diverged.txt"
+        return file.read_text(encoding="utf-8").strip() if file.exists() else None
+
     def log(self):
         """log_data.csv as a pandas DataFrame."""
         import pandas as pd

@@ -125,8 +125,7 @@ def gather(planned: Plan) -> tuple[pd.DataFrame, list[str]]:
         for run in map(Run, member_names(group)):
             if not is_over(run):
                 raise ValueError(f"the run {run.name!r} is not trained to its end: train the ladder first")
-            if (run.folder / "diverged.txt").exists():
-                problem = run.path("diverged.txt").read_text(encoding="utf-8").strip()
+            if (problem := run.diverged) is not None:
                 notes.append(f"{run.name} diverged and is left out: {problem}. Try a lower --train.lr_max, with another --name")
                 continue
             losses, scored = losses_of(run.name)

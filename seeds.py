@@ -62,7 +62,7 @@ def members(arguments: Arguments) -> list[Arguments]:
 
 def is_over(run: Run) -> bool:
     """Trained to its end, and reported; or diverged, which it would do again."""
-    return any((run.folder / file).exists() for file in ("story_losses.json", "diverged.txt"))
+    return (run.folder / "story_losses.json").exists() or run.diverged is not None
 
 
 def side_by_side(arguments: Arguments, count: int) -> bool:

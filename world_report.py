@@ -11,9 +11,14 @@ COLOURS = ("C2", "C3", "C1", "C0", "C4", "0.6", "0.85")
 
 
 def draw_floors(axes, floors: Iterable[Floor | None]):
-    """Draw the entropy of the world as a dashed line across curves in nats per token, once where runs have the same."""
+    """Draw the entropy of the world across curves in nats per token, once where runs have the same."""
     for nats in sorted({floor.nats_per_token for floor in floors if floor is not None}):
-        axes.axhline(nats, color="grey", linestyle="--", linewidth=1, label=f"entropy of the world, {nats:.4f}")
+        draw_entropy(axes, nats)
+
+
+def draw_entropy(axes, entropy: float):
+    """Draw the entropy of the world as a dashed line, in the unit of the axes."""
+    axes.axhline(entropy, color="grey", linestyle="--", linewidth=1, label=f"entropy of the world, {entropy:.4f}")
 
 
 def log_with_excess(name: str):
