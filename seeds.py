@@ -152,12 +152,16 @@ def presses_of_ctrl_c():
         signal.signal(signal.SIGINT, previous)
 
 
-def run_side_by_side(todo: list[Arguments]) -> tuple[dict[str, str], bool]:
-    """A process each, as many at a time as there are cores; as `run_in_turn`. Ctrl-C lets each finish its step and save."""
+def run_side_by_side(todo: list[Arguments], at_a_time: int | None = None) -> tuple[dict[str, str], bool]:
+    """A process each, as many at a time as there are cores by default; as `run_in_turn`.
+
+    Ctrl-C lets each finish its step and save.
+    """
+    at_a_time = at_a_time or probe.most_threads()
     waiting, running, failed, heard = list(enumerate(todo)), {}, {}, 0
     with presses_of_ctrl_c() as presses, tqdm(total=0, position=len(todo), bar_format="{desc}") as line:
         while (waiting and not presses) or running:
-            while waiting and not presses and len(running) < probe.most_threads():
+            while waiting and not presses and len(running) < at_a_time:
                 number, arguments = waiting.pop(0)
                 running[arguments.name] = Child(arguments, number)
             if (pressed := len(presses)) > heard:  # another may come meanwhile

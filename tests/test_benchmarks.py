@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -143,11 +144,12 @@ def test_growth_is_of_the_time_of_a_row_and_the_memory_of_one_alone(scripts):
 def test_worth_trains_what_is_missing_and_tells_it_again(scripts, corpus, tmp_path, monkeypatch, capsys):
     import worth
 
+    import seeds
     from report import write_report
     from train import train
 
-    def train_here(todo, at_once):
-        assert at_once == 2
+    def train_here(todo, at_a_time):
+        assert at_a_time == 2
         for run in todo:
             trained.append(run.name)
             for _ in train(run.model, run.train, run.name, group=run.group):
@@ -157,7 +159,7 @@ def test_worth_trains_what_is_missing_and_tells_it_again(scripts, corpus, tmp_pa
 
     trained, way = [], {"dtype": "float32", "attention": "sdpa", "micro_batch_size": 2, "threads": 1, "compile": False}
     monkeypatch.setenv("BASEGPT_RUNS", "set again by main, and then taken back")
-    monkeypatch.setattr(worth.seeds, "run_side_by_side", train_here)
+    monkeypatch.setattr(seeds, "run_side_by_side", create_autospec(seeds.run_side_by_side, side_effect=train_here))
     monkeypatch.setattr(worth, "HERE", tmp_path)
     monkeypatch.setattr(worth, "measure", lambda presets, settings, arguments: {
         name: worth.Speed(settings[name], way, [1000.0, 960.0 * number, 9000.0], "a machine")
