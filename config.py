@@ -129,7 +129,7 @@ class TrainConfig:
     loss_chunk: int | None = 256  # tokens whose logits exist at once; None is all, which takes more memory and time
     gradient_checkpointing: bool = False  # keep less of the way forward and compute it again: less memory, a third more time
     max_steps: int | None = None  # stop after so many steps, or after max_minutes, whichever comes first
-    max_minutes: float | None = 3.5  # stop after so many minutes of training, evaluations included
+    max_minutes: float | None = 3.5  # stop after so many minutes of training, evaluations included but for the last one
     eval_every: int = 250  # steps between two looks at the validation stories
     eval_stories: int = 256  # how many whole validation stories are scored, always the same ones
     grade_stories: int = 0  # on storyworld, how many samples the world grades at each of these looks; 64 take some seconds
@@ -203,6 +203,12 @@ class TrainConfig:
             self.max_steps is None or before_decay <= self.max_steps, self, "max_steps",
             f"warmup_steps and final_flat_steps alone take {before_decay}: lower them or raise max_steps",
         )  # fmt: skip
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share of the budget that is used up, in steps or in minutes, whichever is nearer its end: 1 or more at the end."""
+        steps = step / self.max_steps if self.max_steps else 0.0
+        minutes = seconds / 60 / self.max_minutes if self.max_minutes else 0.0
+        return max(steps, minutes)
 
 
 def layer_steps(layer: str) -> list[tuple[str, dict[str, Any]]]:

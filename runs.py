@@ -174,8 +174,7 @@ class Run:
     def was_stopped(self) -> bool:
         """Whether neither its steps nor its minutes are used up yet."""
         log, config = self.log(), self.train_config
-        steps, minutes = config.max_steps or float("inf"), config.max_minutes or float("inf")
-        return log.empty or bool(log["step"].max() < steps and log["seconds"].max() < 60 * minutes)
+        return log.empty or bool(config.progress(log["step"].max(), log["seconds"].max()) < 1)
 
     def load(self, file: str, keys: set[str]) -> dict:
         """What `save` wrote. Raises ValueError for a file that is truncated, or that is not one of ours."""

@@ -85,7 +85,7 @@ def train(
             for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = learning_rate * group["lr_scale"]
 
-            done = progress(training.step, training.seconds, train_config)
+            done = train_config.progress(training.step, training.seconds)
             batch_size = growing_batch_size(done, train_config)
             window = growing_window(done, train_config, model_config.max_seq_len)
             batch = data.batch(training.rows, batch_size, data_seed)  # (B, T + 1)
@@ -116,7 +116,7 @@ def train(
 
             now = time.perf_counter()
             training.step, training.tokens, training.seconds = training.step + 1, training.tokens + num_targets, now - began
-            finished = is_finished(training.step, training.seconds, train_config)
+            finished = train_config.progress(training.step, training.seconds) >= 1
             record = Record(
                 training.step, training.tokens, training.seconds, train_loss, None, None, None, learning_rate, gradient_norm,
                 tokens_per_second=num_targets / (now - step_began), peak_memory_mb=peak_memory_mb(device),
@@ -170,7 +170,7 @@ def prepare(
     training.flops_per_token, training.code = model_cost(model).training_flops, code_digests(model_config.plugins)
     if resume:
         training.restore()
-        if is_finished(training.step, training.seconds, train_config):
+        if train_config.progress(training.step, training.seconds) >= 1:
             raise ValueError(
                 f"the run {name!r} is finished after {training.step:,} steps. To train it further: --continue_from {name}"
             )
@@ -191,20 +191,9 @@ def prepare(
     return training
 
 
-def is_finished(step: int, seconds: float, config: TrainConfig) -> bool:
-    return progress(step, seconds, config) >= 1
-
-
-def progress(step: int, seconds: float, config: TrainConfig) -> float:
-    """The share of the budget that is used up, in steps or in minutes, whichever is nearer its end."""
-    steps = step / config.max_steps if config.max_steps else 0.0
-    minutes = seconds / 60 / config.max_minutes if config.max_minutes else 0.0
-    return max(steps, minutes)
-
-
 def expected_steps(step: int, seconds: float, config: TrainConfig) -> float:
     """How many steps the budget holds, judged by the pace so far. With max_steps alone it is max_steps, up to rounding."""
-    pace = progress(step, seconds, config)
+    pace = config.progress(step, seconds)
     return step / pace if pace else config.max_steps or math.inf
 
 
@@ -253,14 +242,14 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
             bar = tqdm(total=1.0, miniters=0, bar_format="{percentage:3.0f}%|{bar}| {desc}")
         if record.bits_per_byte is not None:
             seen = f", {record.bits_per_byte:.3f} bits/byte"
-        done = min(1.0, progress(record.step, record.seconds, config))
+        done = min(1.0, config.progress(record.step, record.seconds))
         left = tqdm.format_interval(record.seconds * (1 - done) / done)
         pace = f"{record.tokens_per_second:,.0f} tokens/s"
         told = f"{left} left, step {record.step:,}, loss {record.train_loss:.3f}{seen}, {pace}"
         bar.set_description_str(told, refresh=bar.n == 0)  # the first at once, others as often as a bar may
         bar.update(done - bar.n)
     bar.close()
-    if not is_finished(record.step, record.seconds, config):
+    if config.progress(record.step, record.seconds) < 1:
         print(f"stopped after {record.step:,} steps and saved. To go on:\n  {python} train.py --name {name} --resume")
         return False
     if config.max_steps and record.step < config.max_steps:

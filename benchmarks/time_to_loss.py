@@ -229,7 +229,7 @@ def run(chosen: Preset, name: str, folder: Path) -> dict:
     """Train and score one model: what a Result tells of it. To be called in a process of its own."""
     from evaluation import evaluate
     from runs import load_model
-    from train import is_finished, train
+    from train import train
 
     records, bits_per_byte = [], math.inf
     budget = chosen.train.max_minutes and 60 * chosen.train.max_minutes
@@ -246,7 +246,7 @@ def run(chosen: Preset, name: str, folder: Path) -> dict:
                 if record.bits_per_byte is not None:
                     bar.set_postfix_str(f"{record.bits_per_byte:.3f} bits per byte")
             seconds = time.perf_counter() - began
-            if not is_finished(records[-1].step, records[-1].seconds, chosen.train):
+            if chosen.train.progress(records[-1].step, records[-1].seconds) < 1:
                 raise KeyboardInterrupt  # train() itself only stops early
             bits_per_byte = evaluate(*load_model("run"), validation).bits_per_byte
         except FloatingPointError as error:
