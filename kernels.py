@@ -170,32 +170,35 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     return out.transpose(1, 2)
 
 
-def short_conv(x: Tensor, weight: Tensor, first: Tensor | None = None) -> Tensor:
-    """x[t] + the sum over back of x[t - back] * weight[back], as far as first.  x (B, T, D), weight (width, D) → (B, T, D)
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, first: Tensor | None = None) -> Tensor:
+    """x[t] + bias + the sum over back of x[t - back] * weight[back], as far as first.
 
-    first (B, T) of integers is the first token that each one sees; None is the first of the row.
+    x (B, T, D), weight (width, D), bias (D) → (B, T, D). first (B, T) of integers is the first token that each one sees; None is
+    the first of the row.
     """
-    return ShortConv.apply(x, weight, None if first is None else first.to(torch.int32).contiguous())
+    return ShortConv.apply(x, weight, bias, None if first is None else first.to(torch.int32).contiguous())
 
 
 class ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, first):
+    def forward(ctx, x, weight, bias, first):
         x, (B, T, D) = x.contiguous(), x.shape
         assert weight.shape[1] == D and weight.is_contiguous() and (first is None or first.shape == (B, T))
+        assert bias is None or bias.shape == (D,)
         out = torch.empty_like(x)
-        build().short_conv_forward(x, weight, first, out, B * T, T, D, len(weight), torch.get_num_threads())
-        ctx.save_for_backward(x, weight, first)
+        build().short_conv_forward(x, weight, bias, first, out, B * T, T, D, len(weight), torch.get_num_threads())
+        ctx.save_for_backward(x, weight, bias, first)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        x, weight, first = ctx.saved_tensors
+        x, weight, bias, first = ctx.saved_tensors
         (B, T, D), d_x, d_weight = x.shape, torch.empty_like(x), torch.empty_like(weight)
-        sizes = B * T, T, D, len(weight)
-        build().short_conv_backward(d_out.contiguous(), x, weight, first, d_x, d_weight, *sizes, torch.get_num_threads())
-        return d_x, d_weight, None
+        d_bias = None if bias is None else torch.empty_like(bias)
+        gradients, sizes = (d_x, d_weight, d_bias), (B * T, T, D, len(weight))
+        build().short_conv_backward(d_out.contiguous(), x, weight, first, *gradients, *sizes, torch.get_num_threads())
+        return *gradients, None
 
 
 ACTIVATIONS = ["SiLU", "GELU", "ReLU", "ReLU2"]  # in the order of kernels_elementwise.cpp
@@ -285,7 +288,7 @@ class Pointer(ctypes.c_void_p):
 
 SIGNATURES = {  # p pointer, i integer, f float
     "rms_norm_forward": "ppppiifi", "rms_norm_backward": "ppppppiii", "rope": "ppppiiiifi",
-    "short_conv_forward": "ppppiiiii", "short_conv_backward": "ppppppiiiii",
+    "short_conv_forward": "pppppiiiii", "short_conv_backward": "pppppppiiiii",
     "activation_forward": "ipppii", "activation_backward": "ipppppii",
     "weighted_sum_forward": "ppppii", "weighted_sum_backward": "pppppppii", "cross_entropy": "pppiifi",
     "selective_scan_forward": "ppppppppiiiiii", "selective_scan_backward": "pppppppppppppiiiiii",

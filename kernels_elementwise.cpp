@@ -171,17 +171,17 @@ void rope(const float *x, const float *cos, const float *sin, float *out, int64_
     });
 }
 
-// out[t] = x[t] + the sum over back of x[t - back] * weight[back], as far back as first[t]; x (B, T, D), weight (width, D),
-// first (B, T) or null for 0 everywhere.
-void short_conv_forward(const float *x, const float *weight, const int32_t *first, float *out, int64_t BT, int64_t T, int64_t D,
-                        int64_t width, int64_t threads) {
+// out[t] = x[t] + bias + the sum over back of x[t - back] * weight[back], as far back as first[t]; x (B, T, D), weight (width, D),
+// bias (D) or null for 0, first (B, T) or null for 0 everywhere.
+void short_conv_forward(const float *x, const float *weight, const float *bias, const int32_t *first, float *out, int64_t BT,
+                        int64_t T, int64_t D, int64_t width, int64_t threads) {
     each_part(BT, threads, [=](int, int64_t from, int64_t to) {
         for (int64_t row = from; row < to; row++) {
             const int64_t t = row % T, reach = std::min(width - 1, t - (first ? std::max(first[row], 0) : 0));
             const float *in = x + row * D;
             float *result = out + row * D;
 #pragma omp simd
-            for (int64_t d = 0; d < D; d++) result[d] = in[d] * (1.0f + weight[d]);
+            for (int64_t d = 0; d < D; d++) result[d] = in[d] * (1.0f + weight[d]) + (bias ? bias[d] : 0.0f);
             for (int64_t back = 1; back <= reach; back++) {
                 const float *earlier = in - back * D, *w = weight + back * D;
 #pragma omp simd
@@ -191,11 +191,12 @@ void short_conv_forward(const float *x, const float *weight, const int32_t *firs
     });
 }
 
+// d_bias may be null.
 void short_conv_backward(const float *d_out, const float *x, const float *weight, const int32_t *first, float *d_x,
-                         float *d_weight, int64_t BT, int64_t T, int64_t D, int64_t width, int64_t threads) {
-    Sums sums(width * D);
-    each_part(BT, threads, [=, &sums](int part, int64_t from, int64_t to) {
-        float *d_w = sums.of(part);
+                         float *d_weight, float *d_bias, int64_t BT, int64_t T, int64_t D, int64_t width, int64_t threads) {
+    Sums weight_sums(width * D), bias_sums(d_bias ? D : 0);
+    each_part(BT, threads, [=, &weight_sums, &bias_sums](int part, int64_t from, int64_t to) {
+        float *d_w = weight_sums.of(part), *d_b = bias_sums.of(part);
         for (int64_t row = from; row < to; row++) {
             const int64_t t = row % T, reach = std::min(width - 1, t - (first ? std::max(first[row], 0) : 0));
             const float *in = x + row * D, *d = d_out + row * D;
@@ -214,9 +215,14 @@ void short_conv_backward(const float *d_out, const float *x, const float *weight
 #pragma omp simd
                 for (int64_t i = 0; i < D; i++) sum[i] += d[i] * earlier[i];
             }
+            if (d_bias) {
+#pragma omp simd
+                for (int64_t i = 0; i < D; i++) d_b[i] += d[i];
+            }
         }
     });
-    sums.write(d_weight);
+    weight_sums.write(d_weight);
+    if (d_bias) bias_sums.write(d_bias);
 }
 
 // out = activation(x) * factor; factor may be null for 1.

@@ -92,7 +92,7 @@ def recurrent_gemma_layer(theirs, depth: int) -> Table:
             "1.w_in.weight": "temporal_block.linear_x.weight",
             "1.w_in.bias": "temporal_block.linear_x.bias",
             "1.conv.weight": ("temporal_block.conv_1d.weight", short_conv),
-            "1.conv_bias": "temporal_block.conv_1d.bias",
+            "1.conv.bias": "temporal_block.conv_1d.bias",
             "1.w_remember": "temporal_block.rg_lru.recurrent_gate_weight",
             "1.remember_bias": ("temporal_block.rg_lru.recurrent_gate_bias", flat),
             "1.w_admit": "temporal_block.rg_lru.input_gate_weight",

@@ -13,21 +13,22 @@ from tools import LoggingModule
 class ShortConv(LoggingModule):
     """Adds to each channel a learned mix of its last `width` values: the Canon layer (Allen-Zhu 2025, arXiv 2512.17351).
 
-    A causal depthwise convolution with a skip, that begins as the identity. It is elementwise work, cheap, but far slower for its
-    few FLOPs than products of matrices.  (B, T, D) → (B, T, D)
+    A causal depthwise convolution with a skip, that begins as the identity; bias adds a learned number to each channel. It is
+    elementwise work, cheap, but far slower for its few FLOPs than products of matrices.  (B, T, D) → (B, T, D)
     """
 
-    def __init__(self, dim: int, width: int = 4):
+    def __init__(self, dim: int, width: int = 4, bias: bool = False):
         super().__init__()
         if width < 1:
             raise ValueError(f"layers: ShortConv(width={width}): give a whole number of at least 1")
         self.weight = nn.Parameter(torch.zeros(width, dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         self.backend = "auto"
 
     def forward(self, x, *, first=None, cache=None):
         """first (B, T) is the first token that each one may look at; None is the first of the row."""
         if cache is None and kernels.fit(self.backend, x):
-            return kernels.short_conv(x, self.weight, first)
+            return kernels.short_conv(x, self.weight, self.bias, first)
         B, T, D = x.shape
         width = len(self.weight)
         past = cache["past"] if cache else x.new_zeros(B, width - 1, D)
@@ -36,6 +37,8 @@ class ShortConv(LoggingModule):
             cache["past"] = seen[:, T:]
         places = torch.arange(T, device=x.device)
         mixed = x * (1 + self.weight[0])
+        if self.bias is not None:
+            mixed = mixed + self.bias
         for back in range(1, width):
             earlier = seen[:, width - 1 - back : width - 1 - back + T]  # (B, T, D)
             if first is not None:

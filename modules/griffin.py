@@ -57,8 +57,7 @@ class RGLRU(LoggingModule):
         self.w_in = linear(dim, width, bias=linear_bias)
         for matrix in (self.w_gate, self.w_in):  # larger than ours are, as their product goes on
             nn.init.normal_(matrix.weight, std=dim**-0.5)
-        self.conv = ShortConv(width, conv_width)
-        self.conv_bias = nn.Parameter(torch.zeros(width))
+        self.conv = ShortConv(width, conv_width, bias=True)
         block = width // blocks
         self.w_remember = nn.Parameter(torch.randn(blocks, block, block) * 0.1 * block**-0.5)
         self.w_admit = nn.Parameter(torch.randn(blocks, block, block) * 0.1 * block**-0.5)
@@ -77,7 +76,7 @@ class RGLRU(LoggingModule):
         if state is not None:
             check_rows(state, B)
         conv_cache = None if cache is None else cache.setdefault("conv", {})
-        inner = self.conv(self.w_in(x), first=first, cache=conv_cache) + self.conv_bias
+        inner = self.conv(self.w_in(x), first=first, cache=conv_cache)
         decay, update = self.gated(inner.float(), self.begins(first, state, T, x.device))
         states = (recurrence if T == 1 else scan)(decay, update, state)
         if cache is not None:

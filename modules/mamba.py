@@ -65,7 +65,6 @@ class Mamba(LoggingModule):
         self.w_gate = projection(dim, width, linear_bias)
         self.w_in = projection(dim, width, linear_bias)
         self.conv = first_convolution(width, conv_width)
-        self.conv_bias = nn.Parameter(torch.zeros(width))
         self.w_select = nn.Linear(width, self.step_rank + 2 * state_dim, bias=False)
         self.w_step = nn.Linear(self.step_rank, width)
         nn.init.uniform_(self.w_step.weight, -(self.step_rank**-0.5), self.step_rank**-0.5)
@@ -83,7 +82,7 @@ class Mamba(LoggingModule):
         if state is not None:
             check_rows(state, B)
         u = self.conv(self.w_in(x), first=first, cache=None if cache is None else cache.setdefault("conv", {}))
-        u = activate(self.backend, u + self.conv_bias)  # (B, T, width)
+        u = activate(self.backend, u)  # (B, T, width)
         step, write, read = self.select(u)
         with torch.autocast(x.device.type, enabled=False):
             rates = -self.log_rates.float().exp().view(-1, self.state_dim)  # (width, state_dim)
@@ -314,8 +313,11 @@ def projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
 
 
 def first_convolution(channels: int, width: int) -> ShortConv:
-    """A convolution that begins as torch's own do: all its weights, the skip's 1 included, evenly from -1 / sqrt(width) on."""
-    conv = ShortConv(channels, width)
+    """A convolution that begins as torch's own do: all its weights, the skip's 1 included, evenly from -1 / sqrt(width) on.
+
+    Its bias begins at zero.
+    """
+    conv = ShortConv(channels, width, bias=True)
     nn.init.uniform_(conv.weight, -(width**-0.5), width**-0.5)
     with torch.no_grad():
         conv.weight[0] -= 1

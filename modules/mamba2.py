@@ -72,7 +72,6 @@ class Mamba2(LoggingModule):
         self.w_step = nn.Linear(dim, heads)
         self.w_step.bias = nn.Parameter(first_step_biases(heads))
         self.conv = first_convolution(self.w_in.out_features, conv_width)
-        self.conv_bias = nn.Parameter(torch.zeros(self.w_in.out_features))
         self.log_rates = nn.Parameter(torch.empty(heads).uniform_(*FIRST_RATES).log())
         self.skip = nn.Parameter(torch.ones(heads))
         self.norm_weight = nn.Parameter(torch.ones(width))
@@ -101,7 +100,7 @@ class Mamba2(LoggingModule):
         """What goes into the state space (B, num_heads, T, head_dim), is written and is read (B, groups, T, state_dim)."""
         B, T, D = x.shape
         u = self.conv(self.w_in(x), first=first, cache=None if cache is None else cache.setdefault("conv", {}))
-        u = activate(self.backend, u + self.conv_bias).float()
+        u = activate(self.backend, u).float()
         inner, write, read = u.split([self.width, self.groups * self.state_dim, self.groups * self.state_dim], dim=-1)
         inner = inner.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, num_heads, T, head_dim)
         write, read = (x.view(B, T, self.groups, self.state_dim).transpose(1, 2) for x in (write, read))
@@ -125,28 +124,29 @@ class Mamba2(LoggingModule):
         starts (B, T): where the story of each token begins; None is before the first. Else as step_by_step.
         """
         B, H, T, K = x.shape
-        _, G, _, N = write.shape
+        G = write.shape[1]
         C, R = min(self.chunk, T), H // G
         n = math.ceil(T / C)
         sights = sight(n, C, starts, x.device)
         x, step, faded, write, read = (in_chunks(part, n, C) for part in (x, step, log_decay, write, read))
-        x, step, faded = x.contiguous(), step[..., None], faded.cumsum(dim=-1)[..., None]  # faded: (B, H, n, C, 1)
+        step, faded = step[..., None], faded.cumsum(dim=-1)[..., None]  # (B, H, n, C, 1)
 
         # Blocks on the diagonal: 1-semiseparable masked attention (section 6.1).
         log_weight = faded - step.clamp(min=SMALLEST_STEP).log()  # (B, H, n, C, 1)
         y = WithinChunks.apply(read @ write.mT, faded, log_weight, x, self.skip, sights.within)  # (B, H, n, C, K)
 
-        # Low-rank blocks below it (section 6.2): into the states, from one to the next, and out of them.
+        # Low-rank blocks below it (section 6.2): into the states, from one to the next, and out of them. The heads of a group are
+        # side by side, as they are in memory, since they write and read alike.
         share = masked((faded[..., -1:, :] - faded).exp() * step, sights.behind)  # (B, H, n, C, 1)
-        added = (x * share).mT.unflatten(1, (G, R)) @ write[:, :, None]  # (B, G, R, n, K, N)
+        added = beside_each_other(x * share, G).mT @ write  # (B, G, n, R K, N)
         since_begin = masked(faded.exp(), sights.before)  # (B, H, n, C, 1)
         states = []
-        for decay, update in zip(since_begin[..., -1:, :].unbind(dim=2), added.flatten(1, 2).unbind(dim=2), strict=True):
+        for decay, update in zip(since_begin[..., -1:, :].unbind(dim=2), added.unbind(dim=2), strict=True):
             states.append(state)
-            state = torch.addcmul(update, decay, state)
-        before = torch.stack(states, dim=2).unflatten(1, (G, R))  # (B, G, R, n, K, N)
-        carried = (read[:, :, None] @ before.mT).flatten(1, 2)  # (B, H, n, C, K)
-        return torch.addcmul(y, carried, since_begin).flatten(2, 3)[:, :, :T], state
+            state = torch.addcmul(update.reshape(state.shape), decay, state)
+        before = torch.stack(states, dim=1).view(B, n, G, R * K, -1).transpose(1, 2)  # (B, G, n, R K, N)
+        carried = (read @ before.mT).unflatten(-1, (R, K)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)  # (B, H, n, C, K)
+        return (carried * since_begin + y).flatten(2, 3)[:, :, :T], state
 
     def norm(self, y):
         """RMSNorm of each group (section 7.1 and 7.2).  (B, T, D) → (B, T, D), where D is the width inside"""
@@ -179,6 +179,7 @@ class WithinChunks(torch.autograd.Function):
         seen = (faded - log_weight.mT).masked_fill_(~within, -math.inf).exp_()  # (B, H, n, C, C)
         weights = of_groups(seen, scores).mul(scores[:, :, None]).flatten(1, 2)  # (B, H, n, C, C)
         weights.diagonal(dim1=-2, dim2=-1).add_(skip[:, None, None])
+        x = x.contiguous()
         ctx.save_for_backward(scores, seen, weights, x)
         return weights @ x
 
@@ -186,6 +187,7 @@ class WithinChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         scores, seen, weights, x = ctx.saved_tensors
+        d_out = d_out.contiguous()
         d_weights = d_out @ x.mT
         d_skip = d_weights.diagonal(dim1=-2, dim2=-1).sum(dim=(0, 2, 3))
         by_head = of_groups(d_weights.mul_(seen), scores)
@@ -193,6 +195,11 @@ class WithinChunks(torch.autograd.Function):
         d_exponent = by_head.mul_(scores[:, :, None]).flatten(1, 2)
         d_faded, d_log_weight = d_exponent.sum(dim=-1, keepdim=True), -d_exponent.sum(dim=-2).unsqueeze(-1)
         return d_scores, d_faded, d_log_weight, weights.mT @ d_out, d_skip, None
+
+
+def beside_each_other(x: Tensor, G: int) -> Tensor:
+    """The heads of each of G groups as columns of one matrix.  (B, H, n, C, K) → (B, G, n, C, R K)"""
+    return x.unflatten(1, (G, -1)).permute(0, 1, 3, 4, 2, 5).flatten(4)
 
 
 def of_groups(x: Tensor, scores: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def as_written(made: RGLRU, x: torch.Tensor) -> torch.Tensor:
         branch = [w["w_in.weight"] @ x[b, t] + w["w_in.bias"] for t in range(T)]
         state = torch.zeros(W, dtype=torch.float64)
         for t in range(T):
-            inner = branch[t] + w["conv_bias"]
+            inner = branch[t] + w["conv.bias"]
             for back in range(min(t + 1, WIDTH)):
                 inner = inner + w["conv.weight"][back] * branch[t - back]
             r, i = torch.zeros(W, dtype=torch.float64), torch.zeros(W, dtype=torch.float64)

@@ -133,10 +133,10 @@ def test_under_autocast():
     assert_near(ours, output_and_gradients(reference, *inputs), rtol=1e-2, atol=1e-2)
 
 
-def short_conv(x, weight, first=None):
-    """That of modules/, with this weight."""
-    block = ShortConv(*reversed(weight.shape))
-    return torch.func.functional_call(block, {"weight": weight}, (x,), {"first": first})
+def short_conv(x, weight, bias, first):
+    """That of modules/, with this weight and bias."""
+    block = ShortConv(*reversed(weight.shape), bias=bias is not None)
+    return torch.func.functional_call(block, {"weight": weight, "bias": bias}, (x,), {"first": first})
 
 
 def as_projected(B, H, T, K):
@@ -159,7 +159,8 @@ def operations():
         yield "apply_rope", ours, formula, (as_projected(B, H, T, K),)
     for B, T, D, width in ((2, 100, 24, 4), (3, 2, 17, 4), (1, 1, 5, 2), (2, 60, 33, 1)):
         for first in (None, first_seen("stories", B, T)):
-            yield "short_conv", kernels.short_conv, short_conv, (torch.randn(B, T, D), torch.randn(width, D), first)
+            for bias in (None, torch.randn(D)):
+                yield "short_conv", kernels.short_conv, short_conv, (torch.randn(B, T, D), torch.randn(width, D), bias, first)
     for name in kernels.ACTIVATIONS:
         for shape in ((2, 5, 24), (3, 999)):
             ours = partial(kernels.activate, name)

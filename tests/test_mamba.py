@@ -39,7 +39,7 @@ def conv_as_written(block, u: torch.Tensor) -> torch.Tensor:
     """SiLU of a causal convolution of its own for each channel, a token's own weight being 1 more.  (T, W) → (T, W)"""
     weight, out = block.conv.weight.detach().double(), torch.zeros_like(u)
     for t in range(len(u)):
-        out[t] = u[t] + block.conv_bias.detach()
+        out[t] = u[t] + block.conv.bias.detach()
         for back in range(min(len(weight), t + 1)):
             out[t] += weight[back] * u[t - back]
     return out * out.sigmoid()
