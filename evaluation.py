@@ -164,7 +164,8 @@ def ranks_of(logits: Tensor, targets: Tensor) -> Tensor:
     """
     vocab_size = logits.shape[-1]
     own = logits.gather(-1, targets.clamp(min=0)[..., None])  # (B, T, 1)
-    ranks = vocab_size - 1 - (logits < own).sum(dim=-1)  # (B, T)
+    lower = torch.lt(logits, own, out=torch.empty_like(logits))  # (B, T, V) of 0 and 1, which sum faster as floats
+    ranks = vocab_size - 1 - lower.sum(dim=-1).long()  # (B, T)
     return ranks.masked_fill((targets == IGNORE) | own[..., 0].isnan(), vocab_size)
 
 
