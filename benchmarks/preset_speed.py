@@ -16,6 +16,7 @@ T time.
 """
 
 import itertools
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -23,6 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler shall not tell when it starts and stops
 import torch
 import tyro
 
