@@ -153,12 +153,15 @@ def log_sum(log_probs: list[float]) -> float:
     return top + math.log(sum(math.exp(value - top) for value in log_probs))
 
 
-def read(reader: Reader) -> tuple[list, list]:
-    """All states after each slot, as ([(plot name, states at the end of its last slot)], [all states after any slot])."""
+def read(reader: Reader, until: float = math.inf) -> tuple[list, list]:
+    """All states after each slot, as ([(plot name, states at the end of its last slot)], [all states after any slot]).
+
+    From states at position `until` or beyond nothing is read any more.
+    """
     p = program()
     states, seen = [(0, p.world.empty_env(), 0.0)], []
     for slot in p.opening:
-        states = merged(step(slot, reader, states))
+        states = merged(step(slot, reader, [state for state in states if state[0] < until]))
         seen += states
     starts = defaultdict(list)
     for position, env, log_prob in states:
@@ -171,7 +174,7 @@ def read(reader: Reader) -> tuple[list, list]:
         for slot in plot.slots:
             if not states:
                 break
-            states = merged(step(slot, reader, states))
+            states = merged(step(slot, reader, [state for state in states if state[0] < until]))
             seen += states
         ends.append((plot.name, states))
     return ends, seen
@@ -202,7 +205,7 @@ def diagnosis(text: str, furthest: int) -> Score:
     if index == len(spans) - 1 and (furthest >= len(text) or not re.search(r"[.!?]\"?$", sentence)):
         fact, problem = "end", "the story stops before its end"
     else:
-        _, seen = read(Reader(text, lenient_from=start))
+        _, seen = read(Reader(text, lenient_from=start), until=end)
         faults = [(log_prob, env[FAULT]) for position, env, log_prob in seen if position >= end and env[FAULT]]
         fact = max(faults, key=lambda fault: fault[0])[1] if faults else "grammar"
         problem = f"this is not {fact} it can be here" if faults else f"no sentence fits from {text[furthest:end][:40]!r} on"

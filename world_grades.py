@@ -10,7 +10,7 @@ is graded by the first sentence that differs from all that could be told there:
     why      what a thing is for, what one likes to do or learns to do, the moral
     end      the story stops before its end, as where the context is full
     grammar  no plot for such a hero has such a sentence there, whatever the facts: words that the world does not know, or that it
-             says elsewhere
+             says elsewhere; also where a fact is wrong first, and the sentence then goes on as none does
 Of two facts that contradict each other the later one is blamed, as that is where the reader notices: a cat that was a dog before
 is "who" if it is called a cat, and "what" if it is only given cream.
 """
