@@ -37,14 +37,12 @@ class ShortConv(LoggingModule):
             cache["past"] = seen[:, T:]
         places = torch.arange(T, device=x.device)
         mixed = x * (1 + self.weight[0])
-        if self.bias is not None:
-            mixed = mixed + self.bias
         for back in range(1, width):
             earlier = seen[:, width - 1 - back : width - 1 - back + T]  # (B, T, D)
             if first is not None:
                 earlier = earlier * (places - back >= first)[..., None]
             mixed = mixed + earlier * self.weight[back]
-        return mixed
+        return mixed if self.bias is None else mixed + self.bias
 
     def flops_per_token(self, T: int) -> float:
         """A multiply-add for each of the width values of a channel."""

@@ -124,7 +124,7 @@ class Mamba2(LoggingModule):
         starts (B, T): where the story of each token begins; None is before the first. Else as step_by_step.
         """
         B, H, T, K = x.shape
-        G = write.shape[1]
+        _, G, _, N = write.shape
         C, R = min(self.chunk, T), H // G
         n = math.ceil(T / C)
         sights = sight(n, C, starts, x.device)
@@ -138,13 +138,13 @@ class Mamba2(LoggingModule):
         # Low-rank blocks below it (section 6.2): into the states, from one to the next, and out of them. The heads of a group are
         # side by side, as they are in memory, since they write and read alike.
         share = masked((faded[..., -1:, :] - faded).exp() * step, sights.behind)  # (B, H, n, C, 1)
-        added = beside_each_other(x * share, G).mT @ write  # (B, G, n, R K, N)
+        added = beside_each_other(x * share, G).mT @ write  # (B, G, n, R * K, N)
         since_begin = masked(faded.exp(), sights.before)  # (B, H, n, C, 1)
         states = []
         for decay, update in zip(since_begin[..., -1:, :].unbind(dim=2), added.unbind(dim=2), strict=True):
             states.append(state)
             state = torch.addcmul(update.reshape(state.shape), decay, state)
-        before = torch.stack(states, dim=1).view(B, n, G, R * K, -1).transpose(1, 2)  # (B, G, n, R K, N)
+        before = torch.stack(states, dim=1).view(B, n, G, R * K, N).transpose(1, 2)  # (B, G, n, R * K, N)
         carried = (read @ before.mT).unflatten(-1, (R, K)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)  # (B, H, n, C, K)
         return (carried * since_begin + y).flatten(2, 3)[:, :, :T], state
 
@@ -198,7 +198,7 @@ class WithinChunks(torch.autograd.Function):
 
 
 def beside_each_other(x: Tensor, G: int) -> Tensor:
-    """The heads of each of G groups as columns of one matrix.  (B, H, n, C, K) → (B, G, n, C, R K)"""
+    """The heads of each of G groups as columns of one matrix.  (B, H, n, C, K) → (B, G, n, C, R * K)"""
     return x.unflatten(1, (G, -1)).permute(0, 1, 3, 4, 2, 5).flatten(4)
 
 

@@ -159,7 +159,8 @@ def test_the_cache_changes_nothing(config: ModelConfig):
     for chunks in ([30], [1] * 30, [7, 1, 1, 13, 8], [1, 29]):
         cache = Cache()
         parts = [model(part, cache=cache)[0] for part in tokens.split(chunks, dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+        # Seven Mambas with weights that large make up to 2e-4 of what is rounded off, by the seed; a mistake makes far more.
+        torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=5e-4 * expected.abs().max().item(), rtol=0)
         assert cache.num_tokens == 30
 
 
