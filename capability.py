@@ -4,12 +4,12 @@
     python evaluation.py probes "Norm->Attn->+" "Norm->Mamba->+" --quick    # layer strings
     python evaluation.py probes 1m griffin_like --tasks "hop chains" --seeds 3 --save probes.png
 
-All models are scaled to one small width, and trained from scratch by the same Muon on fresh sequences until the task is solved.
-With several learning rates the model with the lowest training loss at its end counts. All tasks together take two to five
-minutes of one core for an architecture, most where it cannot solve them. --quick trains less; --thorough, with wider models, 20
-times the steps and three rates, takes hours. A score is the share of right answers on test sequences that are the same for all;
-chance is what the best answer gives that does not look at the sequence. What was scored is kept in the cache folder and not
-trained again.
+All models are scaled to one small width, and trained from scratch by the same Muon on fresh sequences, with three learning rates
+in turn until the task is solved; the model with the lowest training loss at its end counts. All tasks together take up to ten
+minutes of one core for an architecture, most where it cannot solve them. --quick trains less, with one rate; --thorough, with
+wider models and 20 times the steps, takes hours. A score is the share of right answers on test sequences that are the same for
+all; chance is what the best answer gives that does not look at the sequence. What was scored is kept in the cache folder and
+not trained again.
 
 B sequences, T tokens of each, V vocabulary.
 """
@@ -353,15 +353,15 @@ def run(words: list[str]):
     """As main. Raises ValueError, OSError or ImportError with one line for what cannot be."""
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(description="Synthetic tasks; all take 2 to 5 minutes of one core for each architecture.")
+    parser = argparse.ArgumentParser(description="Synthetic tasks; all take up to 10 minutes of one core for each architecture.")
     parser.add_argument("specs", nargs="+", metavar="ARCHITECTURE", help="a preset, a run, or a layer string")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"some of: {', '.join(TASKS)}")
     parser.add_argument("--seeds", type=int, default=1, help="models of each architecture and task")
     parser.add_argument("--steps", type=int, help="of training, at most, for each learning rate")
     parser.add_argument("--lrs", type=float, nargs="+", help="learning rates: the best is taken")
     efforts = parser.add_mutually_exclusive_group()
-    efforts.add_argument("--quick", action="store_true", help="less training: a first look")
-    efforts.add_argument("--thorough", action="store_true", help="larger models, three learning rates, 20 times the steps: hours")
+    efforts.add_argument("--quick", action="store_true", help="less training, with one learning rate: a first look")
+    efforts.add_argument("--thorough", action="store_true", help="larger models, 20 times the steps: hours")
     parser.add_argument("--plugins", nargs="+", default=[], help="modules whose BLOCKS the layer strings name")
     parser.add_argument("--save", type=Path, metavar="FILE.png", help="the radar picture there, and the table as .csv beside it")
     arguments = parser.parse_args(words)
