@@ -156,11 +156,12 @@ def test_every_parameter_learns_and_none_sees_the_future(config: ModelConfig):
 def test_the_cache_changes_nothing(config: ModelConfig):
     model, tokens = build(config), some_tokens(3, 30)
     expected, _ = model(tokens)
+    # A stack of Mambas with weights as large as these makes up to 2e-4 of what is rounded off, by the seed.
+    rounding = 5e-4 if "->Mamba->" in str(config.layers) else 1e-4
     for chunks in ([30], [1] * 30, [7, 1, 1, 13, 8], [1, 29]):
         cache = Cache()
         parts = [model(part, cache=cache)[0] for part in tokens.split(chunks, dim=1)]
-        # Seven Mambas with weights that large make up to 2e-4 of what is rounded off, by the seed; a mistake makes far more.
-        torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=5e-4 * expected.abs().max().item(), rtol=0)
+        torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=rounding * expected.abs().max().item(), rtol=0)
         assert cache.num_tokens == 30
 
 
