@@ -23,11 +23,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train_speed import CPU, describe_machine, in_new_process, quartiles, save_page, show, table
+from script import HERE, describe_machine, in_new_process, quartiles, run_script, save_page, show, table
+from train_speed import CPU
 
 from config import ModelConfig
 from contract import layers_to_try
@@ -36,7 +36,6 @@ from machine import peak_memory_mb
 from menu import block_menu
 from model import Steps, rope_table
 
-HERE = Path(__file__).resolve().parent
 SHAPE = ModelConfig(dim=128, num_layers=1, num_heads=4, num_kv_heads=2)
 COMPARED_AT = 256  # tokens
 VOCAB_SIZE = 1024
@@ -166,7 +165,4 @@ def training_step(layer: str, config: ModelConfig, T: int, tokens: int) -> Calla
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments, use_underscores=True, description=__doc__))
-    except (ValueError, MemoryError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, Arguments, __doc__)

@@ -27,25 +27,12 @@ import numpy as np
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler shall not tell when it starts and stops
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mixers import growth
-from train_speed import (
-    HERE,
-    UNDER_WAY,
-    Variant,
-    describe_machine,
-    in_new_process,
-    new_process,
-    quartiles,
-    save_page,
-    show,
-    table,
-    take_turn,
-    warm_up,
-)
+from script import HERE, describe_machine, in_new_process, new_process, quartiles, run_script, save_page, show, table
+from train_speed import UNDER_WAY, Variant, take_turn, warm_up
 
 import kernels
 from config import TrainConfig
@@ -239,7 +226,4 @@ def writing_speeds(made: Preset, places: tuple[int, ...], vocab_size: int, threa
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments, use_underscores=True, description=__doc__))
-    except (ValueError, MemoryError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, Arguments, __doc__)

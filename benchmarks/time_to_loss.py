@@ -23,13 +23,12 @@ from itertools import islice, pairwise
 from pathlib import Path
 from statistics import fmean, median
 
-import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ablations import ABLATIONS, changed
-from train_speed import HERE, describe_machine, in_new_process, save_page, show, table
+from script import HERE, describe_machine, in_new_process, run_script, save_page, show, table
 
 from config import did_you_mean
 from data import choose_validation, load_data, open_source, story_hash
@@ -348,11 +347,4 @@ def draw(results: list[Result], at: tuple[float, ...], path: Path):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments, use_underscores=True, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except ImportError as error:
-        sys.exit(f"error: {error}. Install what requirements-dev.txt lists")
-    except KeyboardInterrupt:
-        sys.exit("stopped. With --results the same command goes on from the last finished run")
+    run_script(main, Arguments, __doc__, "With --results the same command goes on from the last finished run")

@@ -15,25 +15,20 @@ B batch, T time.
 """
 
 import itertools
-import multiprocessing
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ablations import changed
+from script import HERE, describe_machine, in_new_process, new_process, quartiles, run_script, save_page, show, table
 
 import probe
 from config import ModelConfig, TrainConfig
@@ -44,7 +39,6 @@ from optim import build_optimizers
 from presets import Preset
 from probe import Choices, matmul_peaks
 
-HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 SHAPE = Preset(
     ModelConfig(dim=128, num_layers=8, num_heads=4, num_kv_heads=2, mlp_dim=516, max_seq_len=256),
@@ -263,20 +257,6 @@ def check_same(shape: Preset, vocab_size: int) -> int:
     return sizes[0]
 
 
-def new_process() -> ProcessPoolExecutor:
-    """A process of its own, so that no variant sees what another one has set: threads, memory allocator, compiler.
-
-    To be started while this process is small, since Linux lets the peak memory of a new one begin at that of its parent.
-    """
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-
-
-def in_new_process(function: Callable, *arguments):
-    """Call a function in a process of its own, from which nothing is left."""
-    with new_process() as process:
-        return process.submit(function, *arguments).result()
-
-
 UNDER_WAY: list[tuple[Variant, Callable]] = []  # in a process of its own: the variant that it measures, and its step
 
 
@@ -320,12 +300,6 @@ def flops_per_token(variant: Variant) -> float:
     return 6 * in_products + 12 * config.num_layers * attended * attention_dim
 
 
-def describe_machine() -> str:
-    name = probe.cpu_name().rpartition(":")[2].strip()
-    cores, threads = os.cpu_count(), torch.get_num_threads()
-    return f"{name}, {cores} cores, {threads} used, {platform.system()}, PyTorch {torch.__version__}, {date.today()}"
-
-
 def describe_shape(shape: Preset, vocab_size: int, num_parameters: int | None = None) -> str:
     model = shape.model
     size = f", {num_parameters / 1e6:.2f}M parameters" if num_parameters else ""
@@ -336,28 +310,5 @@ def describe_shape(shape: Preset, vocab_size: int, num_parameters: int | None = 
     )
 
 
-def quartiles(values: Iterable[float], style: str) -> str:
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return f"{middle:{style}} ({low:{style}}–{high:{style}})"
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in markdown, line by line."""
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-
-
-def show(lines: list[str]) -> list[str]:
-    print("\n".join(lines), flush=True)
-    return lines
-
-
-def save_page(path: Path, lines: list[str]):
-    path.write_text("\n".join([f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`", "", *lines, ""]))
-    print(f"written to {os.path.relpath(path)}")
-
-
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments, use_underscores=True, description=__doc__))
-    except (ValueError, MemoryError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, Arguments, __doc__)

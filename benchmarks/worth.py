@@ -23,27 +23,14 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ablations import changed
 from preset_speed import RECURRENT
+from script import HERE, describe_machine, in_new_process, new_process, quartiles, run_script, save_page, show, table
 from time_to_loss import settings_of, with_train
-from train_speed import (
-    HERE,
-    Variant,
-    describe_machine,
-    in_new_process,
-    list_variants,
-    new_process,
-    quartiles,
-    save_page,
-    show,
-    table,
-    take_turn,
-    warm_up,
-)
+from train_speed import Variant, list_variants, take_turn, warm_up
 
 import seeds
 from command_line import Arguments as Training
@@ -349,11 +336,4 @@ def draw(found: ByPosition, path: Path):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments, use_underscores=True, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except ImportError as error:
-        sys.exit(f"error: {error}. Install what requirements-dev.txt lists")
-    except KeyboardInterrupt:
-        sys.exit("stopped. The same command goes on where each run was")
+    run_script(main, Arguments, __doc__, "The same command goes on where each run was")
