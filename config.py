@@ -139,7 +139,8 @@ class TrainConfig:
     muon_momentum: float = 0.95  # Muon's memory of gradients: the share it keeps a step
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's memory of gradients and of their squares
     eps: float = 1e-8  # AdamW's guard against dividing by zero
-    weight_decay: float = 0.1  # pull towards zero; not on norms, biases and embeddings
+    weight_decay: float = 0.1  # pull of matrices towards zero, as a share of the learning rate; none on norms and biases
+    embedding_decay: float = 0.0  # the same pull of embeddings, tied ones too
     grad_clip: float | None = 1.0  # longest gradient; None does not clip
     weight_averaging: float | None = None  # share of it that an average of the weights keeps a step; None is off
     lr_init: float = 0.0  # learning rate before the warm-up
@@ -163,7 +164,8 @@ class TrainConfig:
             require(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
         require(self.data_seed is None or self.data_seed >= 0, self, "data_seed", "give a number of at least 0, or None")
         for name in (
-            "grade_stories", "warmup_steps", "final_flat_steps", "num_restarts", "weight_decay", "lr_init", "lr_min", "seed",
+            "grade_stories", "warmup_steps", "final_flat_steps", "num_restarts", "weight_decay", "embedding_decay", "lr_init",
+            "lr_min", "seed",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, self, name, "give a number of at least 0")
         for name in ("max_stories", "max_steps", "max_minutes", "grad_clip", "loss_chunk", "window_start"):

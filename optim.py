@@ -15,15 +15,18 @@ from model import GPT
 def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
 
-    Weight decay pulls on matrices alone: not on norms, biases and embeddings. The lr_scale of a group is a factor on the
-    learning rate of the step. Blocks with a method `after_step` are called after each.
+    Weight decay pulls on matrices, embeddings have one of their own, and norms and biases none. The lr_scale of a group is a
+    factor on the learning rate of the step. Blocks with a method `after_step` are called after each.
     """
     tables = {id(table.weight) for table in model.modules() if isinstance(table, torch.nn.Embedding)}
-    matrices, rest = [], []
+    matrices, embeddings, rest = [], [], []
     for name, weight in model.named_parameters():
-        is_matrix = weight.ndim >= 2 and id(weight) not in tables and not name.endswith("bias")
-        (matrices if is_matrix else rest).append(weight)
-    groups = [{"params": rest, "weight_decay": 0.0, "lr_scale": 1.0}]
+        is_matrix = weight.ndim >= 2 and not name.endswith("bias")
+        (embeddings if id(weight) in tables else matrices if is_matrix else rest).append(weight)
+    groups = [
+        {"params": rest, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": embeddings, "weight_decay": config.embedding_decay, "lr_scale": 1.0},
+    ]
     optimizers = []
     if config.optimizer == "Muon":
         linears = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}

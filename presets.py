@@ -181,8 +181,9 @@ PRESETS: dict[str, Preset] = {
             zero_init=True, tied_embeddings=False,
         ),
         TrainConfig(
-            tokenizer="bpe_tokenizer_2048", batch_size=32, batch_size_start=8, optimizer="Muon", lr_max=0.032, muon_lr_scale=0.5,
-            betas=(0.4, 0.99), warmup_steps=30, weight_averaging=0.98, max_minutes=10.0,
+            tokenizer="bpe_tokenizer_2048", batch_size=32, batch_size_start=8, optimizer="Muon", lr_max=0.009, muon_lr_scale=0.5,
+            betas=(0.4, 0.99), weight_decay=0.5, embedding_decay=0.5, warmup_steps=30, weight_averaging=0.98,
+            max_minutes=10.0,
         ),
     ),
 }  # fmt: skip

@@ -108,7 +108,8 @@ MODELS = {
 def optimizers_of(model_config: ModelConfig, optimizer: str):
     model = GPT(model_config, vocab_size=50)
     names = {id(weight): name for name, weight in model.named_parameters()}
-    return model, names, build_optimizers(model, TrainConfig(optimizer=optimizer, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6))
+    config = TrainConfig(optimizer=optimizer, weight_decay=0.3, embedding_decay=0.2, betas=(0.8, 0.9), eps=1e-6)
+    return model, names, build_optimizers(model, config)
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
@@ -119,13 +120,13 @@ class TestGroups:
         grouped = [id(weight) for one in optimizers for group in one.param_groups for weight in group["params"]]
         assert len(grouped) == len(set(grouped)) and set(grouped) == set(names)
 
-    def test_no_decay_on_norms_biases_and_embeddings(self, model_config, optimizer):
+    def test_decay_of_matrices_and_of_embeddings_and_none_of_norms_and_biases(self, model_config, optimizer):
         _, names, optimizers = optimizers_of(model_config, optimizer)
         for group in (group for one in optimizers for group in one.param_groups):
             for weight in group["params"]:
                 name = names[id(weight)]
-                free = weight.ndim == 1 or "embedding" in name or "norm" in name or name.endswith("bias")
-                assert group["weight_decay"] == (0.0 if free else 0.3), name
+                free = weight.ndim == 1 or "norm" in name or name.endswith("bias")
+                assert group["weight_decay"] == (0.0 if free else 0.2 if "embedding" in name else 0.3), name
 
     def test_muon_gets_exactly_the_hidden_matrices(self, model_config, optimizer):
         _, names, optimizers = optimizers_of(model_config, optimizer)

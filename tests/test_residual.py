@@ -214,7 +214,7 @@ class TestHyperConnections:
         from optim import build_optimizers
 
         model = GPT(replace(MODEL, layers=HYPER_CONNECTIONS), 50)
-        undecayed, decayed = build_optimizers(model, make_config())[0].param_groups
+        undecayed, _, decayed = build_optimizers(model, make_config())[0].param_groups
         read = model.layers[0].branches[0].blocks[0]
         assert undecayed["weight_decay"] == 0 and any(weight is read.bias for weight in undecayed["params"])
         assert decayed["weight_decay"] > 0 and any(weight is read.w_dynamic.weight for weight in decayed["params"])
