@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ MEASURE_SECONDS = 0.2  # for one way of doing it, after a step to warm up
 MICRO_BATCH_TOKENS = range(512, 4096 + 1)  # where a CPU's fastest is: fewer do not fill the cores, more do not fit the caches
 SHORT_RUN = 20  # seconds: a run that is over by then is not worth the measuring
 COMPILE_TAKES = 30  # seconds, at least, on a CPU
-COMPILE_SHARE = 0.1  # of a run that trying out torch.compile may take
+COMPILE_SHARE = 0.04  # of a run that trying out torch.compile may take
 BUSY = 0.5  # of the peak of matrix products: a step that gets more cannot gain much by compile
 STORY_TOKENS = 200  # the made-up stories are as long as those of TinyStories
 
@@ -337,7 +338,7 @@ def measure_compiled(model: GPT, config: TrainConfig, known: dict, limit: float)
     dtype = max(known["peaks"], key=known["peaks"].get) if config.dtype == "auto" else config.dtype
     question = {
         "model": to_json(model.config), "train": to_json(config), "vocab_size": model.vocab_size,
-        "choices": known["eager"] | {"compile": True, "dtype": dtype},
+        "eager": known["eager"], "choices": known["eager"] | {"compile": True, "dtype": dtype},
     }  # fmt: skip
     began = time.perf_counter()
     try:
@@ -349,7 +350,9 @@ def measure_compiled(model: GPT, config: TrainConfig, known: dict, limit: float)
         return {"failed": f"compile was given up after {limit:.0f} s"}
     if answer.returncode:
         return {"failed": f"compile failed: {(answer.stderr.strip().splitlines() or ['no message'])[-1]}"}
-    return json.loads(answer.stdout.splitlines()[-1]) | {"compile_seconds": time.perf_counter() - began}
+    found = json.loads(answer.stdout.splitlines()[-1])
+    pace = known["seconds_per_token"] / found["gain"]
+    return found | {"seconds_per_token": pace, "compile_seconds": time.perf_counter() - began}
 
 
 def matmul_peaks(device: torch.device, sizes: tuple[int, ...] = (1024,), seconds: float = 0.05) -> dict[str, float]:
@@ -367,16 +370,19 @@ def matmul_peaks(device: torch.device, sizes: tuple[int, ...] = (1024,), seconds
 
 
 def answer_question():
-    """What the process of its own does: compile, measure, compare."""
+    """What the process of its own does: compile, take turns with what is not compiled, compare."""
     question = json.loads(sys.stdin.read())
-    config, choices = from_json(TrainConfig, question["train"]), Choices(**question["choices"])
+    config = from_json(TrainConfig, question["train"])
+    choices, eager = Choices(**question["choices"]), Choices(**question["eager"])
     model = build_model(from_json(ModelConfig, question["model"]), question["vocab_size"])
     make_ready(model, config)
-    device = torch.device("cpu")
+    device, as_it_is = torch.device("cpu"), copy.deepcopy(model)
     apply(choices, model)
     steps_of(model, config, choices.micro_batch_size, device)(choices.dtype)  # compiles
-    seconds = seconds_per_token(model, config, choices, device)
-    print(json.dumps({"choices": asdict(choices), "seconds_per_token": seconds, "wrong": difference(model, choices, device)}))
+    gains = [
+        seconds_per_token(as_it_is, config, eager, device) / seconds_per_token(model, config, choices, device) for _ in range(3)
+    ]
+    print(json.dumps({"choices": asdict(choices), "gain": median(gains), "wrong": difference(model, choices, device)}))
 
 
 def decide(known: dict, model: GPT, config: TrainConfig) -> Choices:
