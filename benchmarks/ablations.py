@@ -24,6 +24,9 @@ VALUES = "ValueAttn(residual=False, embedding=True)"
 ABLATIONS: dict[str, list[str]] = {
     # what the speedrun has
     "AdamW": ["train.optimizer=AdamW", "train.lr_max=0.004", "train.betas=(0.9, 0.95)"],
+    "no_embedding_decay": ["train.embedding_decay=0.0"],
+    "weight_decay_of_0.1": ["train.weight_decay=0.1"],
+    "learning_rate_of_0.02": ["train.lr_max=0.02"],
     "no_weight_averaging": ["train.weight_averaging=None"],
     "no_qk_norm": ["model.qk_norm=False"],
     "SwiGLU": ["model.activation=SiLU", "model.gated=True"],
