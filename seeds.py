@@ -155,11 +155,12 @@ def presses_of_ctrl_c():
 def run_side_by_side(todo: list[Arguments], at_a_time: int | None = None) -> tuple[dict[str, str], bool]:
     """A process each, as many at a time as there are cores by default; as `run_in_turn`.
 
-    Ctrl-C lets each finish its step and save.
+    Ctrl-C lets each finish its step and save. In a terminal each has a line that shows how far it is; a file gets a line for each
+    that ends.
     """
     at_a_time = at_a_time or probe.most_threads()
     waiting, running, failed, heard = list(enumerate(todo)), {}, {}, 0
-    with presses_of_ctrl_c() as presses, tqdm(total=0, position=len(todo), bar_format="{desc}") as line:
+    with presses_of_ctrl_c() as presses, tqdm(total=0, position=len(todo), bar_format="{desc}", disable=None) as line:
         while (waiting and not presses) or running:
             while waiting and not presses and len(running) < at_a_time:
                 number, arguments = waiting.pop(0)
@@ -173,6 +174,8 @@ def run_side_by_side(todo: list[Arguments], at_a_time: int | None = None) -> tup
                     del running[name]
                     if child.process.returncode:
                         failed[name] = child.last.removeprefix("error: ")
+                    if line.disable:
+                        say(f"{name}: {failed.get(name, 'ended')}")
             line.set_description_str(f"{len(running)} running, {len(waiting)} waiting, {len(failed)} failed")
             time.sleep(0.1)
     return failed, bool(presses)
@@ -188,7 +191,7 @@ class Child:
             start_new_session=True, env={**os.environ, "TQDM_MININTERVAL": "0.5"},
         )  # fmt: skip
         self.name, self.last = arguments.name, "begins"
-        self.line = tqdm(total=0, position=position, bar_format="{desc}")
+        self.line = tqdm(total=0, position=position, bar_format="{desc}", disable=None)
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 

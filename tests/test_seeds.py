@@ -109,6 +109,7 @@ class TestSideBySide:
         monkeypatch.setattr(probe, "most_threads", lambda: 2)
         code, printed = script(*words_of(quick))
         assert code == 0 and "2 seeds with one thread each: 2 side by side" in printed
+        assert "\ngroup-seed0: ended\n" in printed and "\x1b" not in printed  # this is no terminal
         list(train(MODEL, replace(quick, seed=1), "alone"))
         assert log_of("group-seed1") == log_of("alone")
         assert json.loads(Run("group-seed1").path("group.json").read_text()) == {"group": "group"}
