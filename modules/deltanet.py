@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kernels
 from model import linear
 from modules.chunks import check_sizes, in_chunks, masked, remembered, sight
 from modules.convolution import ShortConv
@@ -57,7 +58,6 @@ class DeltaNet(LoggingModule):
         self.widths = (num_heads * head_dim, num_heads * head_dim, v_heads * v_dim)
         self.w_qkv = linear(dim, sum(self.widths))
         self.conv = ShortConv(sum(self.widths), conv_width)
-        self.unit = RMSNorm(head_dim, norm_affine=False, norm_eps=1e-6 / head_dim)  # x sqrt(K) / |x|, with 1e-6 added to |x|²
         self.w_beta = linear(dim, v_heads)
         self.norm = RMSNorm(v_dim, norm_eps=norm_eps)
         self.w_out = linear(v_heads * v_dim, dim)
@@ -88,11 +88,17 @@ class DeltaNet(LoggingModule):
         """
         mixed = self.conv(self.w_qkv(x), first=starts, cache=None if cache is None else cache.setdefault("conv", {}))
         q, k, v = activate(self.backend, mixed.float()).split(self.widths, dim=-1)
-        q, k = (self.unit(part.unflatten(2, (self.num_heads, -1))).transpose(1, 2) for part in (q, k))
+        q, k = (part.unflatten(2, (self.num_heads, -1)) for part in (q, k))
+        q, k = (part.transpose(1, 2) for part in (self.with_length(q, self.head_dim**-0.5), self.with_length(k, 1.0)))
         if self.v_heads > self.num_heads:
             q, k = (part.repeat_interleave(self.v_heads // self.num_heads, dim=1) for part in (q, k))
-        K = self.head_dim
-        return q / K, k / math.sqrt(K), v.unflatten(2, (self.v_heads, -1)).transpose(1, 2)
+        return q, k, v.unflatten(2, (self.v_heads, -1)).transpose(1, 2)
+
+    def with_length(self, x, length: float):
+        """x length / |x|, with 1e-6 added to |x|²: the norm that comes to sqrt(K), and a gain that is not learned.  (..., K)"""
+        K = x.shape[-1]
+        rms_norm = kernels.rms_norm if kernels.fit(self.backend, x) else F.rms_norm
+        return rms_norm(x, x.shape[-1:], x.new_full((K,), length / math.sqrt(K)), 1e-6 / K)
 
     def log_decay(self, x):
         """None: nothing fades."""
@@ -131,7 +137,7 @@ class DeltaNet(LoggingModule):
         seen = sight(n, C, starts, q.device)
         q, k, v, beta = (in_chunks(x, n, C).contiguous() for x in (q, k, v, beta))
         decays, before, behind = self.decays(None if log_decay is None else in_chunks(log_decay, n, C), seen)
-        found = (((k * beta[..., None]) @ k.mT) * decays).tril(-1)  # (B, H, n, C, C)
+        found = ((k * beta[..., None]) @ k.mT) * decays  # (B, H, n, C, C), below the diagonal: what solve_triangular reads
         solved = torch.linalg.solve_triangular(found, beta.diag_embed(), upper=False, unitriangular=True)  # (B, H, n, C, C)
         answered = ((q @ k.mT) * decays) @ solved  # (B, H, n, C, C)
         added = masked(k, behind).mT @ solved  # (B, H, n, K, C)
