@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from modules.scan import check_rows
 
@@ -45,6 +46,35 @@ def in_chunks(x: Tensor, n: int, C: int) -> Tensor:
     if behind:
         x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, behind))
     return x.unflatten(2, (n, C))
+
+
+class FromChunkToChunk(torch.autograd.Function):
+    """The states S_0, S_1 = kept_0 S_0 + added_0, … in front of each chunk (B, n, K, V), and the one behind all (B, K, V).
+
+    added (B, n, K, V), state (B, K, V) is S_0. kept (B, n, K, K) is a matrix where `by_matrix`, else the factor of each number,
+    with axes of 1 where they share it. The way back takes one operation a chunk, as the way there.
+    """
+
+    @staticmethod
+    def forward(ctx, kept, added, state, by_matrix):
+        step, states = torch.baddbmm if by_matrix else torch.addcmul, [state]
+        for keep, add in zip(kept.unbind(1), added.unbind(1), strict=True):
+            states.append(step(add, keep, states[-1]))
+        before = torch.stack(states[:-1], dim=1)
+        ctx.save_for_backward(kept, before)
+        ctx.by_matrix = by_matrix
+        return before, states[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_before, d_state):
+        (kept, before), step, d_states = ctx.saved_tensors, torch.baddbmm if ctx.by_matrix else torch.addcmul, [d_state]
+        back = kept.mT if ctx.by_matrix else kept
+        for keep, d_read in zip(reversed(back.unbind(1)), reversed(d_before.unbind(1)), strict=True):
+            d_states.append(step(d_read, keep, d_states[-1]))
+        d_added = torch.stack(d_states[-2::-1], dim=1)
+        d_kept = d_added @ before.mT if ctx.by_matrix else (d_added * before).sum_to_size(kept.shape)
+        return d_kept, d_added, d_states[-1], None
 
 
 def remembered(cache: dict | None, shape: tuple[int, ...], x: Tensor) -> Tensor:

@@ -19,11 +19,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 import kernels
 from model import linear
-from modules.chunks import check_sizes, in_chunks, masked, remembered, sight
+from modules.chunks import FromChunkToChunk, check_sizes, in_chunks, masked, remembered, sight
 from modules.convolution import ShortConv
 from modules.mamba import activate, first_step_biases
 from modules.scan import story_starts
@@ -168,7 +167,7 @@ class DeltaNet(LoggingModule):
         if before is not None:
             kept = kept * before[:, :, :, -1:]
         passed = (kept - erased).flatten(0, 1)  # (B * H, n, K, K)
-        states, state = FromChunkToChunk.apply(passed, written.flatten(0, 1), state.flatten(0, 1))
+        states, state = FromChunkToChunk.apply(passed, written.flatten(0, 1), state.flatten(0, 1), True)
         return states.view(B, H, n, K, V), state.view(B, H, K, V)
 
     def flops_per_token(self, T: int) -> float:
@@ -180,33 +179,6 @@ class DeltaNet(LoggingModule):
         states = K * K * V / C + K * V
         of_chunks = math.ceil(T / C) * C / T * self.v_heads * (scores_and_solution + sums + states)
         return 2.0 * (matrices + of_chunks) + self.conv.flops_per_token(T)
-
-
-class FromChunkToChunk(torch.autograd.Function):
-    """The states S_0, S_1 = passed_0 S_0 + written_0, … (B, n, K, V), and the one behind them (B, K, V).
-
-    passed (B, n, K, K), written (B, n, K, V), state (B, K, V) is S_0. Going back takes one product a chunk, too, where torch by
-    itself would take two and a sum.
-    """
-
-    @staticmethod
-    def forward(ctx, passed, written, state):
-        states = [state]
-        for pass_on, new in zip(passed.unbind(1), written.unbind(1), strict=True):
-            states.append(torch.baddbmm(new, pass_on, states[-1]))
-        before = torch.stack(states[:-1], dim=1)
-        ctx.save_for_backward(passed, before)
-        return before, states[-1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_before, d_state):
-        passed, before = ctx.saved_tensors
-        d_states = [d_state]
-        for pass_on, d_read in zip(reversed(passed.unbind(1)), reversed(d_before.unbind(1)), strict=True):
-            d_states.append(torch.baddbmm(d_read, pass_on.mT, d_states[-1]))
-        d_written = torch.stack(d_states[-2::-1], dim=1)
-        return d_written @ before.mT, d_written, d_states[-1]
 
 
 class GatedDeltaNet(DeltaNet):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import apply_rope, linear
-from modules.chunks import check_sizes, in_chunks, masked, remembered, sight
+from modules.chunks import FromChunkToChunk, check_sizes, in_chunks, masked, remembered, sight
 from modules.mamba import activate
 from modules.scan import story_starts
 from norms import RMSNorm
@@ -138,13 +138,10 @@ class LinearAttention(LoggingModule):
         within = scores.masked_fill(~seen.within, 0.0) @ v
         added = (k * masked((last - faded).exp(), seen.behind)).mT @ v  # (B, H, n, K, v_dim)
         before = masked(faded.exp(), seen.before)
-        kept = before[:, :, :, -1:].mT
-        states = []
-        for kept_in_chunk, added_in_chunk in zip(kept.unbind(2), added.unbind(2), strict=True):
-            states.append(state)
-            state = torch.addcmul(added_in_chunk, kept_in_chunk, state)
-        answers = within + (q * before) @ torch.stack(states, dim=2)  # (B, H, n, C, v_dim)
-        return answers.flatten(2, 3)[:, :, :T], state
+        kept = before[:, :, :, -1:].mT.expand(B, -1, -1, -1, -1)
+        states, last_state = FromChunkToChunk.apply(kept.flatten(0, 1), added.flatten(0, 1), state.flatten(0, 1), False)
+        answers = within + (q * before) @ states.view_as(added)  # (B, H, n, C, v_dim)
+        return answers.flatten(2, 3)[:, :, :T], last_state.view_as(state)
 
     def flops_per_token(self, T: int) -> float:
         """Of the matrices, and of the products of in_parallel, which are those of whole chunks."""

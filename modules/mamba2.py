@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import kernels
-from modules.chunks import check_sizes, in_chunks, masked, remembered, sight
+from modules.chunks import FromChunkToChunk, check_sizes, in_chunks, masked, remembered, sight
 from modules.convolution import ShortConv
 from modules.mamba import activate, first_convolution, first_step_biases, projection
 from modules.scan import story_starts
@@ -140,13 +140,12 @@ class Mamba2(LoggingModule):
         share = masked((faded[..., -1:, :] - faded).exp() * step, sights.behind)  # (B, H, n, C, 1)
         added = beside_each_other(x * share, G).mT @ write  # (B, G, n, R * K, N)
         since_begin = masked(faded.exp(), sights.before)  # (B, H, n, C, 1)
-        states = []
-        for decay, update in zip(since_begin[..., -1:, :].unbind(dim=2), added.unbind(dim=2), strict=True):
-            states.append(state)
-            state = torch.addcmul(update.reshape(state.shape), decay, state)
-        before = torch.stack(states, dim=1).view(B, n, G, R * K, N).transpose(1, 2)  # (B, G, n, R * K, N)
+        kept = since_begin[..., -1, :].unflatten(1, (G, R)).transpose(2, 3).repeat_interleave(K, dim=3)  # (B, G, n, R * K, 1)
+        state_of_groups = state.reshape(B * G, R * K, N)
+        before, last_state = FromChunkToChunk.apply(kept.flatten(0, 1), added.flatten(0, 1), state_of_groups, False)
+        before = before.view_as(added)
         carried = (read @ before.mT).unflatten(-1, (R, K)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)  # (B, H, n, C, K)
-        return (carried * since_begin + y).flatten(2, 3)[:, :, :T], state
+        return torch.addcmul(y, carried, since_begin).flatten(2, 3)[:, :, :T], last_state.view_as(state)
 
     def norm(self, y):
         """RMSNorm of each group (section 7.1 and 7.2).  (B, T, D) → (B, T, D), where D is the width inside"""
