@@ -1,10 +1,11 @@
-"""Named changes of a preset, which time_to_loss.py --ablate compares with the preset itself.
+"""Named changes of a preset, which worth.py --ablate compares with the preset itself.
 
 A change is a list of "group.field=value": the group is model or train, the value is written as in Python, a string without
 quotes. One that turns a trick off is named no_TRICK, one that turns it on is named by the trick.
 """
 
 import ast
+from collections.abc import Iterable
 from dataclasses import fields, replace
 
 from config import did_you_mean
@@ -66,6 +67,16 @@ ABLATIONS: dict[str, list[str]] = {
     "no_weight_decay": ["train.weight_decay=0.0"],
     "no_clipping": ["train.grad_clip=None"],
 }  # fmt: skip
+
+
+def chosen_ablations(names: Iterable[str]) -> dict[str, list[str]]:
+    """The changes of these names, or all. Raises ValueError for a name that is none."""
+    if "all" in names:
+        return ABLATIONS
+    for name in names:
+        if name not in ABLATIONS:
+            raise ValueError(f"no ablation is called {name!r}.{did_you_mean(name, ABLATIONS)} There are: {', '.join(ABLATIONS)}")
+    return {name: ABLATIONS[name] for name in names}
 
 
 def changed(preset: Preset, changes: list[str] | tuple[str, ...]) -> Preset:

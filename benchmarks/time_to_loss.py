@@ -1,7 +1,6 @@
 """How long a preset takes to a loss, and how low it comes in a given time, over several seeds.
 
     python benchmarks/time_to_loss.py --preset speedrun --minutes 10 --seeds 0 1 2 --at 1.03 0.64 --save speedrun
-    python benchmarks/time_to_loss.py --minutes 5 --seeds 0 1 2 3 4 --ablate all --results ablations.jsonl
 
 Bits per byte on whole validation stories of at most 700 bytes, against the seconds since train() was called. Every run has a
 process of its own and finds nothing that an earlier one has compiled or measured; only the tokens lie ready. The curve is
@@ -16,26 +15,24 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ablations import ABLATIONS, changed
+from ablations import changed
 from script import HERE, describe_machine, in_new_process, run_script, save_page, show, table
 
-from config import did_you_mean
 from data import choose_validation, load_data, open_source, story_hash
 from presets import Preset, preset
 from tokenizer import load_tokenizer
 
-UNCHANGED = "unchanged"
 EVALUATIONS = 15  # of a run with a constant batch; of one whose batch grows it is more, most of them early
 MAX_EVALUATED = 200
 
@@ -49,7 +46,6 @@ class Arguments:
     longest_story: int | None = 700  # leave out validation stories of more bytes; None takes all
     set: tuple[str, ...] = ()  # changes of the preset in every run, such as train.lr_max=1e-2 model.zero_init=False
     at: tuple[float, ...] = (1.03, 0.64)  # bits per byte whose time is told
-    ablate: tuple[str, ...] = ()  # names in ablations.py to compare with the preset, or all
     results: Path | None = None  # a .jsonl file that a run is added to at once; those it holds are not run again
     save: str | None = None  # write tables and curves to benchmarks/SAVE.md and SAVE.png
 
@@ -58,7 +54,6 @@ class Arguments:
 class Result:
     """A finished run: a line of the results."""
 
-    change: str  # a name in ablations.py, or UNCHANGED
     seed: int
     settings: dict  # all that decides what it comes to
     eval_every: int
@@ -72,22 +67,13 @@ class Result:
 
 def main(arguments: Arguments):
     check_early(arguments)
-    base = base_preset(arguments)
-    presets = {UNCHANGED: base}
-    for name, change in chosen_ablations(arguments.ablate).items():
-        presets[name] = changed(base, change)
-        if presets[name] == base:
-            print(f"{name} is left out: it changes nothing in this preset", file=sys.stderr)
-            del presets[name]
-    results = run_missing(arguments, presets)
+    results = run_missing(arguments, base_preset(arguments))
 
     lines = show([
         describe_machine(),
         f"{', '.join([arguments.preset, *arguments.set])}: {arguments.minutes:g} minutes on {arguments.data}",
-        "", *time_table([result for result in results if result.change == UNCHANGED], arguments.at),
+        "", *time_table(results, arguments.at),
     ])  # fmt: skip
-    if arguments.ablate:
-        lines += show(["", *ablation_table(results, list(presets))])
     if arguments.save:
         path = HERE / f"{arguments.save}.md"
         draw(results, arguments.at, path.with_suffix(".png"))
@@ -95,47 +81,33 @@ def main(arguments: Arguments):
 
 
 def check_early(arguments: Arguments):
-    """What is missing is better missed now than after hours. Raises OSError or ImportError."""
+    """What is missing is better missed now than after hours. Raises OSError."""
     if arguments.results:
         arguments.results.touch()
     if arguments.save and not (page := HERE / f"{arguments.save}.md").parent.is_dir():
         raise FileNotFoundError(f"there is no folder {page.parent} to save to: make it, or take another name")
-    if arguments.ablate:
-        import scipy.stats  # noqa: F401
 
 
-def run_missing(arguments: Arguments, presets: dict[str, Preset]) -> list[Result]:
-    """The results of each preset with each seed: those of the file, and those of the runs that it lacks."""
+def run_missing(arguments: Arguments, chosen: Preset) -> list[Result]:
+    """The results of each seed: those of the file, and those of the runs that it lacks."""
     with tempfile.TemporaryDirectory(prefix="time_to_loss-") as folder:
-        fingerprint = write_stories(arguments, presets.values(), Path(folder))
-        presets = {name: with_train(chosen, data=str(Path(folder, "stories"))) for name, chosen in presets.items()}
-        settings = {name: settings_of(chosen, fingerprint) for name, chosen in presets.items()}
-        jobs = [(name, seed) for seed in arguments.seeds for name in presets]
+        fingerprint = write_stories(arguments, chosen, Path(folder))
+        chosen = with_train(chosen, data=str(Path(folder, "stories")))
+        settings = settings_of(chosen, fingerprint)
         results = read_results(arguments.results, settings)
         eval_every = None
-        for name, seed in jobs:
-            if (name, seed) in results:
+        for seed in arguments.seeds:
+            if seed in results:
                 continue
-            eval_every = eval_every or choose_eval_every(arguments, presets[UNCHANGED], results, Path(folder))
-            chosen = with_train(presets[name], seed=seed, eval_every=eval_every)
-            result = Result(name, seed, settings[name], eval_every, **in_new_process(run, chosen, name, Path(folder)))
-            results[name, seed] = result
+            eval_every = eval_every or choose_eval_every(arguments, chosen, results, Path(folder))
+            one = with_train(chosen, seed=seed, eval_every=eval_every)
+            results[seed] = result = Result(seed, settings, eval_every, **in_new_process(run, one, Path(folder)))
             if arguments.results:
                 with open(arguments.results, "a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(result)) + "\n")
             said = f"{result.bits_per_byte:.4f} bits per byte after {result.steps:,} steps, {result.seconds:.0f} s"
-            print(f"{name}, seed {seed}: {said}", file=sys.stderr, flush=True)
-    return [results[job] for job in jobs]
-
-
-def chosen_ablations(names: Iterable[str]) -> dict[str, list[str]]:
-    """The changes of these names, or all. Raises ValueError for a name that is none."""
-    if "all" in names:
-        return ABLATIONS
-    for name in names:
-        if name not in ABLATIONS:
-            raise ValueError(f"no ablation is called {name!r}.{did_you_mean(name, ABLATIONS)} There are: {', '.join(ABLATIONS)}")
-    return {name: ABLATIONS[name] for name in names}
+            print(f"seed {seed}: {said}", file=sys.stderr, flush=True)
+    return [results[seed] for seed in arguments.seeds]
 
 
 def base_preset(arguments: Arguments) -> Preset:
@@ -150,7 +122,7 @@ def with_train(chosen: Preset, **values) -> Preset:
     return Preset(chosen.model, replace(chosen.train, **values))
 
 
-def write_stories(arguments: Arguments, presets: Iterable[Preset], folder: Path) -> str:
+def write_stories(arguments: Arguments, chosen: Preset, folder: Path) -> str:
     """Write the training stories and the validation stories that are short enough as a source of its own into folder/stories.
 
     Returns a digest of them. Raises ValueError where no validation story is short enough.
@@ -164,10 +136,9 @@ def write_stories(arguments: Arguments, presets: Iterable[Preset], folder: Path)
         shortest = min(lengths.values())
         raise ValueError(f"no validation story has {longest} bytes or fewer: give a --longest_story of {shortest} or more")
     held_out = set(map(story_hash, validation))
-    limits = [chosen.train.max_stories for chosen in presets]
     training = (story for story in source.stories("train", Counter()) if story_hash(story) not in held_out)
     (folder / "stories").mkdir()
-    for split, stories in (("train", islice(training, None if None in limits else max(limits))), ("validation", short)):
+    for split, stories in (("train", islice(training, chosen.train.max_stories)), ("validation", short)):
         with open(folder / "stories" / f"{split}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": story}) + "\n" for story in stories)
     print(f"{len(short):,} of {len(validation):,} validation stories have at most {longest} bytes", file=sys.stderr)
@@ -180,8 +151,8 @@ def settings_of(chosen: Preset, fingerprint: str) -> dict:
     return json.loads(json.dumps({"model": asdict(chosen.model), "train": asdict(chosen.train) | ignored}))
 
 
-def read_results(path: Path | None, settings: dict[str, dict]) -> dict[tuple[str, int], Result]:
-    """The runs of the file that were made with these settings, by change and seed.
+def read_results(path: Path | None, settings: dict) -> dict[int, Result]:
+    """The runs of the file that were made with these settings, by seed.
 
     A field that the configs did not have at the time is not compared. Raises ValueError for a line that cannot be read.
     """
@@ -192,9 +163,8 @@ def read_results(path: Path | None, settings: dict[str, dict]) -> dict[tuple[str
             result = Result(**json.loads(line))
         except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(f"{path}, line {number}, is no result ({error}): delete the line") from error
-        now = settings.get(result.change)
-        if now and all(result.settings[group].items() <= now[group].items() for group in now):
-            results[result.change, result.seed] = result
+        if all(result.settings[group].items() <= settings[group].items() for group in settings):
+            results[result.seed] = result
         else:
             others += 1
     if others:
@@ -202,7 +172,7 @@ def read_results(path: Path | None, settings: dict[str, dict]) -> dict[tuple[str
     return results
 
 
-def choose_eval_every(arguments: Arguments, chosen: Preset, results: dict[tuple[str, int], Result], folder: Path) -> int:
+def choose_eval_every(arguments: Arguments, chosen: Preset, results: dict[int, Result], folder: Path) -> int:
     """Steps between evaluations: what the command line says, or as in the results, or by the pace of a short trial."""
     if any(change.startswith("train.eval_every=") for change in arguments.set):
         return chosen.train.eval_every
@@ -224,7 +194,7 @@ def seconds_per_step(chosen: Preset, folder: Path) -> float:
     return median(paces) * chosen.train.batch_size / (chosen.train.batch_size_start or chosen.train.batch_size)
 
 
-def run(chosen: Preset, name: str, folder: Path) -> dict:
+def run(chosen: Preset, folder: Path) -> dict:
     """Train and score one model: what a Result tells of it. To be called in a process of its own."""
     from evaluation import evaluate
     from runs import load_model
@@ -235,7 +205,7 @@ def run(chosen: Preset, name: str, folder: Path) -> dict:
     layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix}"
     with (
         cold_start(chosen, folder) as validation,
-        tqdm(desc=f"{name}, seed {chosen.train.seed}", total=budget, bar_format=layout, leave=False, disable=None) as bar,
+        tqdm(desc=f"seed {chosen.train.seed}", total=budget, bar_format=layout, leave=False, disable=None) as bar,
     ):
         began = time.perf_counter()
         try:
@@ -250,7 +220,7 @@ def run(chosen: Preset, name: str, folder: Path) -> dict:
             bits_per_byte = evaluate(*load_model("run"), validation).bits_per_byte
         except FloatingPointError as error:
             seconds = time.perf_counter() - began
-            tqdm.write(f"{name}, seed {chosen.train.seed}: {error}", file=sys.stderr)
+            tqdm.write(f"seed {chosen.train.seed}: {error}", file=sys.stderr)
     return {
         "steps": len(records), "tokens": records[-1].tokens if records else 0, "seconds": seconds,
         "tokens_per_second": median([record.tokens_per_second for record in records] or [0.0]),
@@ -300,49 +270,25 @@ def time_table(results: list[Result], at: tuple[float, ...]) -> list[str]:
     return table(["seed", *columns], rows)
 
 
-def ablation_table(results: list[Result], names: list[str]) -> list[str]:
-    """A row for each change: its difference to the preset, seed by seed, with the 95% interval of the mean (Student's t)."""
-    from scipy.stats import ttest_rel
-
-    rows = []
-    scores = {name: [result.bits_per_byte for result in results if result.change == name] for name in names}
-    for name in names:
-        finite = all(map(math.isfinite, scores[name] + scores[UNCHANGED]))
-        difference = interval = "–"
-        if name != UNCHANGED and finite:
-            difference = f"{fmean(scores[name]) - fmean(scores[UNCHANGED]):+.4f}"
-            if len(scores[name]) > 1:
-                low, high = ttest_rel(scores[name], scores[UNCHANGED]).confidence_interval(0.95)
-                interval = f"{low:+.4f} to {high:+.4f}"
-        pace = median(result.tokens_per_second for result in results if result.change == name)
-        shown_change = ", ".join(f"`{change}`" for change in ABLATIONS.get(name, []))
-        rows.append([name, shown_change, shown(fmean(scores[name]), ".4f"), difference, interval, f"{pace:,.0f}"])
-    return table(["change", "", "bits per byte", "difference", "95% interval", "tokens/s"], rows)
-
-
 def shown(value: float, style: str) -> str:
     return f"{value:{style}}" if math.isfinite(value) else "–"
 
 
 def draw(results: list[Result], at: tuple[float, ...], path: Path):
-    """Bits per byte against seconds, a curve for each run and a colour for each change."""
+    """Bits per byte against seconds, a curve for each run."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    names = list(dict.fromkeys(result.change for result in results))
-    for i, name in enumerate(names):
-        for number, result in enumerate(result for result in results if result.change == name):
-            seconds, bits_per_byte = zip(*result.curve, strict=True) if result.curve else ([], [])
-            axes.plot(seconds, bits_per_byte, color=f"C{i}", linewidth=1, label=None if number else name)
+    for result in results:
+        seconds, bits_per_byte = zip(*result.curve, strict=True) if result.curve else ([], [])
+        axes.plot(seconds, bits_per_byte, color="C0", linewidth=1)
     for level in at:
         axes.axhline(level, color="gray", linewidth=0.8, linestyle=":")
     axes.set(xlabel="seconds since train() was called", ylabel="bits per byte", xscale="log")
     axes.xaxis.set_major_formatter(LogFormatter())
     axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    if len(names) > 1:
-        axes.legend()
     figure.savefig(path, dpi=120)
 
 

@@ -1,10 +1,13 @@
-"""What the recurrent presets are worth: bits per byte of each after equal minutes, and where in a story they gain or lose.
+"""What presets, or the tricks of one, are worth: bits per byte of each after equal minutes.
 
     python benchmarks/worth.py --runs ../worth --side_by_side 2 --save worth
     python benchmarks/worth.py --runs ../worth --budget clock --presets 1m mamba_like --minutes 5
+    python benchmarks/worth.py --runs ../ablations --presets speedrun --ablate all --minutes 2 --save ablations
 
-Every preset is trained with every seed, as train.py does it, into a folder of its own in --runs. What is finished there is not
-trained again and what was begun is gone on with, so that the same command may be stopped at any time and given again.
+Presets are also told by where in a story they gain or lose; --ablate compares one preset with changes of it, one at a time,
+which ablations.py lists. Every preset is trained with every seed, as train.py does it, into a folder of its own in --runs. What
+is finished there is not trained again and what was begun is gone on with, so that the same command may be stopped at any time
+and given again.
 
 --budget steps does not depend on how busy the machine is: first each preset's speed is measured, in turns and with nothing beside
 (--measure_only stops there), and kept in speeds.json; then each is trained for as many steps as the minutes would have taken at
@@ -18,6 +21,7 @@ import os
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +30,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ablations import changed
+from ablations import changed, chosen_ablations
 from preset_speed import RECURRENT
 from script import HERE, describe_machine, in_new_process, new_process, quartiles, run_script, save_page, show, table
 from time_to_loss import settings_of, with_train
@@ -37,6 +41,7 @@ from command_line import Arguments as Training
 from comparison import Candidate, Comparison, compare, told_p
 from differences import Difference, over_seeds, over_stories
 from measures import loss_by_position, token_scores
+from optim import growing_batch_size
 from presets import Preset, preset
 from probe import Choices
 from report import validation_stories
@@ -50,6 +55,7 @@ EVALUATIONS = 8  # of a run that is trained for a number of steps
 class Arguments:
     runs: Path | None = None  # the folder of the trained runs, made where it is missing; by default $BASEGPT_RUNS
     presets: tuple[str, ...] = ("1m", *RECURRENT)  # the others are compared with the first
+    ablate: tuple[str, ...] = ()  # names in ablations.py, or all: changes that a single preset is compared with
     minutes: float = 10.0  # of a run
     seeds: int = 3  # of each preset, from 0 on
     budget: Literal["steps", "clock"] = "steps"  # steps that the minutes would have taken on a quiet machine, or the clock
@@ -76,7 +82,7 @@ class Speed:
 
 def main(arguments: Arguments):
     check_early(arguments)
-    presets = {name: base_preset(name, arguments) for name in arguments.presets}
+    presets = chosen_presets(arguments)
     speeds = {}
     if arguments.budget == "steps":
         speeds = measured_speeds(presets, arguments)
@@ -88,15 +94,20 @@ def main(arguments: Arguments):
     result = compare(*(name for name in presets if any(map(is_scored, seeds.member_names(group_of(name, presets, arguments))))))
 
     lines = show([describe_machine(), "", caption(arguments, speeds), "", *worth_table(result, speeds), ""])
-    lines += show([*(f"- {line}" for line in result.verdicts + result.notes), ""])
-    by_position = losses_by_position(result.groups, arguments)
-    told = (f"Nats per token by its position in the story, on {arguments.position_stories} validation stories: the mean of the "
-            "seeds, and in brackets the difference to the first with its 95% interval over seeds.")  # fmt: skip
-    lines += show([told, "", *position_table(by_position)])
+    if arguments.ablate:
+        lines += show([f"- {line}" for line in result.notes])
+        draw = partial(draw_differences, result)
+    else:
+        lines += show([*(f"- {line}" for line in result.verdicts + result.notes), ""])
+        by_position = losses_by_position(result.groups, arguments)
+        told = (f"Nats per token by its position in the story, on {arguments.position_stories} validation stories: the mean of "
+                "the seeds, and in brackets the difference to the first with its 95% interval over seeds.")  # fmt: skip
+        lines += show([told, "", *position_table(by_position)])
+        draw = partial(draw_positions, by_position)
     if arguments.save:
         path = HERE / f"{arguments.save}.md"
-        draw(by_position, path.with_suffix(".png"))
-        save_page(path, [*lines, "", f"![loss by position]({path.stem}.png)"])
+        draw(path.with_suffix(".png"))
+        save_page(path, [*lines, "", f"![differences]({path.stem}.png)"])
     if failed:
         raise ChildProcessError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
 
@@ -113,11 +124,25 @@ def check_early(arguments: Arguments):
     for name in ("seeds", "side_by_side", "threads", "rounds", "position_stories"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name}={getattr(arguments, name)}: give a whole number of at least 1")
-    if len(set(arguments.presets)) < max(2, len(arguments.presets)):
+    if arguments.ablate and len(arguments.presets) > 1:
+        raise ValueError(f"presets={arguments.presets}: give the single one to ablate")
+    if not arguments.ablate and len(set(arguments.presets)) < max(2, len(arguments.presets)):
         raise ValueError(f"presets={arguments.presets}: give two or more, each once")
     if arguments.measure_only and arguments.budget != "steps":
         raise ValueError("measure_only: the clock needs no speeds; leave it out, or take --budget steps")
     runs_folder().mkdir(parents=True, exist_ok=True)
+
+
+def chosen_presets(arguments: Arguments) -> dict[str, Preset]:
+    """What to compare with the first, by name: presets, or the changes of a single one that change something in it."""
+    presets = {name: base_preset(name, arguments) for name in arguments.presets}
+    (base, *_) = presets.values()
+    for name, change in chosen_ablations(arguments.ablate).items():
+        if (ablated := changed(base, change)) == base:
+            print(f"{name} is left out: it changes nothing in this preset", file=sys.stderr)
+        else:
+            presets[name] = ablated
+    return presets
 
 
 def base_preset(name: str, arguments: Arguments) -> Preset:
@@ -167,9 +192,13 @@ def fastest_way(chosen: Preset) -> Variant:
 
 
 def for_steps(chosen: Preset, speed: Speed, minutes: float) -> Preset:
-    """The preset trained for as many steps as the minutes take at this speed, and in the way that it was measured in."""
+    """The preset trained for as many steps as the minutes take at this speed, and in the way that it was measured in.
+
+    A batch that grows counts as its mean, and its tokens as fast as those of the whole one.
+    """
     choices = Choices(**speed.choices)
-    tokens = chosen.train.batch_size * chosen.model.max_seq_len
+    rows = np.mean([growing_batch_size(share, chosen.train) for share in np.linspace(0, 1, 1000, endpoint=False)])
+    tokens = rows * chosen.model.max_seq_len
     steps = max(1, round(60 * minutes * float(np.median(speed.tokens_per_second)) / tokens))
     trained = with_train(
         chosen, max_steps=steps, max_minutes=None, eval_every=math.ceil(steps / EVALUATIONS), dtype=choices.dtype,
@@ -205,7 +234,10 @@ def is_scored(name: str) -> bool:
 def caption(arguments: Arguments, speeds: dict[str, Speed]) -> str:
     threads = f"{arguments.threads} thread{'s' * (arguments.threads > 1)}"
     minutes = f"{arguments.minutes:g} minutes"
-    told = [f"{arguments.seeds} seeds of each on {arguments.data}, all with the same learning rate and batches."]
+    same = "all with the same learning rate and batches"
+    if arguments.ablate:
+        same = f"of the preset {arguments.presets[0]} and of changes of it, one at a time"
+    told = [f"{arguments.seeds} seeds of each on {arguments.data}, {same}."]
     if arguments.budget == "clock":
         told += [f"Each run had {minutes} by the clock with {threads}, evaluations included, {arguments.side_by_side} at a time."]
     else:
@@ -314,7 +346,24 @@ def position_table(found: ByPosition) -> list[str]:
     return table(["", *found.names], rows)
 
 
-def draw(found: ByPosition, path: Path):
+def draw_differences(result: Comparison, path: Path):
+    """How much more than the first each of the others comes to, one below the other."""
+    from matplotlib.figure import Figure
+
+    found = result.differences
+    figure = Figure(figsize=(8, 1 + 0.25 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    margins = [found["difference"] - found["95% from"], found["to"] - found["difference"]]
+    axes.errorbar(found["difference"], range(len(found)), xerr=margins, fmt=".", capsize=2)
+    axes.axvline(0, color="gray", linewidth=1)
+    first = result.groups[0].name
+    axes.set_yticks(range(len(found)), [pair.removesuffix(f" - {first}") for pair in found.index])
+    axes.invert_yaxis()
+    axes.set(xlabel=f"bits per byte more than {first}, 95% interval over seeds")
+    figure.savefig(path, dpi=120)
+
+
+def draw_positions(found: ByPosition, path: Path):
     """On the left the loss by position, on the right how much more it is than the first preset's."""
     from matplotlib.figure import Figure
 

@@ -41,7 +41,7 @@ def test_train_speed_compares():
     assert 0 <= without_imports < peak
 
 
-def test_time_to_loss_goes_on_and_compares(corpus, tmp_path):
+def test_time_to_loss_goes_on(corpus, tmp_path):
     results, page = tmp_path / "results.jsonl", tmp_path / "page"
     steps = ["train.max_steps=6", "train.warmup_steps=2", "train.eval_every=3", "train.eval_stories=200"]
     words = ["--preset", "1m", "--set", *TINY, *steps, "model.max_seq_len=48", "train.tokenizer=bpe_tokenizer_95",
@@ -51,10 +51,10 @@ def test_time_to_loss_goes_on_and_compares(corpus, tmp_path):
     line = results.read_text()
     assert [seconds > 0 for seconds, _ in json.loads(line)["curve"]] == [True, True]
 
-    table = rows(run("time_to_loss.py", *words, "--seeds", "0", "--ablate", "batches_of_8", "no_zero_init", "--save", str(page)))
-    assert table["0"] == first and float(table["batches_of_8"][2]) != 0 and "no_zero_init" not in table
+    table = rows(run("time_to_loss.py", *words, "--seeds", "0", "1", "--save", str(page)))
+    assert table["0"] == first and "to" in table["range"][0] and float(table["1"][-1]) != float(first[-1])
     assert results.read_text().startswith(line) and results.read_text().count("\n") == 2
-    assert page.with_suffix(".png").stat().st_size > 0 and "batches_of_8" in page.with_suffix(".md").read_text()
+    assert page.with_suffix(".png").stat().st_size > 0 and "| median |" in page.with_suffix(".md").read_text()
 
 
 @pytest.fixture
@@ -141,7 +141,9 @@ def test_growth_is_of_the_time_of_a_row_and_the_memory_of_one_alone(scripts):
     assert found == {"growth of time": ["1.00", "2.00"], "growth of memory": ["1.00", "2.00"]}
 
 
-def test_worth_trains_what_is_missing_and_tells_it_again(scripts, corpus, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def worth_here(scripts, corpus, tmp_path, monkeypatch):
+    """Arguments of worth.py that train for a moment in this process, and the names of what was trained."""
     import worth
 
     import seeds
@@ -170,6 +172,13 @@ def test_worth_trains_what_is_missing_and_tells_it_again(scripts, corpus, tmp_pa
         runs=tmp_path / "runs", presets=("1m", "mamba_like"), minutes=0.01, seeds=2, data=corpus, set=(*TINY, *settings),
         side_by_side=2, position_stories=20, save="worth",
     )  # fmt: skip
+    return words, trained
+
+
+def test_worth_trains_what_is_missing_and_tells_it_again(worth_here, tmp_path, capsys):
+    import worth
+
+    words, trained = worth_here
     worth.main(words)
     printed = capsys.readouterr().out
     told = rows(printed.partition("Nats per token")[0])
@@ -186,6 +195,18 @@ def test_worth_trains_what_is_missing_and_tells_it_again(scripts, corpus, tmp_pa
         worth.main(replace(words, set=(*words.set, "model.mlp_dim=32")))
 
 
+def test_worth_compares_a_preset_with_changes_of_it(worth_here, tmp_path, capsys):
+    import worth
+
+    words, trained = worth_here
+    worth.main(replace(words, presets=("1m",), ablate=("no_zero_init", "no_clipping", "GELU")))
+    told, page = capsys.readouterr(), (tmp_path / "worth.md").read_text()
+    assert trained == ["1m-seed0", "no_clipping-seed0", "GELU-seed0", "1m-seed1", "no_clipping-seed1", "GELU-seed1"]
+    assert "no_zero_init is left out" in told.err and "of the preset 1m and of changes of it" in page
+    assert "±" in rows(told.out)["GELU"][6] and "Nats per token" not in page
+    assert (tmp_path / "worth.png").stat().st_size > 0
+
+
 def test_worth_trains_for_the_steps_that_the_minutes_would_have_taken(scripts):
     import worth
 
@@ -194,12 +215,15 @@ def test_worth_trains_for_the_steps_that_the_minutes_would_have_taken(scripts):
     trained = worth.for_steps(preset("1m"), speed, 10.0)
     assert trained.train.max_steps == 60 * 10 * 4096 / (4 * 512) and trained.train.max_minutes is None
     assert (trained.model.attention, trained.train.micro_batch_size, trained.train.dtype) == ("sdpa", 2, "float32")
+    growing = worth.for_steps(preset("speedrun"), speed, 10.0)  # 8, 16 and 32 rows for 1/4, 1/4 and 1/2 of the steps
+    assert growing.train.max_steps == round(60 * 10 * 4096 / (22 * 256))
 
 
 def test_what_worth_cannot_do_is_one_line(scripts, monkeypatch, tmp_path):
     import worth
 
-    for wrong in ({"seeds": 0}, {"presets": ("1m",)}, {"presets": ("1m", "1m")}, {"budget": "clock", "measure_only": True}):
+    for wrong in ({"seeds": 0}, {"presets": ("1m",)}, {"presets": ("1m", "1m")}, {"ablate": ("tied",), "presets": ("1m", "2m")},
+                  {"budget": "clock", "measure_only": True}):  # fmt: skip
         with pytest.raises(ValueError, match=list(wrong)[-1]):
             worth.check_early(worth.Arguments(runs=tmp_path, **wrong))
     monkeypatch.delenv("BASEGPT_RUNS")
