@@ -219,6 +219,15 @@ def test_worth_trains_for_the_steps_that_the_minutes_would_have_taken(scripts):
     assert growing.train.max_steps == round(60 * 10 * 4096 / (22 * 256))
 
 
+def test_worth_measures_once_what_is_as_fast(scripts):
+    import worth
+
+    chosen = worth.chosen_presets(worth.Arguments(presets=("speedrun",), ablate=("no_weight_decay", "cosine", "GELU", "tied")))
+    assert worth.as_fast(chosen) == {
+        "speedrun": "speedrun", "no_weight_decay": "speedrun", "cosine": "speedrun", "GELU": "GELU", "tied": "tied",
+    }  # fmt: skip
+
+
 def test_what_worth_cannot_do_is_one_line(scripts, monkeypatch, tmp_path):
     import worth
 
