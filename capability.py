@@ -319,7 +319,10 @@ def radar(scores: list[Score]):
     axes.set_theta_offset(math.pi / 2)
     axes.set_theta_direction(-1)
     axes.set_xticks(angles, tasks)
-    axes.tick_params(axis="x", pad=18)
+    axes.tick_params(axis="x", pad=8)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):  # beside the circle, not across it
+        aside = math.sin(angle)
+        label.set_horizontalalignment("center" if abs(aside) < 0.1 else "left" if aside > 0 else "right")
     axes.set_ylim(-0.15, 1)
     around = [2 * math.pi * part / 100 for part in range(101)]
     axes.plot(around, [0.0] * 101, color="black", linestyle="--", label="chance")

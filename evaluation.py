@@ -12,6 +12,7 @@ holds: a story longer than the context is read in windows that overlap by half.
 B batch, T time, V vocabulary.
 """
 
+import os
 import sys
 from importlib import import_module
 
@@ -31,6 +32,8 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":  # before torch is imported, which most of them do without
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds; a file is not to fill with progress bars
     main(sys.argv[1:])
     sys.exit()
 
