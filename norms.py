@@ -7,7 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import kernels
 from tools import LoggingModule
@@ -23,15 +23,19 @@ class Norm(LoggingModule):
         self.bias = nn.Parameter(torch.zeros(dim)) if norm_bias else None
 
 
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, backend: str) -> Tensor:
+    """x / rms(x) * weight, by our kernel where the backend is that and x fits it.  x (..., D), weight (D) → (..., D)"""
+    return (kernels.rms_norm if kernels.fit(backend, x) else F.rms_norm)(x, x.shape[-1:], weight, eps)
+
+
 class RMSNorm(Norm):
     """x / rms(x), with a learned gain (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).  (..., D) → (..., D)"""
 
     backend = "auto"
 
     def forward(self, x):
-        rms_norm = kernels.rms_norm if kernels.fit(self.backend, x) else F.rms_norm
         weight = None if self.weight is None else self.weight.type_as(x)  # torch's is fast where both are alike
-        normed = rms_norm(x, x.shape[-1:], weight, self.eps)
+        normed = rms_norm(x, weight, self.eps, self.backend)
         return normed if self.bias is None else normed + self.bias
 
 

@@ -158,10 +158,14 @@ def read(reader: Reader, until: float = math.inf) -> tuple[list, list]:
 
     From states at position `until` or beyond nothing is read any more.
     """
+
+    def after(slot, states):
+        return merged(step(slot, reader, [state for state in states if state[0] < until]))
+
     p = program()
     states, seen = [(0, p.world.empty_env(), 0.0)], []
     for slot in p.opening:
-        states = merged(step(slot, reader, [state for state in states if state[0] < until]))
+        states = after(slot, states)
         seen += states
     starts = defaultdict(list)
     for position, env, log_prob in states:
@@ -174,7 +178,7 @@ def read(reader: Reader, until: float = math.inf) -> tuple[list, list]:
         for slot in plot.slots:
             if not states:
                 break
-            states = merged(step(slot, reader, [state for state in states if state[0] < until]))
+            states = after(slot, states)
             seen += states
         ends.append((plot.name, states))
     return ends, seen

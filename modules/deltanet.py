@@ -20,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import kernels
 from model import linear
 from modules.chunks import FromChunkToChunk, check_sizes, in_chunks, masked, remembered, sight
 from modules.convolution import ShortConv
 from modules.mamba import activate, first_step_biases
 from modules.scan import story_starts
-from norms import RMSNorm
+from norms import RMSNorm, rms_norm
 from tools import LoggingModule
 
 
@@ -97,8 +96,7 @@ class DeltaNet(LoggingModule):
     def with_length(self, x, length: float):
         """x length / |x|, with 1e-6 added to |x|²: the norm that comes to sqrt(K), and a gain that is not learned.  (..., K)"""
         K = x.shape[-1]
-        rms_norm = kernels.rms_norm if kernels.fit(self.backend, x) else F.rms_norm
-        return rms_norm(x, x.shape[-1:], x.new_full((K,), length / math.sqrt(K)), 1e-6 / K)
+        return rms_norm(x, x.new_full((K,), length / math.sqrt(K)), 1e-6 / K, self.backend)
 
     def log_decay(self, x):
         """None: nothing fades."""

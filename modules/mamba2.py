@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-import kernels
 from modules.chunks import FromChunkToChunk, check_sizes, in_chunks, masked, remembered, sight
 from modules.convolution import ShortConv
 from modules.mamba import activate, first_convolution, first_step_biases, projection
 from modules.scan import story_starts
+from norms import rms_norm
 from tools import LoggingModule
 
 FIRST_RATES = (1.0, 16.0)  # the rates -A that heads begin with, evenly between these, as in the published code
@@ -150,11 +150,10 @@ class Mamba2(LoggingModule):
     def norm(self, y):
         """RMSNorm of each group (section 7.1 and 7.2).  (B, T, D) → (B, T, D), where D is the width inside"""
         B, T, D = y.shape
-        rms_norm = kernels.rms_norm if kernels.fit(self.backend, y) else F.rms_norm
         if self.groups == 1:
-            return rms_norm(y, (D,), self.norm_weight.type_as(y), self.eps)
+            return rms_norm(y, self.norm_weight.type_as(y), self.eps, self.backend)
         y = y.view(B, T, self.groups, -1)
-        return rms_norm(y, y.shape[-1:], None, self.eps).view(B, T, D) * self.norm_weight
+        return rms_norm(y, None, self.eps, self.backend).view(B, T, D) * self.norm_weight
 
     def flops_per_token(self, T: int) -> float:
         """Matrices, convolution, and the products of in_parallel, which are those of whole chunks."""
