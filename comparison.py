@@ -71,7 +71,7 @@ class Comparison:
 
     def __str__(self) -> str:
         told = dict.fromkeys(("p", "p (Holm)"), told_p)
-        tables = [frame.to_string(float_format="{:.4f}".format, formatters=told)
+        tables = [frame.to_string(float_format="{:.4f}".format, formatters=told, na_rep="–")
                   for frame in (self.candidates, self.differences) if len(frame)]  # fmt: skip
         return "\n\n".join(["\n".join(lines) for lines in (self.notes, tables[:1], tables[1:], self.verdicts) if lines])
 
@@ -94,6 +94,8 @@ def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missi
     found = [gather(name, notes, data_if_missing) for name in names]
     candidates = [candidate for candidate in found if candidate.members]
     candidates, by_story = at_budget(candidates, at, notes) if candidates else ([], True)
+    if at == "end" and len(candidates) > 1:
+        notes += unequal(candidates)
     chosen = list(itertools.combinations(candidates, 2))
     pairs = [pair for pair in chosen if (all_pairs or pair[0] is candidates[0]) and comparable(*pair, at, notes)]
     rows = [row(one, other, difference_of(one, other, by_story)) for one, other in pairs]
@@ -180,6 +182,28 @@ def read_off(member: Member, at: str, budget: float) -> float:
     return float(np.interp(budget, curve[at], curve["bits_per_byte"]))
 
 
+def unequal(candidates: list[Candidate]) -> list[str]:
+    """What some were given more of than others: a line for the size, one for the budget."""
+    notes = []
+    small, *_, large = sorted(candidates, key=lambda candidate: candidate.parameters)
+    if large.parameters > (1 + SAME_SIZE) * small.parameters:
+        sizes = f"{small.parameters:,} ({small.name}) to {large.parameters:,} parameters ({large.name})"
+        notes.append(f"not all are of one size: {sizes}")
+    budgets = {}
+    for candidate in candidates:
+        budgets.setdefault(budget_of(candidate.members[0].config), []).append(candidate.name)
+    if len(budgets) > 1:
+        told = ", ".join(f"{budget} ({', '.join(names)})" for budget, names in budgets.items())
+        notes.append(f"not all were to be trained equally long: {told}. --at compares at equal cost")
+    return notes
+
+
+def budget_of(config: TrainConfig) -> str:
+    steps = [f"{config.max_steps:,} steps"] if config.max_steps else []
+    minutes = [f"{config.max_minutes:g} minutes"] if config.max_minutes else []
+    return " or ".join(steps + minutes)
+
+
 def comparable(one: Candidate, other: Candidate, at: str, notes: list[str]) -> bool:
     """Notes all that is not equal between two candidates. False where they must not be compared at all."""
     a, b = one.members[0], other.members[0]
@@ -195,12 +219,14 @@ def comparable(one: Candidate, other: Candidate, at: str, notes: list[str]) -> b
         tokenizers = f"{a.scored.tokenizer}, {b.scored.tokenizer}"
         notes.append(f"{both} have other tokenizers ({tokenizers}): bits per byte compare all the same")
     reading = [(m.config.tokenizer, m.config.packing, Run(m.name).model_config.max_seq_len) for m in (a, b)]
-    if a.config.max_stories != b.config.max_stories or a.config.data != b.config.data:
+    fingerprints = (a.scored.data_fingerprint, b.scored.data_fingerprint)
+    same_data = None not in fingerprints and len(set(fingerprints)) == 1  # wherever they lay
+    if a.config.max_stories != b.config.max_stories or (a.config.data != b.config.data and not same_data):
         notes.append(f"{both} were trained on other data: {a.config.data} and {b.config.data}, "
                      f"the first {a.config.max_stories} and {b.config.max_stories} stories")  # fmt: skip
-    elif None in (a.scored.data_fingerprint, b.scored.data_fingerprint):
+    elif None in fingerprints:
         notes.append(f"{both}: whether they were trained on the same data is not known, as one is older than the note of it")
-    elif reading[0] == reading[1] and a.scored.data_fingerprint != b.scored.data_fingerprint:
+    elif reading[0] == reading[1] and not same_data:
         notes.append(f"{both} were trained on other data, though both call them {a.config.data}")
     notes += [line for line in [other_code(both, one, other), other_threads(both, a, b, at)] if line]
     if a.architecture == b.architecture and a.config == b.config:

@@ -155,7 +155,7 @@ class TrainConfig:
     data_seed: int | None = None  # decides the order of the data instead; None is seed
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is the best there is
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto is what the machine is faster at
-    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto is where the time it takes is won back within the run
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto tries it in runs of 13 minutes or more
     threads: int | Literal["auto"] = "auto"  # of the CPU; auto is what is fastest
 
     def __post_init__(self):
@@ -265,13 +265,14 @@ def from_json(config_class, text: str):
         raise ValueError(f"this is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError("this JSON holds no config: it must be an object with a key for every field")
-    names = [field.name for field in fields(config_class)]
+    defaults = {field.name: field.default for field in fields(config_class)}
     for name in values:
-        if name not in names:
-            raise ValueError(f"{config_class.__name__} has no field {name!r}.{did_you_mean(name, names)}")
-    for name in names:
+        if name not in defaults:
+            raise ValueError(f"{config_class.__name__} has no field {name!r}.{did_you_mean(name, defaults)}")
+    for name, default in defaults.items():
         if name not in values:
-            raise ValueError(f"the field {name!r} of {config_class.__name__} is missing")
+            line = f"{json.dumps(name)}: {json.dumps(default)},"
+            raise ValueError(f"the field {name!r} of {config_class.__name__} is missing. To a file that is older add {line}")
     match values.get("layers"):
         case {"tile": [*tile], **rest} if not rest:
             values["layers"] = tuple(tile)

@@ -52,13 +52,17 @@ def run_names(with_file: str = "model.pth") -> list[str]:
 
 def group_names() -> list[str]:
     """The names of all groups of seeds, and of the runs that belong to none: what can be compared."""
-    return list(dict.fromkeys(Run(name).group or name for name in run_names()))
+    return list(dict.fromkeys(group_of(name) or name for name in run_names()))
+
+
+def group_of(name: str) -> str | None:
+    return Run(name).group
 
 
 def group_members(name: str) -> list[str]:
     """The runs of a group of seeds; the run itself where it is one. Raises FileNotFoundError where it is neither."""
     if not Run(name).folder.is_dir():
-        members = [member for member in run_names() if Run(member).group == name]
+        members = [member for member in run_names() if group_of(member) == name]
         if members:
             return members
         Run(name).path("model.pth")  # says so
@@ -100,6 +104,8 @@ class Run:
             check_experiment(self.name.split("/")[0])
         if self.folder.exists():
             raise ValueError(f"a run called {self.name!r} exists. Take another --name, or go on with it by --resume")
+        if self.name in map(group_of, run_names("group.json")):
+            raise ValueError(f"a group of seeds is called {self.name!r}, so no single run can be: take another --name")
 
     def create(self, model_config: ModelConfig, train_config: TrainConfig, group: str | None = None):
         """Make the folder, write the configs, and the group where there is one. Raises ValueError where the run exists."""
@@ -118,6 +124,8 @@ class Run:
         """The path of a file that must be there. Raises FileNotFoundError that names the run or the file that is missing."""
         if not self.folder.is_dir():
             there = run_names("model_config.json")
+            if members := [name for name in there if group_of(name) == self.name]:
+                raise FileNotFoundError(f"{self.name!r} is a group of seeds: name one of its runs, {', '.join(members)}")
             raise FileNotFoundError(
                 f"no run is called {self.name!r}.{did_you_mean(self.name, there)} There are: {', '.join(there) or 'none yet'}"
             )
@@ -138,7 +146,7 @@ class Run:
         try:
             return from_json(config_class, self.path(file).read_text(encoding="utf-8"))
         except ValueError as error:  # also what is not UTF-8
-            raise ValueError(f"{file} of the run {self.name!r} is damaged: {error}") from error
+            raise ValueError(f"{file} of the run {self.name!r} cannot be read: {error}") from error
 
     @property
     def group(self) -> str | None:

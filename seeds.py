@@ -38,6 +38,8 @@ def members(arguments: Arguments) -> list[Arguments]:
     Raises ValueError where a run of the group is there and is not to be resumed, or has other configs.
     """
     config = arguments.train
+    if Run(arguments.name).folder.exists():
+        raise ValueError(f"a single run is called {arguments.name!r}, so no group of seeds can be: take another --name")
     begun = [Run(name) for name in member_names(arguments) if Run(name).folder.exists()]
     if begun and not arguments.resume:
         raise ValueError(f"the run {begun[0].name!r} exists. Take another --name, or go on with the group by --resume")
@@ -76,7 +78,7 @@ def side_by_side(arguments: Arguments, count: int) -> bool:
         return True
     model = build_model(arguments.model, load_tokenizer(config.tokenizer).vocab_size)
     with probe.undisturbed():
-        way = probe.first_guess(model, config, device)
+        way = probe.first_guess(model, config, probe.micro_batch_sizes(model, config, device))
         ways = [replace(way, threads=threads) for threads in (1, cores)]
         one, all_of_them = (probe.seconds_per_token(model, config, chosen, device) for chosen in ways)
     rounds = -(-count // cores)

@@ -231,6 +231,18 @@ class TestCompare:
         result = compare("a", "b")
         assert said in "\n".join(result.notes) and len(result.verdicts) == compared
 
+    def test_the_same_data_in_another_place_are_the_same(self, make_run):
+        make_run("a"), make_run("b", -0.02, seed=1)
+        change("b", "train_config.json", data="elsewhere/little.txt")
+        assert not compare("a", "b").notes
+
+    def test_who_was_given_more_is_told(self, make_run):
+        make_run("a"), make_run("b", parameters=10**6, seed=1), make_run("c", seed=2)
+        change("c", "train_config.json", max_minutes=7.0)
+        size, budget = compare("a", "b", "c").notes
+        assert "not all are of one size: " in size and "1,000,000 parameters (b)" in size
+        assert "20 steps (a, b), 20 steps or 7 minutes (c)" in budget
+
     def test_the_same_config_twice(self, make_run):
         make_run("a"), make_run("b", noise=0)
         assert "the same config with the same seed" in compare("a", "b").notes[0]

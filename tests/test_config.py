@@ -48,7 +48,7 @@ def without_key(config, key):
     [
         (ModelConfig, with_key(ModelConfig(), num_layer=3), ["no field 'num_layer'", "'num_layers'"]),
         (ModelConfig, with_key(ModelConfig(), zzz=3), ["no field 'zzz'"]),
-        (ModelConfig, without_key(ModelConfig(), "rope_theta"), ["'rope_theta'", "missing"]),
+        (ModelConfig, without_key(ModelConfig(), "rope_theta"), ["'rope_theta'", "missing", '"rope_theta": 10000.0,']),
         (TrainConfig, without_key(TrainConfig(), "betas"), ["'betas'", "missing"]),
         (ModelConfig, to_json(TrainConfig()), ["no field"]),
         (ModelConfig, to_json(ModelConfig())[:40], ["not JSON"]),

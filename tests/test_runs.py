@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_line import Arguments
 from config import TrainConfig
 from conftest import MODEL
 from runs import Run, load_model, run_names
+from seeds import members
 from tokenizer import load_tokenizer, train_tokenizer
 from train import train
 
@@ -46,6 +48,15 @@ class TestNames:
             Run(tiny_run).create(MODEL, TrainConfig())
         assert {path: path.read_bytes() for path in Run(tiny_run).folder.iterdir()} == before
 
+    def test_a_run_and_a_group_never_share_a_name(self, tiny_run):
+        Run("mine-seed0").create(MODEL, TrainConfig(), group="mine")
+        with pytest.raises(ValueError, match="a group of seeds is called 'mine'"):
+            Run("mine").check_is_new()
+        with pytest.raises(FileNotFoundError, match="'mine' is a group of seeds: name one of its runs, mine-seed0"):
+            load_model("mine")
+        with pytest.raises(ValueError, match="a single run is called 'tiny'"):
+            members(Arguments(name=tiny_run, seeds=2))
+
     def test_unknown_runs_name_the_nearest(self, tiny_run):
         with pytest.raises(FileNotFoundError, match=r"no run is called 'tinyy'\. Did you mean 'tiny'\? There are: tiny") as error:
             load_model("tinyy")
@@ -54,6 +65,14 @@ class TestNames:
     def test_run_names_are_those_with_a_model(self, tiny_run, make_config):
         Run("empty").create(MODEL, make_config())
         assert run_names() == ["tiny"]
+
+
+def test_every_run_that_is_shipped_loads(monkeypatch):
+    monkeypatch.delenv("BASEGPT_RUNS")
+    assert "2m_speedrun" in run_names()
+    for name in run_names():
+        model, tokenizer = load_model(name)
+        assert model.vocab_size == tokenizer.vocab_size
 
 
 class TestRoundTrip:
