@@ -9,19 +9,23 @@ B batch, T time, M tokens of memory, D model dim.
 import contextlib
 import copy
 import io
+import itertools
 import math
 import sys
+import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from config import ModelConfig, layer_steps
-from menu import build_block, find_block
+from menu import build_block, exported, find_block, needs_of
 from model import Steps, first_of_story, rope_table
 from shape_comments import ShapeComments
+from sources import say
 from tools import LoggingModule
 
 CONFIG = ModelConfig(dim=24, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=40, max_seq_len=80)
@@ -62,10 +66,10 @@ def layers_to_try(name: str, block: type) -> tuple[str, ...]:
     return examples
 
 
-def check_layer(layer: str, config: ModelConfig):
-    """Every promise, one after the other, for the blocks of a layer string. Raises ContractError."""
+def check_layer(layer: str, config: ModelConfig, checks: tuple[Callable, ...] | None = None):
+    """Every promise, or those of the checks, for the blocks of a layer string. Raises ContractError."""
     trial = Trial(layer, config)
-    for check in CHECKS:
+    for check in checks or CHECKS:
         if trial.causal or check not in CAUSAL:
             torch.manual_seed(0)
             check(trial)
@@ -78,7 +82,8 @@ def one_line(name: str):
         yield
     except Exception as error:  # a block is a reader's own code: anything may be wrong in it
         problem = str(error) if isinstance(error, ContractError) else f"{type(error).__name__}: {error}"
-        raise ContractError(f"the block {name!r} breaks the contract: {' '.join(problem.split())}") from error
+        cause = None if isinstance(error, ContractError) else error  # whose traceback says where in the block it was
+        raise ContractError(f"the block {name!r} breaks the contract: {' '.join(problem.split())}") from cause
 
 
 def require(condition, problem: str):
@@ -296,8 +301,70 @@ def in_chunks(trial: Trial, chunks: tuple[int, ...]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def try_out(model: nn.Module):
+    """Before a model is trained: does it run, and do the blocks of its plugins see what they must not?
+
+    Says a line for each mistake that would train all the same: a block that sees the future, other rows or other stories, a layer
+    that ends without its skip. Raises ValueError with block and line where the model cannot be run.
+    """
+    config = model.config
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        if config.plugins:
+            run_once(model)
+        for name, layer in plugin_layers(config):
+            try:
+                with one_line(name):
+                    check_layer(layer, replace(config, max_seq_len=max(T, config.max_seq_len)), NOT_TO_BE_SEEN)
+            except ContractError as error:
+                say(f"warning: {error}")
+    for branch in branches(config):
+        last = branch[-1][0]
+        if last not in ("+", "|") and {"+", "|"} & {name for name, _ in branch}:
+            say(f"warning: no + behind {last}, the last block of a layer: what it gives takes the place of the whole stream")
+
+
+def run_once(model: nn.Module):
+    """Forward and back through a copy of it, on a few tokens. Raises ValueError with block and line where that fails."""
+    trial, entered = copy.deepcopy(model).train(), []
+    tokens = torch.arange(2 * min(8, model.config.max_seq_len), device=next(model.parameters()).device).view(2, -1)
+    tokens = tokens % model.vocab_size
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: entered.append(module))
+    try:
+        _, loss = trial(tokens, tokens, **needs_of(trial, story_ids=torch.zeros_like(tokens)))
+        loss.backward()
+    except Exception as error:  # a plugin is a reader's own code: anything may be wrong in it
+        blocks = {block for steps in trial.modules() if isinstance(steps, Steps) for block in steps.blocks}
+        inside = next((type(module).__name__ for module in reversed(entered) if module in blocks), type(trial).__name__)
+        torchs = Path(torch.__file__).parent
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if torchs not in Path(frame.filename).parents]
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
+        cure = f"contract.check_block({inside!r}, config) tries it alone"
+        raise ValueError(f"the model cannot be run, it fails in {inside} ({where}: {problem}). {cure}") from error
+    finally:
+        hook.remove()
+
+
+def branches(config: ModelConfig) -> list[list[tuple[str, dict]]]:
+    """The steps of every layer string of a config, each string once."""
+    strings = [branch for layer in config.depth_layers for branch in ([layer] if isinstance(layer, str) else layer)]
+    return [layer_steps(branch) for branch in dict.fromkeys(strings)]
+
+
+def plugin_layers(config: ModelConfig) -> list[tuple[str, str]]:
+    """Name and layer string, to try it in, of each block of a plugin that the config uses."""
+    own = {name: block for plugin in config.plugins for name, block in exported(plugin, "BLOCKS").items()}
+    found = []
+    for name, options in itertools.chain(*branches(config)):
+        if name in own:
+            written = f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())})"
+            found += [(name, layer) for layer in vars(own[name]).get("examples", (written,))]
+    return list(dict.fromkeys(found))
+
+
 CHECKS = (
     check_repeats, check_gradients, check_batch, check_one_token, check_without_rope, check_future, check_cache, check_stories,
     check_shape_comments,
 )  # fmt: skip
 CAUSAL = (check_future, check_cache)  # what a block with `causal = False` does not promise
+NOT_TO_BE_SEEN = (check_batch, check_future, check_stories)

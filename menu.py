@@ -78,6 +78,8 @@ def import_plugin(plugin: str) -> ModuleType:
         return importlib.import_module(plugin)
     except (Exception, SystemExit) as error:  # a plugin is a reader's own code: anything may be wrong in it
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, ModuleNotFoundError) and error.name == plugin.split(".")[0]:
+            reason += f". Put {error.name}.py, or the folder, beside train.py or where you start it"
         raise ImportError(f"the plugin {plugin!r} cannot be imported: {reason}") from error
 
 

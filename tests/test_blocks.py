@@ -8,8 +8,9 @@ import torch
 from errors import one_line_error
 
 from config import ModelConfig
-from contract import CONFIG, ContractError, check_block
+from contract import CONFIG, ContractError, check_block, try_out
 from menu import block_menu
+from model import GPT
 
 BROKEN = replace(CONFIG, plugins=("broken_blocks",))
 
@@ -80,6 +81,33 @@ def test_what_cannot_be_checked():
     one_line_error(lambda: check_block("Mena", BROKEN), "no block is called 'Mena'", "Did you mean 'Mean'?")
     one_line_error(lambda: check_block("MLP", ModelConfig(max_seq_len=64)), "max_seq_len=64", "at least 71")
     one_line_error(lambda: check_block("MLP", layer="Norm->Attn"), "'MLP'", "it does not stand in", error=ContractError)
+
+
+def layered(*strings):
+    return GPT(replace(BROKEN, num_layers=len(strings), layers=strings), 50)
+
+
+@pytest.mark.parametrize("name", ["SeesTheFuture", "SeesTheFutureInTraining", "SeesTheNextToken"])
+def test_what_a_block_must_not_see_is_told_before_it_is_trained(name, capsys):
+    try_out(layered(f"Norm->{name}->+->Norm->MLP->+", f"Norm->{name}->+"))
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and f"warning: the block {name!r} breaks the contract: it sees the future" in told[0]
+
+
+def test_sound_blocks_and_layers_are_tried_out_in_silence(capsys):
+    sound, random = layered("Norm->Mean->+->Norm->MLP->+", "Norm->MLP->|", "Mean"), torch.get_rng_state()
+    try_out(sound)
+    assert torch.get_rng_state().equal(random) and capsys.readouterr().err == ""
+
+
+def test_a_skip_that_is_missing_is_told(capsys):
+    try_out(GPT(replace(CONFIG, layers="Norm->Attn->+->Norm->MLP"), 50))
+    assert capsys.readouterr().err.count("no + behind MLP") == 1
+
+
+def test_a_model_that_cannot_be_run_is_told_in_one_line():
+    broken = layered("Norm->MLP->+", "Norm->DropsAToken->+")
+    one_line_error(lambda: try_out(broken), "it fails in DropsAToken (model.py, line ", "size of tensor", "contract.check_block")
 
 
 def test_the_readme_lists_the_menu():
