@@ -132,30 +132,38 @@ inline __attribute__((always_inline)) void each_score(const float *a, const floa
     });
 }
 
-struct View {  // of floats (B, heads, T, K), with the strides of the first three; the last is contiguous
-    float *data;
-    int64_t batch, head, time;
-
-    float *row(int b, int h, int t) const { return data + b * batch + h * head + t * time; }
-};
-
-inline void copy_row(float *to, const float *from, int K, float factor) {
-    int k = 0;
-    for (; k + LANES <= K; k += LANES) store(to + k, load(from + k) * factor);
-    for (; k < K; k++) to[k] = from[k] * factor;
+template <class To, class From>
+inline void copy_row(To *to, const From *from, int K, float factor) {
+#pragma omp simd
+    for (int k = 0; k < K; k++) to[k] = (float)from[k] * factor;
 }
+
+struct View {  // of floats, or BFloat16 if half is 1: (B, heads, T, K), with the strides of the first three; the last is contiguous
+    void *data;
+    int64_t batch, head, time, half;
+
+    Index place(int b, int h, int t) const { return b * batch + h * head + t * time; }
+
+    void read(float *to, int b, int h, int t, int K, float factor = 1.0f) const {
+        with_type(half, [=, *this](auto type) { copy_row(to, (const decltype(type) *)data + place(b, h, t), K, factor); });
+    }
+
+    void write(const float *from, int b, int h, int t, int K, float factor) const {
+        with_type(half, [=, *this](auto type) { copy_row((decltype(type) *)data + place(b, h, t), from, K, factor); });
+    }
+};
 
 // Rows of a view times a factor, `width` apart, with zeros behind their K numbers and in the rows from T on.
 void pack_rows(float *to, const View &view, int b, int h, Span times, int T, int K, int width, float factor = 1.0f) {
     for (int t = times.from; t < times.to; t++, to += width) {
         const int used = t < T ? K : 0;
-        copy_row(to, view.row(b, h, t), used, factor);
+        if (used) view.read(to, b, h, t, used, factor);
         std::fill(to + used, to + width, 0.0f);
     }
 }
 
 void unpack_rows(const View &view, const float *from, int b, int h, int T, int K, int width, float factor) {
-    for (int t = 0; t < T; t++, from += width) copy_row(view.row(b, h, t), from, K, factor);
+    for (int t = 0; t < T; t++, from += width) view.write(from, b, h, t, K, factor);
 }
 
 // Panels of LANES rows, in which the same column of all rows is one vector.
@@ -287,7 +295,7 @@ void forward(const Attention &of, int b, int g, Span times) {
             std::fill(mixed, mixed + ROWS * width, 0.0f);
             add_product(mixed, scores, stride, 1, values, width, seen);
             for (int row = 0; row < ROWS && t + row < T; row++) {
-                copy_row(of.out.row(b, h, t + row), mixed + row * width, K, 1.0f / totals[row]);
+                of.out.write(mixed + row * width, b, h, t + row, K, 1.0f / totals[row]);
                 of.lse_of(b, h)[t + row] = highest[row] + std::log2(totals[row]);
             }
         }
@@ -301,11 +309,12 @@ struct Backward {
     Scratch scratch;
     float *keys, *key_panels, *value_panels, *queries, *d_out, *d_queries, *d_keys, *d_values;  // each (padded, width)
     float *minus_lse, *minus_delta;                                                            // each (padded)
+    float *mixed;                                                                              // (width)
     float *weights, *d_scores;                                                                 // each (BLOCK, BLOCK)
     const Sight sight;
 
     static Scratch space(int padded, size_t matrix) {
-        return Scratch(8 * matrix + 2 * (size_t)padded + 2 * BLOCK * BLOCK + 256 + Sight::scratch(padded));
+        return Scratch(8 * matrix + 2 * (size_t)padded + matrix / padded + 2 * BLOCK * BLOCK + 272 + Sight::scratch(padded));
     }
 
     Backward(const Attention &of, int b, int g)
@@ -314,6 +323,7 @@ struct Backward {
         for (float **each : {&keys, &key_panels, &value_panels, &queries, &d_out, &d_queries, &d_keys, &d_values})
             *each = scratch.take<float>(matrix);
         for (float **each : {&minus_lse, &minus_delta}) *each = scratch.take<float>(padded);
+        mixed = scratch.take<float>(width);
         for (float **each : {&weights, &d_scores}) *each = scratch.take<float>(BLOCK * BLOCK);
     }
 
@@ -340,7 +350,8 @@ struct Backward {
         pack_rows(d_out, of.d_out, b, h, {0, padded}, T, K, width);
         std::fill(d_queries, d_queries + matrix, 0.0f);
         for (int t = 0; t < padded; t++) {
-            minus_delta[t] = t < T ? -dot(of.out.row(b, h, t), d_out + t * width, K) : 0.0f;
+            if (t < T) of.out.read(mixed, b, h, t, K);
+            minus_delta[t] = t < T ? -dot(mixed, d_out + t * width, K) : 0.0f;
             minus_lse[t] = t < T ? -of.lse_of(b, h)[t] : 0.0f;
         }
     }

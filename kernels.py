@@ -36,10 +36,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None) -> T
 
     The query at time t sees the keys from first[b, t] to t: first (B, T) of integers says where its story begins, or its
     window; None is 0 everywhere, and int32 saves a conversion. What no query sees costs nothing. All is computed in float32,
-    and comes out the same to the last bit with any number of threads. Raises BuildError where there is no compiler.
+    bfloat16 is only how it is read and written, and comes out the same to the last bit with any number of threads. Raises
+    BuildError where there is no compiler.
     """
-    first = None if first is None else first.to(torch.int32).contiguous()
-    return Attention.apply(q.float(), k.float(), v.float(), first).to(q.dtype)
+    first, dtype = None if first is None else first.to(torch.int32).contiguous(), q.dtype
+    if {x.dtype for x in (q, k, v)} != {torch.bfloat16}:
+        q, k, v = q.float(), k.float(), v.float()
+    return Attention.apply(q, k, v, first).to(dtype)
 
 
 class Attention(torch.autograd.Function):
@@ -75,17 +78,17 @@ def last_contiguous(x: Tensor) -> Tensor:
 
 
 def arguments(G: int, first: Tensor | None, lse: Tensor, q: Tensor, *others: Tensor) -> bytes:
-    """`Attention` of kernels.cpp as far as the call reads it: 6 sizes, 2 pointers, and pointer and strides of each view."""
+    """`Attention` of kernels.cpp as far as the call reads it: 6 sizes, 2 pointers, and pointer, strides and type of each view."""
     B, H, T, K = q.shape
     pointers = 0 if first is None else first.data_ptr(), lse.data_ptr()
-    views = [number for x in (q, *others) for number in (x.data_ptr(), *x.stride()[:3])]
+    views = [number for x in (q, *others) for number in (x.data_ptr(), *x.stride()[:3], is_half(x))]
     return struct.pack(f"{8 + len(views)}q", B, H, G, T, K, torch.get_num_threads(), *pointers, *views)
 
 
 def empty_outputs(q, k, v, first):
     B, H, T, K = q.shape
     assert H % k.shape[1] == 0 and k.shape == v.shape == (B, k.shape[1], T, K) and (first is None or first.shape == (B, T))
-    return empty_as_projected(q), q.new_empty(B, H, T)
+    return empty_as_projected(q), q.new_empty(B, H, T, dtype=torch.float32)
 
 
 def empty_gradients(d_out, q, k, v, first, out, lse):
@@ -108,29 +111,37 @@ torch.library.register_fake("basegpt::attention", empty_outputs, lib=LIBRARY)
 torch.library.register_fake("basegpt::attention_backward", empty_gradients, lib=LIBRARY)
 
 
+def is_half(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
 def fit(backend: str, x: Tensor) -> bool:
-    """Does a block of this backend take the functions below for x? They are for float32 on a CPU, and not under autocast.
+    """Does a block of this backend take the functions below for x? They are for float32 on a CPU, and bfloat16 under autocast.
 
-    Nor under torch.compile, which fuses torch's formulas by itself.
+    Not under torch.compile, which fuses torch's formulas by itself.
     """
-    if backend != "kernel" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if backend != "kernel" or torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    return x.dtype == torch.float32 and x.device.type == "cpu"
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype in (torch.float32, torch.bfloat16)
+    return x.dtype == torch.float32
 
 
-def rms_norm(x: Tensor, shape: tuple[int], weight: Tensor | None, eps: float) -> Tensor:
-    """x / rms(x) * weight.  x (..., D) → (..., D), shape (D), weight (D): as torch's"""
+def rms_norm(x: Tensor, shape: tuple[int], weight: Tensor | None, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """x / rms(x) * weight, in that dtype or as x.  x (..., D) → (..., D), shape (D), weight (D): as torch's"""
     assert shape == x.shape[-1:]
-    return RMSNorm.apply(x, weight, eps)
+    return RMSNorm.apply(x, None if weight is None else weight.float(), eps, dtype or x.dtype)
 
 
 class RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x, weight, eps, dtype):
         x, D = without_gaps(x), x.shape[-1]
         assert weight is None or weight.shape == (D,)
-        out, inverse_rms = torch.empty_like(x), x.new_empty(x.numel() // D)
-        build().rms_norm_forward(x, weight, out, inverse_rms, len(inverse_rms), D, eps, torch.get_num_threads())
+        out = torch.empty_like(x, dtype=dtype)
+        inverse_rms = x.new_empty(x.numel() // D, dtype=torch.float32)
+        halves = is_half(x), is_half(out)
+        build().rms_norm_forward(x, weight, out, inverse_rms, len(inverse_rms), D, eps, *halves, torch.get_num_threads())
         ctx.save_for_backward(x, weight, inverse_rms)
         return out
 
@@ -140,8 +151,9 @@ class RMSNorm(torch.autograd.Function):
         x, weight, inverse_rms = ctx.saved_tensors
         d_x, d_weight = torch.empty_like(x), None if weight is None else torch.empty_like(weight)
         d_out, sizes = laid_out_as(x, d_out), (len(inverse_rms), x.shape[-1])
-        build().rms_norm_backward(d_out, x, weight, inverse_rms, d_x, d_weight, *sizes, torch.get_num_threads())
-        return d_x, d_weight, None
+        halves = is_half(x), is_half(d_out)
+        build().rms_norm_backward(d_out, x, weight, inverse_rms, d_x, d_weight, *sizes, *halves, torch.get_num_threads())
+        return d_x, d_weight, None, None
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -166,7 +178,8 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     B, T, H, K = x.shape
     assert cos.shape == sin.shape == (1, T, K // 2)
     out = torch.empty_like(x)
-    build().rope(x, cos.contiguous(), sin.contiguous(), out, B * T, T, H, K // 2, direction, torch.get_num_threads())
+    sizes = B * T, T, H, K // 2
+    build().rope(x, cos.contiguous(), sin.contiguous(), out, *sizes, direction, is_half(x), torch.get_num_threads())
     return out.transpose(1, 2)
 
 
@@ -186,7 +199,8 @@ class ShortConv(torch.autograd.Function):
         assert weight.shape[1] == D and weight.is_contiguous() and (first is None or first.shape == (B, T))
         assert bias is None or bias.shape == (D,)
         out = torch.empty_like(x)
-        build().short_conv_forward(x, weight, bias, first, out, B * T, T, D, len(weight), torch.get_num_threads())
+        sizes = B * T, T, D, len(weight)
+        build().short_conv_forward(x, weight, bias, first, out, *sizes, is_half(x), torch.get_num_threads())
         ctx.save_for_backward(x, weight, bias, first)
         return out
 
@@ -197,7 +211,7 @@ class ShortConv(torch.autograd.Function):
         (B, T, D), d_x, d_weight = x.shape, torch.empty_like(x), torch.empty_like(weight)
         d_bias = None if bias is None else torch.empty_like(bias)
         gradients, sizes = (d_x, d_weight, d_bias), (B * T, T, D, len(weight))
-        build().short_conv_backward(d_out.contiguous(), x, weight, first, *gradients, *sizes, torch.get_num_threads())
+        build().short_conv_backward(d_out.contiguous(), x, weight, first, *gradients, *sizes, is_half(x), torch.get_num_threads())
         return *gradients, None
 
 
@@ -206,6 +220,8 @@ ACTIVATIONS = ["SiLU", "GELU", "ReLU", "ReLU2"]  # in the order of kernels_eleme
 
 def activate(activation: str, x: Tensor, factor: Tensor | None = None) -> Tensor:
     """activation(x), or activation(x) * factor.  Any shape → the same"""
+    if factor is not None and factor.dtype != x.dtype:
+        x, factor = x.float(), factor.float()
     return Activation.apply(x, factor, ACTIVATIONS.index(activation))
 
 
@@ -215,7 +231,7 @@ class Activation(torch.autograd.Function):
         x, factor = x.contiguous(), None if factor is None else factor.contiguous()
         assert factor is None or factor.shape == x.shape
         out, ctx.activation = torch.empty_like(x), activation
-        build().activation_forward(activation, x, factor, out, x.numel(), torch.get_num_threads())
+        build().activation_forward(activation, x, factor, out, x.numel(), is_half(x), torch.get_num_threads())
         ctx.save_for_backward(x, factor)
         return out
 
@@ -225,13 +241,13 @@ class Activation(torch.autograd.Function):
         x, factor = ctx.saved_tensors
         d_x, d_factor = torch.empty_like(x), None if factor is None else torch.empty_like(x)
         gradients = d_out.contiguous(), x, factor, d_x, d_factor
-        build().activation_backward(ctx.activation, *gradients, x.numel(), torch.get_num_threads())
+        build().activation_backward(ctx.activation, *gradients, x.numel(), is_half(x), torch.get_num_threads())
         return d_x, d_factor, None
 
 
 def weighted_sum(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """weights[0] * x + weights[1] * y.  x and y of one shape → the same; weights (2)"""
-    return WeightedSum.apply(x, y, weights)
+    return WeightedSum.apply(x.float(), y.float(), weights).to(x.dtype)
 
 
 class WeightedSum(torch.autograd.Function):
@@ -258,10 +274,10 @@ def cross_entropy_(logits: Tensor, targets: Tensor, soft_cap: float | None) -> T
 
     As that of losses.py; a negative target is left out.
     """
-    losses, targets = logits.new_empty(len(logits)), targets.contiguous()
+    losses, targets = logits.new_empty(len(logits), dtype=torch.float32), targets.contiguous()
     assert logits.is_contiguous() and targets.shape == losses.shape and targets.dtype == torch.int64
     assert targets.max() < logits.shape[1]
-    build().cross_entropy(logits, targets, losses, *logits.shape, soft_cap or 0.0, torch.get_num_threads())
+    build().cross_entropy(logits, targets, losses, *logits.shape, soft_cap or 0.0, is_half(logits), torch.get_num_threads())
     return losses.sum()
 
 
@@ -272,7 +288,7 @@ def without_gaps(x: Tensor) -> Tensor:
 
 
 def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+    return y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype).copy_(y)
 
 
 class Pointer(ctypes.c_void_p):
@@ -282,15 +298,15 @@ class Pointer(ctypes.c_void_p):
     def from_param(cls, tensor: Tensor | None) -> ctypes.c_void_p:
         if tensor is None:
             return ctypes.c_void_p()
-        assert tensor.dtype in (torch.float32, torch.int32, torch.int64)
+        assert tensor.dtype in (torch.float32, torch.bfloat16, torch.int32, torch.int64)
         return ctypes.c_void_p(tensor.data_ptr())
 
 
 SIGNATURES = {  # p pointer, i integer, f float
-    "rms_norm_forward": "ppppiifi", "rms_norm_backward": "ppppppiii", "rope": "ppppiiiifi",
-    "short_conv_forward": "pppppiiiii", "short_conv_backward": "pppppppiiiii",
-    "activation_forward": "ipppii", "activation_backward": "ipppppii",
-    "weighted_sum_forward": "ppppii", "weighted_sum_backward": "pppppppii", "cross_entropy": "pppiifi",
+    "rms_norm_forward": "ppppiifiii", "rms_norm_backward": "ppppppiiiii", "rope": "ppppiiiifii",
+    "short_conv_forward": "pppppiiiiii", "short_conv_backward": "pppppppiiiiii",
+    "activation_forward": "ipppiii", "activation_backward": "ipppppiii",
+    "weighted_sum_forward": "ppppii", "weighted_sum_backward": "pppppppii", "cross_entropy": "pppiifii",
     "selective_scan_forward": "ppppppppiiiiii", "selective_scan_backward": "pppppppppppppiiiiii",
 }  # fmt: skip
 KINDS = {"p": Pointer, "i": ctypes.c_int64, "f": ctypes.c_float}

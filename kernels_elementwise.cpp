@@ -1,5 +1,6 @@
 // What stands between the matrix products of a model, forward and backward: norms, rotations, short convolutions, activations
-// and the loss, each in one pass over memory. Rows are worked on in parts whose number does not depend on the threads, so
+// and the loss, each in one pass over memory. What is called half is BFloat16 in memory if it is 1, float if it is 0; all is
+// computed in float, and weights and their gradients are float. Rows are worked on in parts whose number does not depend on the threads, so
 // that sums over rows come out the same with any number of them.
 
 #include "kernels.h"
@@ -115,140 +116,191 @@ float cross_entropy_of_row(float *logits, int64_t V, int64_t target, float soft_
 
 extern "C" {
 
-// out = x / rms(x) * weight for each row of D numbers; weight may be null.
-void rms_norm_forward(const float *x, const float *weight, float *out, float *inverse_rms, int64_t rows, int64_t D, float eps,
-                      int64_t threads) {
+// out = x / rms(x) * weight for each row of D numbers; weight may be null. x_half says what x is, half what out is.
+void rms_norm_forward(const void *all_x, const float *weight, void *all_out, float *inverse_rms, int64_t rows, int64_t D,
+                      float eps, int64_t x_half, int64_t half, int64_t threads) {
     const std::vector<float> ones(weight ? 0 : D, 1.0f);
     const float *gain = weight ? weight : ones.data();
-    each_part(rows, threads, [=](int, int64_t from, int64_t to) {
-        for (int64_t row = from; row < to; row++) {
-            const float *in = x + row * D;
-            float *result = out + row * D;
-            const float squares = sum_over(0, D, [=](int64_t d) { return in[d] * in[d]; });
-            const float inverse = inverse_rms[row] = 1.0f / std::sqrt(squares / D + eps);
+    with_type(x_half, [=](auto x_type) {
+        with_type(half, [=](auto out_type) {
+            const auto *x = (const decltype(x_type) *)all_x;
+            auto *out = (decltype(out_type) *)all_out;
+            each_part(rows, threads, [=](int, int64_t from, int64_t to) {
+                for (int64_t row = from; row < to; row++) {
+                    const auto *in = x + row * D;
+                    auto *result = out + row * D;
+                    const float squares = sum_over(0, D, [=](int64_t d) { return (float)in[d] * (float)in[d]; });
+                    const float inverse = inverse_rms[row] = 1.0f / std::sqrt(squares / D + eps);
 #pragma omp simd
-            for (int64_t d = 0; d < D; d++) result[d] = in[d] * inverse * gain[d];
-        }
+                    for (int64_t d = 0; d < D; d++) result[d] = (float)in[d] * inverse * gain[d];
+                }
+            });
+        });
     });
 }
 
-void rms_norm_backward(const float *d_out, const float *x, const float *weight, const float *inverse_rms, float *d_x,
-                       float *d_weight, int64_t rows, int64_t D, int64_t threads) {
+// d_x is as x, d_out as out.
+void rms_norm_backward(const void *all_d_out, const void *all_x, const float *weight, const float *inverse_rms, void *all_d_x,
+                       float *d_weight, int64_t rows, int64_t D, int64_t x_half, int64_t half, int64_t threads) {
     const std::vector<float> ones(weight ? 0 : D, 1.0f);
     const float *gain = weight ? weight : ones.data();
     Sums d_gain(D);
-    each_part(rows, threads, [=, &d_gain](int part, int64_t from, int64_t to) {
-        float *sum = d_gain.of(part);
-        for (int64_t row = from; row < to; row++) {
-            const float *in = x + row * D, *d = d_out + row * D, inverse = inverse_rms[row];
-            float *result = d_x + row * D;
-            const float product = sum_over(0, D, [=](int64_t i) { return d[i] * gain[i] * in[i]; });
-            const float share = product / D * inverse * inverse;
+    with_type(x_half, [=, &d_gain](auto x_type) {
+        with_type(half, [=, &d_gain](auto out_type) {
+            const auto *x = (const decltype(x_type) *)all_x;
+            const auto *d_out = (const decltype(out_type) *)all_d_out;
+            auto *d_x = (decltype(x_type) *)all_d_x;
+            each_part(rows, threads, [=, &d_gain](int part, int64_t from, int64_t to) {
+                float *sum = d_gain.of(part);
+                for (int64_t row = from; row < to; row++) {
+                    const auto *in = x + row * D;
+                    const auto *d = d_out + row * D;
+                    auto *result = d_x + row * D;
+                    const float inverse = inverse_rms[row];
+                    const float product = sum_over(0, D, [=](int64_t i) { return (float)d[i] * gain[i] * (float)in[i]; });
+                    const float share = product / D * inverse * inverse;
 #pragma omp simd
-            for (int64_t i = 0; i < D; i++) result[i] = inverse * (d[i] * gain[i] - in[i] * share);
+                    for (int64_t i = 0; i < D; i++) result[i] = inverse * ((float)d[i] * gain[i] - (float)in[i] * share);
 #pragma omp simd
-            for (int64_t i = 0; i < D; i++) sum[i] += d[i] * in[i] * inverse;
-        }
+                    for (int64_t i = 0; i < D; i++) sum[i] += (float)d[i] * (float)in[i] * inverse;
+                }
+            });
+        });
     });
     if (weight) d_gain.write(d_weight);
 }
 
-// x and out (B, T, H, 2 half), cos and sin (T, half); direction is 1, or -1 to turn back.
-void rope(const float *x, const float *cos, const float *sin, float *out, int64_t BT, int64_t T, int64_t H, int64_t half,
-          float direction, int64_t threads) {
-    each_part(BT, threads, [=](int, int64_t from, int64_t to) {
-        for (int64_t row = from * H; row < to * H; row++) {
-            const int64_t t = row / H % T;
-            const float *c = cos + t * half, *s = sin + t * half, *first = x + row * 2 * half, *second = first + half;
-            float *turned = out + row * 2 * half;
+// x and out (B, T, H, 2 pairs), cos and sin (T, pairs); direction is 1, or -1 to turn back.
+void rope(const void *all_x, const float *cos, const float *sin, void *all_out, int64_t BT, int64_t T, int64_t H, int64_t pairs,
+          float direction, int64_t half, int64_t threads) {
+    with_type(half, [=](auto type) {
+        const auto *x = (const decltype(type) *)all_x;
+        auto *out = (decltype(type) *)all_out;
+        each_part(BT, threads, [=](int, int64_t from, int64_t to) {
+            for (int64_t row = from * H; row < to * H; row++) {
+                const int64_t t = row / H % T;
+                const float *c = cos + t * pairs, *s = sin + t * pairs;
+                const auto *first = x + row * 2 * pairs, *second = first + pairs;
+                auto *turned = out + row * 2 * pairs, *other = turned + pairs;
 #pragma omp simd
-            for (int64_t k = 0; k < half; k++) {
-                const float sine = direction * s[k];
-                turned[k] = first[k] * c[k] - second[k] * sine;
-                turned[half + k] = first[k] * sine + second[k] * c[k];
+                for (int64_t k = 0; k < pairs; k++) {
+                    const float sine = direction * s[k], one = first[k], two = second[k];
+                    turned[k] = one * c[k] - two * sine;
+                    other[k] = one * sine + two * c[k];
+                }
             }
-        }
+        });
     });
 }
 
 // out[t] = x[t] + bias + the sum over back of x[t - back] * weight[back], as far back as first[t]; x (B, T, D), weight (width, D),
 // bias (D) or null for 0, first (B, T) or null for 0 everywhere.
-void short_conv_forward(const float *x, const float *weight, const float *bias, const int32_t *first, float *out, int64_t BT,
-                        int64_t T, int64_t D, int64_t width, int64_t threads) {
-    each_part(BT, threads, [=](int, int64_t from, int64_t to) {
-        for (int64_t row = from; row < to; row++) {
-            const int64_t t = row % T, reach = std::min(width - 1, t - (first ? std::max(first[row], 0) : 0));
-            const float *in = x + row * D;
-            float *result = out + row * D;
+void short_conv_forward(const void *all_x, const float *weight, const float *bias, const int32_t *first, void *all_out,
+                        int64_t BT, int64_t T, int64_t D, int64_t width, int64_t half, int64_t threads) {
+    with_type(half, [=](auto type) {
+        const auto *x = (const decltype(type) *)all_x;
+        auto *out = (decltype(type) *)all_out;
+        each_part(BT, threads, [=](int, int64_t from, int64_t to) {
+            std::vector<float> kept(D);
+            float *result = kept.data();
+            for (int64_t row = from; row < to; row++) {
+                const int64_t t = row % T, reach = std::min(width - 1, t - (first ? std::max(first[row], 0) : 0));
+                const auto *in = x + row * D;
+                auto *to_row = out + row * D;
 #pragma omp simd
-            for (int64_t d = 0; d < D; d++) result[d] = in[d] * (1.0f + weight[d]) + (bias ? bias[d] : 0.0f);
-            for (int64_t back = 1; back <= reach; back++) {
-                const float *earlier = in - back * D, *w = weight + back * D;
+                for (int64_t d = 0; d < D; d++) result[d] = (float)in[d] * (1.0f + weight[d]) + (bias ? bias[d] : 0.0f);
+                for (int64_t back = 1; back <= reach; back++) {
+                    const auto *earlier = in - back * D;
+                    const float *w = weight + back * D;
 #pragma omp simd
-                for (int64_t d = 0; d < D; d++) result[d] += earlier[d] * w[d];
+                    for (int64_t d = 0; d < D; d++) result[d] += (float)earlier[d] * w[d];
+                }
+#pragma omp simd
+                for (int64_t d = 0; d < D; d++) to_row[d] = result[d];
             }
-        }
+        });
     });
 }
 
 // d_bias may be null.
-void short_conv_backward(const float *d_out, const float *x, const float *weight, const int32_t *first, float *d_x,
-                         float *d_weight, float *d_bias, int64_t BT, int64_t T, int64_t D, int64_t width, int64_t threads) {
+void short_conv_backward(const void *all_d_out, const void *all_x, const float *weight, const int32_t *first, void *all_d_x,
+                         float *d_weight, float *d_bias, int64_t BT, int64_t T, int64_t D, int64_t width, int64_t half,
+                         int64_t threads) {
     Sums weight_sums(width * D), bias_sums(d_bias ? D : 0);
-    each_part(BT, threads, [=, &weight_sums, &bias_sums](int part, int64_t from, int64_t to) {
-        float *d_w = weight_sums.of(part), *d_b = bias_sums.of(part);
-        for (int64_t row = from; row < to; row++) {
-            const int64_t t = row % T, reach = std::min(width - 1, t - (first ? std::max(first[row], 0) : 0));
-            const float *in = x + row * D, *d = d_out + row * D;
-            float *result = d_x + row * D;
+    with_type(half, [=, &weight_sums, &bias_sums](auto type) {
+        const auto *x = (const decltype(type) *)all_x, *d_out = (const decltype(type) *)all_d_out;
+        auto *d_x = (decltype(type) *)all_d_x;
+        each_part(BT, threads, [=, &weight_sums, &bias_sums](int part, int64_t from, int64_t to) {
+            float *d_w = weight_sums.of(part), *d_b = bias_sums.of(part);
+            std::vector<float> kept(D);
+            float *result = kept.data();
+            for (int64_t row = from; row < to; row++) {
+                const int64_t t = row % T, reach = std::min(width - 1, t - (first ? std::max(first[row], 0) : 0));
+                const auto *in = x + row * D, *d = d_out + row * D;
+                auto *to_row = d_x + row * D;
 #pragma omp simd
-            for (int64_t i = 0; i < D; i++) result[i] = d[i] * (1.0f + weight[i]);
-            for (int64_t ahead = 1; ahead < width && t + ahead < T; ahead++) {
-                if (first && first[row + ahead] > t) continue;
-                const float *later = d + ahead * D, *w = weight + ahead * D;
+                for (int64_t i = 0; i < D; i++) result[i] = (float)d[i] * (1.0f + weight[i]);
+                for (int64_t ahead = 1; ahead < width && t + ahead < T; ahead++) {
+                    if (first && first[row + ahead] > t) continue;
+                    const auto *later = d + ahead * D;
+                    const float *w = weight + ahead * D;
 #pragma omp simd
-                for (int64_t i = 0; i < D; i++) result[i] += later[i] * w[i];
+                    for (int64_t i = 0; i < D; i++) result[i] += (float)later[i] * w[i];
+                }
+#pragma omp simd
+                for (int64_t i = 0; i < D; i++) to_row[i] = result[i];
+                for (int64_t back = 0; back <= reach; back++) {
+                    const auto *earlier = in - back * D;
+                    float *sum = d_w + back * D;
+#pragma omp simd
+                    for (int64_t i = 0; i < D; i++) sum[i] += (float)d[i] * (float)earlier[i];
+                }
+                if (d_bias) {
+#pragma omp simd
+                    for (int64_t i = 0; i < D; i++) d_b[i] += (float)d[i];
+                }
             }
-            for (int64_t back = 0; back <= reach; back++) {
-                const float *earlier = in - back * D;
-                float *sum = d_w + back * D;
-#pragma omp simd
-                for (int64_t i = 0; i < D; i++) sum[i] += d[i] * earlier[i];
-            }
-            if (d_bias) {
-#pragma omp simd
-                for (int64_t i = 0; i < D; i++) d_b[i] += d[i];
-            }
-        }
+        });
     });
     weight_sums.write(d_weight);
     if (d_bias) bias_sums.write(d_bias);
 }
 
 // out = activation(x) * factor; factor may be null for 1.
-void activation_forward(int64_t activation, const float *x, const float *factor, float *out, int64_t size, int64_t threads) {
-    with_activation(activation, [=](auto kind) {
-        each_part(size, threads, [=](int, int64_t from, int64_t to) {
+void activation_forward(int64_t activation, const void *all_x, const void *all_factors, void *all_out, int64_t size,
+                        int64_t half, int64_t threads) {
+    with_type(half, [=](auto type) {
+        const auto *x = (const decltype(type) *)all_x, *factor = (const decltype(type) *)all_factors;
+        auto *out = (decltype(type) *)all_out;
+        with_activation(activation, [=](auto kind) {
+            each_part(size, threads, [=](int, int64_t from, int64_t to) {
 #pragma omp simd
-            for (int64_t i = from; i < to; i++) out[i] = kind.value(x[i]) * (factor ? factor[i] : 1.0f);
+                for (int64_t i = from; i < to; i++) out[i] = kind.value(x[i]) * (factor ? (float)factor[i] : 1.0f);
+            });
         });
     });
 }
 
-void activation_backward(int64_t activation, const float *d_out, const float *x, const float *factor, float *d_x,
-                         float *d_factor, int64_t size, int64_t threads) {
-    with_activation(activation, [=](auto kind) {
-        each_part(size, threads, [=](int, int64_t from, int64_t to) {
-            if (factor) {
+void activation_backward(int64_t activation, const void *all_d_out, const void *all_x, const void *all_factors, void *all_d_x,
+                         void *all_d_factors, int64_t size, int64_t half, int64_t threads) {
+    with_type(half, [=](auto type) {
+        const auto *d_out = (const decltype(type) *)all_d_out, *x = (const decltype(type) *)all_x;
+        const auto *factor = (const decltype(type) *)all_factors;
+        auto *d_x = (decltype(type) *)all_d_x, *d_factor = (decltype(type) *)all_d_factors;
+        with_activation(activation, [=](auto kind) {
+            each_part(size, threads, [=](int, int64_t from, int64_t to) {
+                if (factor) {
 #pragma omp simd
-                for (int64_t i = from; i < to; i++) {
-                    d_x[i] = d_out[i] * factor[i] * kind.slope(x[i]);
-                    d_factor[i] = d_out[i] * kind.value(x[i]);
+                    for (int64_t i = from; i < to; i++) {
+                        const float d = d_out[i], in = x[i], by = factor[i];
+                        d_x[i] = d * by * kind.slope(in);
+                        d_factor[i] = d * kind.value(in);
+                    }
+                } else {
+#pragma omp simd
+                    for (int64_t i = from; i < to; i++) d_x[i] = (float)d_out[i] * kind.slope(x[i]);
                 }
-            } else {
-#pragma omp simd
-                for (int64_t i = from; i < to; i++) d_x[i] = d_out[i] * kind.slope(x[i]);
-            }
+            });
         });
     });
 }
@@ -277,19 +329,27 @@ void weighted_sum_backward(const float *d_out, const float *x, const float *y, c
 
 // Turns logits (rows, V) into their gradient and writes the loss of each row; a target below 0 is left out. A soft cap of 0
 // is none.
-void cross_entropy(float *logits, const int64_t *targets, float *losses, int64_t rows, int64_t V, float soft_cap,
-                   int64_t threads) {
-    each_part(rows, threads, [=](int, int64_t from, int64_t to) {
-        std::vector<float> slopes(soft_cap > 0.0f ? V : 0);
-        for (int64_t row = from; row < to; row++) {
-            float *of_row = logits + row * V;
-            if (targets[row] < 0) {
-                std::fill(of_row, of_row + V, 0.0f);
-                losses[row] = 0.0f;
-            } else {
-                losses[row] = cross_entropy_of_row(of_row, V, targets[row], soft_cap, slopes.data());
+void cross_entropy(void *all_logits, const int64_t *targets, float *losses, int64_t rows, int64_t V, float soft_cap,
+                   int64_t half, int64_t threads) {
+    with_type(half, [=](auto type) {
+        auto *logits = (decltype(type) *)all_logits;
+        each_part(rows, threads, [=](int, int64_t from, int64_t to) {
+            std::vector<float> slopes(soft_cap > 0.0f ? V : 0), kept(V);
+            float *row_in_float = kept.data();
+            for (int64_t row = from; row < to; row++) {
+                auto *of_row = logits + row * V;
+                if (targets[row] < 0) {
+                    std::fill(of_row, of_row + V, decltype(type){});
+                    losses[row] = 0.0f;
+                    continue;
+                }
+#pragma omp simd
+                for (int64_t i = 0; i < V; i++) row_in_float[i] = of_row[i];
+                losses[row] = cross_entropy_of_row(row_in_float, V, targets[row], soft_cap, slopes.data());
+#pragma omp simd
+                for (int64_t i = 0; i < V; i++) of_row[i] = row_in_float[i];
             }
-        }
+        });
     });
 }
 }

@@ -28,7 +28,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, soft_cap, chunk, backend):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        cross_entropy = kernels.cross_entropy_ if kernels.fit(backend, hidden) else cross_entropy_
+        by_kernel = kernels.fit(backend, hidden)
         total = torch.zeros((), device=device)
         num_targets = (targets != IGNORE).sum()
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
@@ -37,8 +37,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             for rows in torch.arange(len(hidden)).split(chunk):
                 rows = slice(rows[0], rows[-1] + 1)
                 x = hidden[rows].to(dtype)
-                logits = (x @ weight.T).float()  # (chunk, V)
-                total += cross_entropy(logits, targets[rows], soft_cap)
+                logits = x @ weight.T  # (chunk, V)
+                if by_kernel:
+                    total += kernels.cross_entropy_(logits, targets[rows], soft_cap)
+                else:
+                    logits = logits.float()
+                    total += cross_entropy_(logits, targets[rows], soft_cap)
                 grad = logits.to(dtype)  # (chunk, V), what cross_entropy made of the logits
                 grad_hidden[rows] = grad @ weight
                 grad_weight += grad.T @ x

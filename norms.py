@@ -23,9 +23,14 @@ class Norm(LoggingModule):
         self.bias = nn.Parameter(torch.zeros(dim)) if norm_bias else None
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, backend: str) -> Tensor:
-    """x / rms(x) * weight, by our kernel where the backend is that and x fits it.  x (..., D), weight (D) → (..., D)"""
-    return (kernels.rms_norm if kernels.fit(backend, x) else F.rms_norm)(x, x.shape[-1:], weight, eps)
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, backend: str, dtype: torch.dtype | None = None) -> Tensor:
+    """x / rms(x) * weight, by our kernel where the backend is that and x fits it.  x (..., D), weight (D) → (..., D)
+
+    The kernel may write another dtype than that of x, such as the one that the products behind it read.
+    """
+    if kernels.fit(backend, x):
+        return kernels.rms_norm(x, x.shape[-1:], weight, eps, dtype)
+    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.type_as(x), eps)  # fast where both are alike
 
 
 class RMSNorm(Norm):
@@ -34,8 +39,8 @@ class RMSNorm(Norm):
     backend = "auto"
 
     def forward(self, x):
-        weight = None if self.weight is None else self.weight.type_as(x)  # torch's is fast where both are alike
-        normed = rms_norm(x, weight, self.eps, self.backend)
+        read_as = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        normed = rms_norm(x, self.weight, self.eps, self.backend, read_as)
         return normed if self.bias is None else normed + self.bias
 
 

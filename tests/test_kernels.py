@@ -16,6 +16,7 @@ import kernels
 import losses
 import model
 import probe
+from config import TrainConfig
 from modules.convolution import ShortConv
 
 pytestmark = pytest.mark.skipif(kernels.fingerprint() == "none", reason="there is no C++ compiler")
@@ -191,18 +192,48 @@ def test_operations_as_in_float64(expanded):
             assert (one.double() - other).abs().max() <= 5e-6 * other.abs().max(), (name, inputs[0].shape)
 
 
+def test_operations_under_autocast():
+    """What goes through memory is bfloat16, what is learned and what is computed is float32."""
+    learned = {"rms_norm": 1, "short_conv": 1, "weighted_sum": 2}  # from which input on
+    for name, ours, formula, inputs in operations():
+        halves = [x.bfloat16() if x is not None and i < learned.get(name, 9) else x for i, x in enumerate(inputs)]
+        in_float64 = [x.double() if x is not None and x.is_floating_point() else x for x in halves]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = values_and_gradients(ours, halves)
+        for place, (one, other) in enumerate(zip(found, values_and_gradients(formula, in_float64), strict=True)):
+            assert one.dtype == (torch.float32 if place > learned.get(name, 9) else torch.bfloat16), (name, place)
+            assert (one.double() - other).norm() <= 3e-2 * other.norm(), (name, place, inputs[0].shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_is_what_the_next_product_reads(dtype):
+    x = torch.randn(2, 30, 24).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, d_x = values_and_gradients(lambda x: kernels.rms_norm(x, (24,), None, 1e-3, torch.bfloat16), (x,))
+    assert out.dtype == torch.bfloat16 and d_x.dtype == dtype
+    assert (out.double() - F.rms_norm(x.double(), (24,), None, 1e-3)).norm() < 1e-2 * out.double().norm()
+
+
+def test_bfloat16_is_rounded_as_by_torch():
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, 3.3e38, 1.00390625, 1.01171875])
+    x, weight = torch.cat([torch.randn(10_000), special]).bfloat16(), torch.tensor([[0.1234]])
+    ours, wanted = kernels.short_conv(x[None, :, None], weight).flatten(), (x.float() * (1 + weight[0])).bfloat16()
+    torch.testing.assert_close(ours, wanted, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("V, soft_cap", [(98, None), (2048, 15.0), (3, 0.5)])
-def test_cross_entropy(V, soft_cap):
+def test_cross_entropy(V, soft_cap, dtype):
     torch.manual_seed(0)
-    logits, targets = torch.randn(70, V) * 20, torch.randint(V, (70,))
+    logits, targets = (torch.randn(70, V) * 20).to(dtype), torch.randint(V, (70,))
     targets[::3] = losses.IGNORE
     expected = logits.double().requires_grad_()
     loss = F.cross_entropy(model.soft_cap(expected, soft_cap), targets, reduction="sum", ignore_index=losses.IGNORE)
     loss.backward()
     for cross_entropy_ in (losses.cross_entropy_, kernels.cross_entropy_):
-        ours = logits.clone()
+        ours = logits.to(dtype if cross_entropy_ is kernels.cross_entropy_ else torch.float32, copy=True)
         torch.testing.assert_close(cross_entropy_(ours, targets, soft_cap).double(), loss.detach(), atol=0, rtol=1e-5)
-        torch.testing.assert_close(ours.double(), expected.grad, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours.double(), expected.grad, atol=1e-5, rtol=1e-4 if ours.dtype == torch.float32 else 5e-3)
 
 
 def test_not_a_number_stays_one():
@@ -256,7 +287,16 @@ def test_a_model_on_kernels_equals_one_without(name):
         assert (ours - wanted).norm() < 1e-3 * wanted.norm() + 1e-6
 
 
-def test_kernels_are_for_float32_and_not_for_autocast_or_compile(monkeypatch):
+@pytest.mark.parametrize("name", [
+    "0.5m_short_and_thick", "gpt2_like", "gemma1_like", "griffin_like", "megalodon_like", "gated_deltanet_like", "speedrun",
+    "modules",
+])  # fmt: skip
+def test_a_model_trains_on_kernels_in_bfloat16_as_in_float32_without(name):
+    choices = probe.Choices("bfloat16", "kernel", 2, torch.get_num_threads(), compile=False)
+    assert probe.difference(build(EVERY_MODEL[name]), TrainConfig(loss_chunk=16), choices, torch.device("cpu")) == ""
+
+
+def test_kernels_are_for_float32_and_bfloat16_and_not_for_compile(monkeypatch):
     """And there they are taken."""
     layers = "Shortcut->|->Norm->ShortConv->MLP->+"
     trained, tokens = build(replace(TINY, layers=layers)).train(), some_tokens(2, 20)
@@ -268,8 +308,11 @@ def test_kernels_are_for_float32_and_not_for_autocast_or_compile(monkeypatch):
     monkeypatch.setattr(kernels, "build", lambda: calls.append("a kernel") or library)
     trained(tokens, tokens)[1].backward()
     assert len(calls) == 2 * 2 * 4 + 2 + 3  # forward and back of two layers' blocks and the last norm; three chunks of the loss
-    calls.clear()
     with torch.autocast("cpu", torch.bfloat16):
+        trained(tokens, tokens)[1].backward()
+    assert len(calls) == 2 * (2 * 2 * 4 + 2 + 3)
+    calls.clear()
+    with torch.autocast("cpu", torch.float16):
         trained(tokens, tokens)[1].backward()
     torch._dynamo.reset()
     torch.compile(trained.layers[0], backend="eager", fullgraph=True)(torch.randn(2, 20, 24), shared={}, first=None)
