@@ -28,7 +28,7 @@ class Record:
 
     step: int  # steps done
     tokens: int  # tokens predicted so far
-    seconds: float  # since the first step began, evaluations and compilation included
+    seconds: float  # of training so far, with the probe of the machine, compilation and evaluations
     train_loss: float  # nats per token
     validation_loss: float | None  # nats per token; None between evaluations, as the next two
     perplexity: float | None  # exp(validation_loss)

@@ -10,6 +10,8 @@ from config import Layers, ModelConfig, TrainConfig
 from presets import PRESETS, Preset, preset
 from runs import Run, group_members
 
+LEAST_MEMORY = 1500 * 2**20  # bytes of addresses: what a training of the default takes
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -83,11 +85,27 @@ def parse(words: list[str]) -> Arguments:
 
 
 def parse_or_exit(words: list[str]) -> Arguments:
-    """As parse, but a mistake ends the program with its one line."""
+    """As parse, but a mistake, or too tight a limit of memory, ends the program with its one line."""
     try:
-        return parse(words)
-    except (ValueError, OSError, ImportError) as error:  # ImportError: the presets of an experiment
+        arguments = parse(words)
+        check_memory_limit()
+    except (ValueError, OSError, ImportError, MemoryError) as error:  # ImportError: the presets of an experiment
         sys.exit(f"error: {error}")
+    return arguments
+
+
+def check_memory_limit():
+    """Raises MemoryError where the limit of this process is so tight that libraries die of it, each with words of its own."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit not in (resource.RLIM_INFINITY, -1) and limit < LEAST_MEMORY:
+        raise MemoryError(
+            f"this process may take {limit / 2**20:,.0f} MB (ulimit -v), but Python, torch and the data alone need about "
+            f"{LEAST_MEMORY / 2**20:,.0f} MB: raise the limit"
+        )
 
 
 def continued(model_config: ModelConfig, train_config: TrainConfig) -> Preset:

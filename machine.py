@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -53,7 +54,8 @@ def keep_freed_memory():
 
 def is_out_of_memory(error: BaseException) -> bool:
     """torch has an error of its own for this on GPUs alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    told = ("can't allocate memory", "bad_alloc", "Cannot allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in told)
 
 
 def available_memory(device: torch.device) -> float:
@@ -67,8 +69,31 @@ def available_memory(device: torch.device) -> float:
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit != resource.RLIM_INFINITY:
             free.append(limit - psutil.Process().memory_info().vms)
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        limit, used = Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used)
-        if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-            free.append(int(limit.read_text()) - int(used.read_text()))
+    free += [limit - used for limit, used in container_limits()]
     return max(0, min(free))
+
+
+def container_limits(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
+    """Bytes that each cgroup of this process may take, and those taken that could not be given back at once.
+
+    Both versions of cgroups; the limits of a group count for all below it (Linux, Documentation/admin-guide/cgroup-v2.rst and
+    cgroup-v1/memory.rst). Within a container its own group may stand at the top instead of the one that /proc names.
+    """
+    listing = root / "proc/self/cgroup"
+    for line in listing.read_text().splitlines() if listing.exists() else []:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        own = top / group.strip("/")
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(top):
+                break
+            limit, used, statistics = (folder / name for name in (*names[:2], "memory.stat"))
+            if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+                stat = dict(line.split() for line in statistics.read_text().splitlines()) if statistics.exists() else {}
+                yield int(limit.read_text()), int(used.read_text()) - int(stat.get(names[2], 0))

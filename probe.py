@@ -1,7 +1,7 @@
 """How this machine trains a model fastest: number format, attention, rows at a time, threads and compile, by measurement.
 
 A few seconds of training steps on made-up tokens tell. What they told is kept in the cache folder, one file for each
-machine, architecture and batch size. Whatever is chosen is compared with the plain way first.
+machine, architecture and batch size. Whatever is chosen, by measurement or by the config, is compared with the plain way first.
 
 B batch, T time, V vocabulary.
 """
@@ -29,7 +29,7 @@ import kernels
 from config import ModelConfig, TrainConfig, divisors, from_json, to_json
 from data import default_cache_dir
 from evaluation import MAX_LOGITS as EVALUATION_LOGITS
-from machine import available_memory, check_compiler, keep_freed_memory
+from machine import available_memory, check_compiler, is_out_of_memory, keep_freed_memory
 from menu import build_model, make_ready, needs_of
 from model import GPT
 from sources import say
@@ -75,24 +75,53 @@ def choose(model: GPT, config: TrainConfig, device: torch.device) -> Choices:
     known = remembered(path)
     model = copy.deepcopy(model)
     with undisturbed():
+        sizes = micro_batch_sizes(model, config, device)
         if "eager" not in known:
-            first = first_guess(model, config, device)
+            first = first_guess(model, config, sizes)
             seconds = seconds_per_token(model, config, first, device)
             run = expected_seconds(seconds, model, config)
             if config.compile is True and run < COMPILE_TAKES:
                 say(f"compile=True: compiling alone may take longer than this run, about {run:.0f} s. auto leaves it out then")
             if run < SHORT_RUN:
-                return replace(first, compile=config.compile is True)
-            known = measure(model, config, device, first)
+                return checked(replace(first, compile=config.compile is True), model, config, device)
+            known = measure(model, config, device, first, sizes)
         elif device.type == "cpu" and config.threads == "auto":  # which changes with what else the machine is doing
             known |= fastest_threads(model, config, Choices(**known["eager"]), device)
-        if "compiled" not in known and compile_is_worth_trying(known, model, config, device):
-            known["compiled"] = measure_compiled(model, config, known, trial_seconds(known, model, config))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(known), encoding="utf-8")
-    os.replace(partial, path)
-    return decide(known, model, config)
+        if compile_is_worth_trying(known, model, config, device):
+            known["compiled"] = measure_compiled(model, config, known, trial_seconds(known, model, config), device)
+        chosen = within(sizes, decide(known, model, config))
+        if config.compile is True:
+            chosen = checked(chosen, model, config, device)
+    if not known["notes"] or kernels.fingerprint() == "none":  # a compiler that failed, on a full disk perhaps, may do tomorrow
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(known), encoding="utf-8")
+        os.replace(partial, path)
+    return chosen
+
+
+def as_before(choices: Choices, model: GPT, config: TrainConfig, device: torch.device) -> Choices:
+    """What a run that is resumed began with; where this machine does not have it any more, the nearest, and a line that says so.
+
+    Raises MemoryError where nothing fits into memory.
+    """
+    if choices.attention == "kernel" and model.config.attention == "auto":
+        try:
+            kernels.build()
+        except kernels.BuildError as error:
+            choices = replace(choices, attention="sdpa")
+            say(f"going on with torch's attention, so not to the last bit as without a break: {error}")
+    with undisturbed():
+        return within(micro_batch_sizes(copy.deepcopy(model), config, device), choices)
+
+
+def within(sizes: list[int], choices: Choices) -> Choices:
+    """The choices, with fewer rows at a time where memory has become scarcer than when they were made."""
+    rows = choices.micro_batch_size
+    if rows <= sizes[0]:
+        return choices
+    say(f"{sizes[0]} rows at a time instead of {rows}, as there is less memory than when that was measured")
+    return replace(choices, micro_batch_size=sizes[0])
 
 
 def remembered(path: Path) -> dict[str, Any]:
@@ -108,7 +137,7 @@ def key(model: GPT, config: TrainConfig, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     prescribed = [getattr(config, field) for field in ("batch_size", "mask_stories", "loss_chunk", "gradient_checkpointing",
                                                        "dtype", "micro_batch_size", "threads")]  # fmt: skip
-    machine = [torch.__version__, device.type, name, most_threads(), kernels.fingerprint()]
+    machine = [torch.__version__, device.type, name, most_threads(), kernels.fingerprint(), os.environ.get("CXX")]
     what = json.dumps([machine, to_json(model.config), model.vocab_size, prescribed])
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
@@ -156,12 +185,8 @@ def compile_parts(model: nn.Module):
         part.compile(dynamic=False)
 
 
-def first_guess(model: GPT, config: TrainConfig, device: torch.device) -> Choices:
-    """What does well on most machines, with the most rows at a time that fit into memory, up to 8.
-
-    Raises MemoryError where nothing fits.
-    """
-    sizes = micro_batch_sizes(model, config, device)
+def first_guess(model: GPT, config: TrainConfig, sizes: list[int]) -> Choices:
+    """What does well on most machines, with the most rows at a time that fit into memory, up to 8."""
     return Choices(
         dtype="float32" if config.dtype == "auto" else config.dtype,
         attention="sdpa" if model.config.attention == "auto" else model.config.attention,
@@ -171,7 +196,7 @@ def first_guess(model: GPT, config: TrainConfig, device: torch.device) -> Choice
 
 
 def micro_batch_sizes(model: GPT, config: TrainConfig, device: torch.device) -> list[int]:
-    """The rows that may go through the model at once, from many to few."""
+    """The rows that may go through the model at once, from many to few. Raises MemoryError where not even the fewest fit."""
     sizes = [config.micro_batch_size or config.batch_size]
     if config.micro_batch_size == "auto":
         sizes = list(reversed(divisors(config.batch_size)))
@@ -179,14 +204,15 @@ def micro_batch_sizes(model: GPT, config: TrainConfig, device: torch.device) -> 
     free = available_memory(device)
     fitting = [size for size in sizes if weights + row * size < free]
     if not fitting:
+        fewer = "--train.micro_batch_size auto, " if config.micro_batch_size != "auto" else ""
         raise MemoryError(
             f"training this model needs about {(weights + row * sizes[-1]) / 2**20:,.0f} MB, but only {free / 2**20:,.0f} MB "
-            "are free: take a smaller model, a smaller --model.max_seq_len, or --train.gradient_checkpointing"
+            f"are free: take {fewer}a smaller model, a smaller --model.max_seq_len, or --train.gradient_checkpointing"
         )
     return fitting
 
 
-def measure(model: GPT, config: TrainConfig, device: torch.device, best: Choices) -> dict[str, Any]:
+def measure(model: GPT, config: TrainConfig, device: torch.device, best: Choices, sizes: list[int]) -> dict[str, Any]:
     """The fastest way without compile, found one choice after the other, and all that was timed on the way."""
     timed: dict[Choices, float] = {}
 
@@ -208,14 +234,10 @@ def measure(model: GPT, config: TrainConfig, device: torch.device, best: Choices
     peaks = matmul_peaks(device)
     if config.dtype == "auto" and peaks["bfloat16"] > peaks["float32"]:
         best = fastest([replace(best, dtype=dtype) for dtype in ("float32", "bfloat16")])
-    sizes = micro_batch_sizes(model, config, device)
     if device.type == "cpu":
         sizes = [size for size in sizes if size * model.config.max_seq_len in MICRO_BATCH_TOKENS]
     best = fastest([best, *(replace(best, micro_batch_size=size) for size in sizes)])
-    if wrong := difference(model, best, device):
-        plain = replace(best, attention="plain", dtype="float32")
-        say(f"{best} gives other numbers than the plain way ({wrong}), so that is taken instead. Please report it")
-        best, timed[plain] = plain, seconds_per_token(model, config, plain, device)
+    best = fastest([checked(best, model, config, device)])
     return {
         "eager": asdict(best), "seconds_per_token": timed[best], "notes": notes, "peaks": peaks,
         "timed": [[asdict(choices), seconds] for choices, seconds in timed.items()],
@@ -274,38 +296,78 @@ def memory_needed(model: GPT, config: TrainConfig, device: torch.device) -> tupl
     return 4 * weights + 4 * EVALUATION_LOGITS, 1.5 * sum(kept.values())
 
 
-def difference(model: GPT, choices: Choices, device: torch.device) -> str:
-    """How logits and gradients differ from the plain way in float32, or nothing where that is within rounding."""
-    trial = copy.deepcopy(model)
-    with torch.no_grad():
-        for weight in trial.parameters():  # so that nothing is zero, and each block has a say
-            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(device), alpha=0.02)
-    T = min(model.config.max_seq_len, 2 * STORY_TOKENS)
-    tokens = torch.randint(model.vocab_size, (2, T + 1), generator=torch.Generator().manual_seed(1)).to(device)
-    stories = (torch.arange(T, device=device) // (T // 2)).expand(2, T)
-    trial.eval()
+def checked(choices: Choices, model: GPT, config: TrainConfig, device: torch.device) -> Choices:
+    """The choices if they compute what the plain way does; else without compile, or the plain way, and a warning.
 
-    def run(way: Choices) -> tuple[Tensor, Tensor]:
+    Raises ValueError where torch.compile fails.
+    """
+    try:
+        wrong = difference(model, config, choices, device)
+    except RuntimeError as error:
+        if not choices.compile or is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"compile=True: torch.compile fails here ({reason}). Leave it off, or mend the compiler") from error
+    if not wrong:
+        return choices
+    plain = replace(choices, attention="plain", dtype="float32")
+    instead = replace(choices, compile=False) if choices.compile else plain
+    say(f"{choices}: gives other numbers than the plain way ({wrong}), so it is not taken. Please report it")
+    return checked(instead, model, config, device) if choices.compile else instead
+
+
+def difference(model: GPT, config: TrainConfig, choices: Choices, device: torch.device) -> str:
+    """How logits, loss and gradients differ from the plain way on a CPU in float32, or nothing where that is within rounding.
+
+    What is compiled is compared at the size that is trained, so that it is not compiled twice, and with the same attention.
+    """
+    rows, T = 2, min(model.config.max_seq_len, 2 * STORY_TOKENS)
+    plain_attention = "plain"
+    if choices.compile:
+        rows, T, plain_attention = choices.micro_batch_size, model.config.max_seq_len, choices.attention
+    tokens = torch.randint(model.vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(1))
+    stories = (torch.arange(T) // (T // 2)).expand(rows, T) if config.mask_stories else None
+    weights = {
+        name: weight.cpu() + 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        for name, weight in model.named_parameters(remove_duplicate=False)
+    }  # so that nothing is zero, and each block has a say
+
+    def run(trial: GPT, dtype: str, attention: str, loss_chunk: int | None) -> dict[str, Tensor]:
+        trial.load_state_dict(model.state_dict() | weights)
+        trial.loss_chunk = loss_chunk
         for block in with_backend(trial):
-            block.backend = way.attention
+            block.backend = attention
         trial.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=way.dtype == "bfloat16"):
-            logits, loss = trial(tokens[:, :-1], tokens[:, 1:], **needs_of(trial, story_ids=stories))
+        place = next(trial.parameters()).device
+        inputs, ids = tokens.to(place), None if stories is None else stories.to(place)
+        with torch.autocast(place.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits, loss = trial(inputs[:, :-1], inputs[:, 1:], **needs_of(trial, story_ids=ids))
         loss.backward()
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in trial.parameters()]
-        gradients = [gradient.flatten() for gradient in gradients]
-        return logits.detach().flatten(), torch.cat(gradients)
+        found = {"the loss": loss, "gradients": torch.cat([gradient.flatten() for gradient in gradients])}
+        if logits is not None:
+            found = {"logits": logits} | found
+        return {name: tensor.detach().flatten().float().cpu() for name, tensor in found.items()}
 
+    trial, plain = (without_dropout(copy.deepcopy(model)).train() for _ in range(2))
     if choices.compile:
         compile_parts(trial)
-    ours = run(choices)
-    with torch.compiler.set_stance("force_eager"):
-        plain = run(replace(choices, attention="plain", dtype="float32"))
-    for name, mine, reference in zip(("logits", "gradients"), ours, plain, strict=True):
-        off = ((mine - reference).norm() / reference.norm()).item()
-        if not off < (1e-3 if choices.dtype == "float32" else 0.1):
-            return f"{name} are off by {off:.1%}"
+    reference = run(plain.to("cpu"), "float32", plain_attention, None)
+    for loss_chunk in dict.fromkeys((None, config.loss_chunk)):
+        for name, mine in run(trial, choices.dtype, choices.attention, loss_chunk).items():
+            off = ((mine - reference[name]).norm() / reference[name].norm()).item()
+            if not off < (1e-3 if choices.dtype == "float32" else 0.1):
+                return f"{name} are off by {off:.1%}" if name != "the loss" else f"{name} is off by {off:.1%}"
     return ""
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def expected_seconds(seconds_per_token: float, model: GPT, config: TrainConfig) -> float:
@@ -319,8 +381,9 @@ def trial_seconds(known: dict, model: GPT, config: TrainConfig) -> float:
 
 
 def compile_is_worth_trying(known: dict, model: GPT, config: TrainConfig, device: torch.device) -> bool:
-    """Is there time for it, and does the machine have much more to give than matrix products get now?"""
-    if config.compile != "auto" or trial_seconds(known, model, config) < COMPILE_TAKES:
+    """Is there time for it, more than there was before, and does the machine have much more to give than products get now?"""
+    limit, tried = trial_seconds(known, model, config), known.get("compiled", {})
+    if config.compile != "auto" or limit < COMPILE_TAKES or "gain" in tried or limit < 1.5 * tried.get("limit", 0.0):
         return False
     operations = 6 * sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     peak = max(known["peaks"].values()) if config.dtype == "auto" else known["peaks"][config.dtype]
@@ -333,12 +396,12 @@ def compile_is_worth_trying(known: dict, model: GPT, config: TrainConfig, device
     return True
 
 
-def measure_compiled(model: GPT, config: TrainConfig, known: dict, limit: float) -> dict[str, Any]:
+def measure_compiled(model: GPT, config: TrainConfig, known: dict, limit: float, device: torch.device) -> dict[str, Any]:
     """The same with torch.compile, tried in a process of its own that is given up after so many seconds."""
     dtype = max(known["peaks"], key=known["peaks"].get) if config.dtype == "auto" else config.dtype
     question = {
         "model": to_json(model.config), "train": to_json(config), "vocab_size": model.vocab_size,
-        "eager": known["eager"], "choices": known["eager"] | {"compile": True, "dtype": dtype},
+        "eager": known["eager"], "choices": known["eager"] | {"compile": True, "dtype": dtype}, "device": str(device),
     }  # fmt: skip
     began = time.perf_counter()
     try:
@@ -347,12 +410,10 @@ def measure_compiled(model: GPT, config: TrainConfig, known: dict, limit: float)
             cwd=os.getcwd(), env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return {"failed": f"compile was given up after {limit:.0f} s"}
+        return {"failed": f"compile was given up after {limit:.0f} s", "limit": limit}
     if answer.returncode:
         return {"failed": f"compile failed: {(answer.stderr.strip().splitlines() or ['no message'])[-1]}"}
-    found = json.loads(answer.stdout.splitlines()[-1])
-    pace = known["seconds_per_token"] / found["gain"]
-    return found | {"seconds_per_token": pace, "compile_seconds": time.perf_counter() - began}
+    return json.loads(answer.stdout.splitlines()[-1]) | {"compile_seconds": time.perf_counter() - began}
 
 
 def matmul_peaks(device: torch.device, sizes: tuple[int, ...] = (1024,), seconds: float = 0.05) -> dict[str, float]:
@@ -374,34 +435,37 @@ def answer_question():
     question = json.loads(sys.stdin.read())
     config = from_json(TrainConfig, question["train"])
     choices, eager = Choices(**question["choices"]), Choices(**question["eager"])
-    model = build_model(from_json(ModelConfig, question["model"]), question["vocab_size"])
+    device = torch.device(question["device"])
+    model = build_model(from_json(ModelConfig, question["model"]), question["vocab_size"]).to(device)
     make_ready(model, config)
-    device, as_it_is = torch.device("cpu"), copy.deepcopy(model)
+    as_it_is = copy.deepcopy(model)
     apply(choices, model)
     steps_of(model, config, choices.micro_batch_size, device)(choices.dtype)  # compiles
     gains = [
         seconds_per_token(as_it_is, config, eager, device) / seconds_per_token(model, config, choices, device) for _ in range(3)
     ]
-    print(json.dumps({"choices": asdict(choices), "gain": median(gains), "wrong": difference(model, choices, device)}))
+    wrong = difference(as_it_is, config, choices, device)
+    print(json.dumps({"choices": asdict(choices), "gain": median(gains), "wrong": wrong}))
 
 
 def decide(known: dict, model: GPT, config: TrainConfig) -> Choices:
     """Compile or not, by what is known and by how long the run is. Says so."""
     eager, compiled = Choices(**known["eager"]), known.get("compiled", {})
-    speed = 1 / known["seconds_per_token"]
-    reason = "; ".join(known["notes"])
+    chosen, speed, reasons = eager, 1 / known["seconds_per_token"], list(known["notes"])
     if config.compile is True:
         chosen = replace(eager, compile=True)
-    elif "choices" not in compiled:
-        chosen, reason = eager, "; ".join(known["notes"] + ([compiled["failed"]] if "failed" in compiled else []))
-    else:
-        run, lost = expected_seconds(known["seconds_per_token"], model, config), compiled["compile_seconds"]
-        pays = not compiled["wrong"] and (run - lost) / compiled["seconds_per_token"] > run * speed
-        chosen = Choices(**compiled["choices"]) if pays else eager
-        gain = known["seconds_per_token"] / compiled["seconds_per_token"]
-        reason = f"compile, {lost:.0f} s, for {gain:.2f} times the speed" + ", does not pay" * (not pays)
-        speed = speed * gain if pays else speed
-    say(f"this machine: {chosen}, about {speed:,.0f} tokens/s" + (f" ({reason})" if reason else ""))
+    elif config.compile == "auto" and "failed" in compiled:
+        reasons.append(compiled["failed"])
+    elif config.compile == "auto" and compiled.get("wrong"):
+        reasons.append(f"compiled it gives other numbers, {compiled['wrong']}. Please report it")
+    elif config.compile == "auto" and compiled:
+        run, lost, gain = expected_seconds(1 / speed, model, config), compiled["compile_seconds"], compiled["gain"]
+        reasons.append(f"compile, {lost:.0f} s, for {gain:.2f} times the speed")
+        if (run - lost) * gain > run:
+            chosen, speed = Choices(**compiled["choices"]), speed * gain
+        else:
+            reasons[-1] += ", does not pay"
+    say(f"this machine: {chosen}, about {speed:,.0f} tokens/s" + (f" ({'; '.join(reasons)})" if reasons else ""))
     return chosen
 
 

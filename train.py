@@ -38,9 +38,10 @@ import probe
 from checkpoint import Record, Training
 from command_line import Arguments
 from config import ModelConfig, TrainConfig
+from contract import try_out
 from cost import model_cost
 from data import load_data, story_ids
-from machine import choose_device, is_out_of_memory, peak_memory_mb
+from machine import available_memory, choose_device, is_out_of_memory, peak_memory_mb
 from menu import build_model, make_ready, needs_of
 from model import IGNORE
 from optim import average_of_weights, build_optimizers, growing_batch_size, growing_window, scheduled_learning_rate
@@ -157,7 +158,7 @@ def prepare(
     if train_config.grade_stories:
         check_tokenizer(tokenizer)
     device = choose_device(train_config.device)
-    model = build_model(model_config, tokenizer.vocab_size).to(device)
+    model = build_within_memory(model_config, tokenizer.vocab_size, device)
     make_ready(model, train_config)
     data = load_data(
         train_config.data, tokenizer, model_config.max_seq_len,
@@ -170,6 +171,7 @@ def prepare(
     training.flops_per_token, training.code = model_cost(model).training_flops, code_digests(model_config.plugins)
     if resume:
         training.restore()
+        training.choices = probe.as_before(training.choices, model, train_config, device)
         if train_config.progress(training.step, training.seconds) >= 1:
             raise ValueError(
                 f"the run {name!r} is finished after {training.step:,} steps. To train it further: --continue_from {name}"
@@ -177,6 +179,7 @@ def prepare(
         return training
     if continue_from is not None:
         training.start_from(continue_from)
+    try_out(model)
     began = time.perf_counter()
     training.choices = probe.choose(model, train_config, device)
     training.seconds = time.perf_counter() - began
@@ -189,6 +192,17 @@ def prepare(
         shutil.rmtree(run.folder)
         raise
     return training
+
+
+def build_within_memory(config: ModelConfig, vocab_size: int, device: torch.device) -> torch.nn.Module:
+    """The model on its device. Raises MemoryError where not even its weights fit."""
+    try:
+        return build_model(config, vocab_size).to(device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        free = available_memory(device) / 2**20
+        raise MemoryError(f"this model's weights do not fit into the {free:,.0f} MB that are free: take a smaller one") from error
 
 
 def expected_steps(step: int, seconds: float, config: TrainConfig) -> float:
@@ -274,6 +288,6 @@ if __name__ == "__main__":
         if not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0].split("]")[-1].strip()
-        sys.exit(f"error: out of memory ({reason}). Make room and --resume, or train a smaller model")
+        sys.exit(f"error: out of memory ({reason}). Make room, or train a smaller model; what was saved goes on with --resume")
     except KeyboardInterrupt:  # before the first step, or for a second time
         sys.exit(130)  # the shell's own code for Ctrl-C

@@ -200,7 +200,7 @@ def run(chosen: Preset, folder: Path) -> dict:
     from runs import load_model
     from train import train
 
-    records, bits_per_byte = [], math.inf
+    records, curve, bits_per_byte = [], [], math.inf
     budget = chosen.train.max_minutes and 60 * chosen.train.max_minutes
     layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix}"
     with (
@@ -213,6 +213,7 @@ def run(chosen: Preset, folder: Path) -> dict:
                 records.append(record)
                 bar.n = record.seconds
                 if record.bits_per_byte is not None:
+                    curve.append([time.perf_counter() - began, record.bits_per_byte])
                     bar.set_postfix_str(f"{record.bits_per_byte:.3f} bits per byte")
             seconds = time.perf_counter() - began
             if chosen.train.progress(records[-1].step, records[-1].seconds) < 1:
@@ -224,8 +225,7 @@ def run(chosen: Preset, folder: Path) -> dict:
     return {
         "steps": len(records), "tokens": records[-1].tokens if records else 0, "seconds": seconds,
         "tokens_per_second": median([record.tokens_per_second for record in records] or [0.0]),
-        "curve": [[record.seconds, record.bits_per_byte] for record in records if record.bits_per_byte is not None],
-        "bits_per_byte": bits_per_byte,
+        "curve": curve, "bits_per_byte": bits_per_byte,
     }  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def test_it_is_measured_how_an_own_model_trains_fastest(name, make_config, monke
     assert chosen.micro_batch_size in (1, 2, 4) and not chosen.compile
     assert "this machine: " in capsys.readouterr().err
     plain = replace(chosen, dtype="float32")
-    assert probe.difference(model, plain, torch.device("cpu")) == ""
+    assert probe.difference(model, config, plain, torch.device("cpu")) == ""
     assert min(probe.memory_needed(model, config, torch.device("cpu"))) > 0
 
 

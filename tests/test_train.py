@@ -262,6 +262,8 @@ VARIANTS = {
     "restarts": (replace(MODEL, tied_embeddings=False), {"schedule": "cosine", "num_restarts": 2, "mask_stories": True}),
 }
 
+TRAIN_PY = "runpy.run_path('train.py', run_name='__main__')"
+
 KILLED = """
 import json, sys
 from config import ModelConfig, TrainConfig, from_json
@@ -468,6 +470,32 @@ class TestMachine:
             next(train(MODEL, make_config(compile=True), "compiled"))
         assert not Run("compiled").folder.exists()
 
+    def test_a_limit_of_memory_that_is_too_tight_for_any_training(self):
+        code = "import resource, runpy; resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9)); "
+        run = subprocess.run([sys.executable, "-c", code + TRAIN_PY], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 1 and run.stderr.startswith("error: this process may take 954 MB (ulimit -v), but")
+        assert run.stderr.count("\n") == 1
+
+    def test_a_model_larger_than_memory_leaves_no_run(self, make_config, monkeypatch):
+        def too_large(config, vocab_size):
+            return torch.empty(2**60)
+
+        monkeypatch.setattr(module, "build_model", too_large)
+        with pytest.raises(MemoryError, match=r"weights do not fit into the [0-9,]+ MB that are free: take"):
+            next(train(MODEL, make_config(), "large"))
+        assert not Run("large").folder.exists()
+
+    def test_five_million_parameters_at_512_tokens_train_within_2_gb(self, make_config):
+        code = (
+            "import sys; from config import ModelConfig, TrainConfig, from_json; from train import train; "
+            "configs = from_json(ModelConfig, sys.argv[1]), from_json(TrainConfig, sys.argv[2]); "
+            "print(max(record.peak_memory_mb for record in train(*configs, 'large')))"
+        )
+        model = replace(PRESETS["5m"].model, max_seq_len=512)
+        config = make_config(max_steps=2, warmup_steps=0, tokenizer="bpe_tokenizer_1024")
+        shown = subprocess.check_output([sys.executable, "-c", code, to_json(model), to_json(config)], cwd=ROOT)
+        assert float(shown) < 2048
+
     @pytest.mark.parametrize("device", ["cuda:99", "toaster"])
     def test_a_device_that_is_not_there(self, make_config, device):
         with pytest.raises(ValueError, match=f"device='{device}' cannot be used here .*: take --train.device cpu") as error:
@@ -515,6 +543,11 @@ class TestTerminal:
         code, printed = script(*words, *data)
         assert code != 0 and "Traceback" not in printed
         assert wanted in plain(printed)
+
+    def test_help_needs_no_torch(self):
+        code = "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+        shown = subprocess.check_output([sys.executable, "-c", code + TRAIN_PY, "--help"], cwd=ROOT, text=True)
+        assert shown.splitlines()[-1] == "False" and "--train.lr_max" in shown
 
     def test_help_explains_the_knobs(self, script):
         code, printed = script("--help")
