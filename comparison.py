@@ -325,10 +325,11 @@ def main(words: list[str]):
             raise ValueError("--prompts are for the report: name a file for it by --html")
         options = {"at": arguments.at, "all_pairs": arguments.all_pairs, "data_if_missing": arguments.data_if_missing}
         result = compare(*arguments.names, **options)
-        print(result)
+        print(result, flush=True)
         if arguments.html is not None:
             from comparison_page import write_page
 
+            print("\nfor the report: where the loss is, and what each model tells", file=sys.stderr)
             given = {"prompts": tuple(arguments.prompts)} if arguments.prompts else {}
             command = shlex.join(["python", "evaluation.py", "compare", *words])
             write_page(result, arguments.html, command=command, data_if_missing=arguments.data_if_missing, **given)

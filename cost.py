@@ -34,7 +34,7 @@ from contract import layers_to_try
 from menu import block_menu, build_model, init_parameters, needs_of
 from model import Cache, Steps
 from presets import PRESETS, preset
-from runs import Run, run_names
+from runs import Run, group_members, group_names, run_names
 from tokenizer import load_tokenizer
 from tools import LoggingModule
 
@@ -274,17 +274,18 @@ def weigh(kept, seen: set[int]) -> int:
 
 
 def config_of(spec: str | ModelConfig) -> tuple[ModelConfig, int]:
-    """The architecture that a run, a preset or a config stands for, and the size of its vocabulary.
+    """The architecture that a run, a group of seeds, a preset or a config stands for, and the size of its vocabulary.
 
     A run goes before a preset of the same name; a config has the vocabulary of the default tokenizer. Raises ValueError for a
     name that is neither, and as Run does where a run is damaged.
     """
     if isinstance(spec, ModelConfig):
         return spec, load_tokenizer(TrainConfig().tokenizer).vocab_size
-    if spec in run_names():
-        return Run(spec).model_config, Run(spec).load("model.pth", {"vocab_size"})["vocab_size"]
+    if spec in {*run_names(), *group_names()}:
+        run = Run(group_members(spec)[0])
+        return run.model_config, run.load("model.pth", {"vocab_size"})["vocab_size"]
     if spec not in PRESETS and "/" not in spec:
-        known = list(dict.fromkeys([*PRESETS, *run_names()]))
+        known = list(dict.fromkeys([*PRESETS, *run_names(), *group_names()]))
         raise ValueError(f"{spec!r} is neither a preset nor a run.{did_you_mean(spec, known)} There are: {', '.join(known)}")
     chosen = preset(spec)
     return chosen.model, load_tokenizer(chosen.train.tokenizer).vocab_size

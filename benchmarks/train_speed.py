@@ -53,7 +53,7 @@ VARIANTS = ("transformers_float32", "transformers_bfloat16_compiled", "ours_floa
 class Arguments:
     set: tuple[str, ...] = ()  # changes of the shape and of how ours is trained, such as model.dim=64 train.compile=False
     vocab_size: int = 2048
-    variants: tuple[str, ...] = VARIANTS  # which to compare; the ratios are to the first
+    variants: tuple[str, ...] = VARIANTS  # which to compare; the ratios are to the first, and to those of transformers
     rounds: int = 9  # how often each takes its turn
     seconds: float = 2.0  # how long a turn is
     sweep: bool = False  # ours alone, over widths, depths and contexts, instead of the comparison
@@ -101,18 +101,19 @@ def compare(shape: Preset, arguments: Arguments) -> list[str]:
             speeds[name].append(process.submit(take_turn, arguments.seconds).result())
     peaks = {dtype: max(peak, peaks[dtype]) for dtype, peak in matmul_peaks(CPU, *PEAKS).items()}
 
-    rows = []
+    rows, first = [], arguments.variants[0]
+    compared = [name for name, variant in ways.items() if name == first or variant.library == "transformers"]
     for name, variant in ways.items():
-        ratios = np.divide(speeds[name], speeds[arguments.variants[0]])
+        ratios = [np.divide(speeds[name], speeds[other]) for other in compared]
         share = np.median(speeds[name]) * flops_per_token(variant) / peaks[variant.choices.dtype]
         at_all, without_imports = memory[name]
         rows.append([
-            name, quartiles(speeds[name], ",.0f"), quartiles(ratios, ".2f"), f"{share:.1%}", f"{at_all:,.0f}",
-            f"{without_imports:,.0f}",
+            name, quartiles(speeds[name], ",.0f"), *(quartiles(ratio, ".2f") for ratio in ratios), f"{share:.1%}",
+            f"{at_all:,.0f}", f"{without_imports:,.0f}",
         ])  # fmt: skip
+    head = ["", "tokens/s", *(f"times {name}" for name in compared), "of peak", "peak memory, MB", "without imports, MB"]
     return show([
-        describe_machine(), describe_shape(shape, vocab_size, num_parameters), "",
-        *table(["", "tokens/s", f"times {arguments.variants[0]}", "of peak", "peak memory, MB", "without imports, MB"], rows), "",
+        describe_machine(), describe_shape(shape, vocab_size, num_parameters), "", *table(head, rows), "",
         f"{arguments.rounds} rounds of {arguments.seconds:g} s: medians and quartiles. The fastest matrix products: "
         f"{peaks['float32'] / 1e9:,.0f} GFLOP/s in float32, {peaks['bfloat16'] / 1e9:,.0f} in bfloat16.", "",
         *(f"- {name}: {variant.choices}" for name, variant in ways.items()),

@@ -250,6 +250,10 @@ class TestTables:
         next(train(MODEL, make_config(), "1m"))
         assert config_of("1m") == (MODEL, 131) and config_of("2m")[0] == PRESETS["2m"].model
 
+    def test_a_group_of_seeds_stands_for_its_runs(self, make_run):
+        make_run("mine-seed0", group="mine"), make_run("mine-seed1", seed=1, group="mine")
+        assert config_of("mine") == config_of("mine-seed1")
+
     def test_in_the_terminal(self, capsys):
         main(["1m", "llama3_like", "--T", "8"])
         shown = capsys.readouterr().out
