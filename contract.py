@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from config import ModelConfig, layer_steps
 from menu import build_block, exported, find_block, needs_of
 from model import Steps, first_of_story, rope_table
+from norms import NORMS
 from shape_comments import ShapeComments
 from sources import say
 from tools import LoggingModule
@@ -319,7 +320,7 @@ def try_out(model: nn.Module):
                 say(f"warning: {error}")
     for branch in branches(config):
         last = branch[-1][0]
-        if last not in ("+", "|") and {"+", "|"} & {name for name, _ in branch}:
+        if last not in ("+", "|", "Norm", *NORMS) and {"+", "|"} & {name for name, _ in branch}:  # post-norm ends with a norm
             say(f"warning: no + behind {last}, the last block of a layer: what it gives takes the place of the whole stream")
 
 

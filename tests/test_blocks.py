@@ -95,7 +95,7 @@ def test_what_a_block_must_not_see_is_told_before_it_is_trained(name, capsys):
 
 
 def test_sound_blocks_and_layers_are_tried_out_in_silence(capsys):
-    sound, random = layered("Norm->Mean->+->Norm->MLP->+", "Norm->MLP->|", "Mean"), torch.get_rng_state()
+    sound, random = layered("Norm->Mean->+->Norm->MLP->+", "Norm->MLP->|", "Mean", "MLP->+->Norm"), torch.get_rng_state()
     try_out(sound)
     assert torch.get_rng_state().equal(random) and capsys.readouterr().err == ""
 
