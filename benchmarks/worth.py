@@ -49,7 +49,7 @@ from report import validation_stories
 from runs import Run, load_model, runs_folder
 from tokenizer import load_tokenizer
 
-EVALUATIONS = 8  # of a run that is trained for a number of steps
+EVALUATIONS = 4  # of a run that is trained for a number of steps
 NO_TIME = (  # fields of the config that a step takes as long with as without, or that are not in the step that is measured
     "lr_init", "lr_max", "lr_min", "warmup_steps", "schedule", "betas", "eps", "weight_decay", "embedding_decay", "muon_lr_scale",
     "muon_momentum", "weight_averaging", "grad_clip", "window_start", "batch_size_start",
