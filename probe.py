@@ -327,13 +327,13 @@ def difference(model: GPT, config: TrainConfig, choices: Choices, device: torch.
         rows, T, plain_attention = choices.micro_batch_size, model.config.max_seq_len, choices.attention
     tokens = torch.randint(model.vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(1))
     stories = (torch.arange(T) // (T // 2)).expand(rows, T) if config.mask_stories else None
-    weights = {
-        name: weight.cpu() + 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-        for name, weight in model.named_parameters(remove_duplicate=False)
-    }  # so that nothing is zero, and each block has a say
 
     def run(trial: GPT, dtype: str, attention: str, loss_chunk: int | None) -> dict[str, Tensor]:
-        trial.load_state_dict(model.state_dict() | weights)
+        trial.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            for weight in trial.parameters():  # so that nothing is zero, and each block has a say
+                noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+                weight.add_(noise.to(weight.device), alpha=0.02)
         trial.loss_chunk = loss_chunk
         for block in with_backend(trial):
             block.backend = attention
@@ -349,10 +349,10 @@ def difference(model: GPT, config: TrainConfig, choices: Choices, device: torch.
             found = {"logits": logits} | found
         return {name: tensor.detach().flatten().float().cpu() for name, tensor in found.items()}
 
-    trial, plain = (without_dropout(copy.deepcopy(model)).train() for _ in range(2))
+    reference = run(without_dropout(copy.deepcopy(model)).train().to("cpu"), "float32", plain_attention, None)
+    trial = without_dropout(copy.deepcopy(model)).train()
     if choices.compile:
         compile_parts(trial)
-    reference = run(plain.to("cpu"), "float32", plain_attention, None)
     for loss_chunk in dict.fromkeys((None, config.loss_chunk)):
         for name, mine in run(trial, choices.dtype, choices.attention, loss_chunk).items():
             off = ((mine - reference[name]).norm() / reference[name].norm()).item()
