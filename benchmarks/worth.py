@@ -98,6 +98,8 @@ def main(arguments: Arguments):
     failed = train_missing(presets, arguments)
     result = compare(*(name for name in presets if any(map(is_scored, seeds.member_names(group_of(name, presets, arguments))))))
 
+    if arguments.ablate:  # what helps most when it is changed stands on top
+        result.groups[1:] = sorted(result.groups[1:], key=lambda candidate: candidate.values.mean())
     lines = show([describe_machine(), "", caption(arguments, speeds), "", *worth_table(result, speeds), ""])
     if arguments.ablate:
         lines += show([f"- {line}" for line in result.notes])
@@ -362,7 +364,7 @@ def draw_differences(result: Comparison, path: Path):
     """How much more than the first each of the others comes to, one below the other."""
     from matplotlib.figure import Figure
 
-    found = result.differences
+    found = result.differences.sort_values("difference")
     figure = Figure(figsize=(8, 1 + 0.25 * len(found)), layout="constrained")
     axes = figure.subplots()
     margins = [found["difference"] - found["95% from"], found["to"] - found["difference"]]
