@@ -193,7 +193,8 @@ def unequal(candidates: list[Candidate]) -> list[str]:
     for candidate in candidates:
         budgets.setdefault(budget_of(candidate.members[0].config), []).append(candidate.name)
     if len(budgets) > 1:
-        told = ", ".join(f"{budget} ({', '.join(names)})" for budget, names in budgets.items())
+        some = [f"{budget} ({', '.join(names)})" for budget, names in itertools.islice(budgets.items(), 3)]
+        told = ", ".join([*some, *["…"] * (len(budgets) > 3)])
         notes.append(f"not all were to be trained equally long: {told}. --at compares at equal cost")
     return notes
 
