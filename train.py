@@ -160,6 +160,8 @@ def prepare(
     device = choose_device(train_config.device)
     model = build_within_memory(model_config, tokenizer.vocab_size, device)
     make_ready(model, train_config)
+    if not resume:
+        try_out(model)
     data = load_data(
         train_config.data, tokenizer, model_config.max_seq_len,
         packing=train_config.packing, max_stories=train_config.max_stories,
@@ -179,7 +181,6 @@ def prepare(
         return training
     if continue_from is not None:
         training.start_from(continue_from)
-    try_out(model)
     began = time.perf_counter()
     training.choices = probe.choose(model, train_config, device)
     training.seconds = time.perf_counter() - began

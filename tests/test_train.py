@@ -24,6 +24,7 @@ from conftest import MODEL
 from data import load_data
 from evaluation import evaluate
 from inference import generate
+from model import MLP
 from presets import PRESETS, preset
 from report import command, plot_losses, write_report
 from runs import Run, default_name, load_model
@@ -475,6 +476,12 @@ class TestMachine:
         run = subprocess.run([sys.executable, "-c", code + TRAIN_PY], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 1 and run.stderr.startswith("error: this process may take 954 MB (ulimit -v), but")
         assert run.stderr.count("\n") == 1
+
+    def test_a_block_that_cannot_be_run_is_one_line_and_leaves_no_run(self, make_config, monkeypatch):
+        monkeypatch.setattr(MLP, "forward", lambda block, x: block.w_out(x[..., 1:]))
+        with pytest.raises(ValueError, match=r"it fails in MLP \(.*, line \d+: RuntimeError: mat1 and mat2") as error:
+            next(train(replace(MODEL, plugins=("own_models",)), make_config(), "broken"))
+        assert "\n" not in str(error.value) and not Run("broken").folder.exists()
 
     def test_a_model_larger_than_memory_leaves_no_run(self, make_config, monkeypatch):
         def too_large(config, vocab_size):
