@@ -239,9 +239,15 @@ def other_code(both: str, one: Candidate, other: Candidate) -> str | None:
     codes = [member.scored.code for member in (*one.members, *other.members)]
     if None in codes:
         return f"{both}: whether the same code trained them is not known, as one is older than the note of it"
-    core = set.intersection(*map(set, codes))
-    changed = sorted(name for name in core if len({code[name] for code in codes}) > 1)
-    return f"{both} were trained with other code: {', '.join(changed)}" if changed else None
+    core = sorted({name for code in codes for name in code if is_core(name) or all(name in code for code in codes)})
+    changed = [name for name in core if len({code.get(name) for code in codes}) > 1]
+    shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more files" if len(changed) > 5 else "")
+    return f"{both} were trained with other code: {shown}" if changed else None
+
+
+def is_core(name: str) -> bool:
+    """Whether a digest belongs to a file of ours; that of a plugin bears the name of a module, which other runs need not have."""
+    return name.endswith((".py", ".cpp", ".h"))
 
 
 def other_threads(both: str, a: Member, b: Member, at: str) -> str | None:

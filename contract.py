@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import kernels
 from config import ModelConfig, layer_steps
 from menu import build_block, exported, find_block, needs_of
 from model import Steps, first_of_story, rope_table
@@ -209,6 +210,22 @@ def check_numbers(steps: Steps):
 
 
 @torch.no_grad()
+def check_backends(trial: Trial):
+    """Every implementation that a machine may choose gives what the written-out formula does, with and without a window."""
+    steps = copy.deepcopy(trial.steps)
+    blocks = [block for block in steps.modules() if hasattr(block, "backend")]
+    if not blocks:
+        return
+    for where, first in trial.firsts().items():
+        outputs = {}
+        for backend in ("plain", "sdpa", *(("kernel",) if kernels.fingerprint() != "none" else ())):
+            for block in blocks:
+                block.backend = backend
+            outputs[backend] = trial.run(trial.inputs, steps=steps, first=first)
+            require_equal(outputs[backend], outputs["plain"], f"attention={backend!r} gives other numbers than 'plain'{where}")
+
+
+@torch.no_grad()
 def check_batch(trial: Trial):
     """A row gives in a batch what it gives alone."""
     together = trial.run(trial.inputs)
@@ -364,8 +381,8 @@ def plugin_layers(config: ModelConfig) -> list[tuple[str, str]]:
 
 
 CHECKS = (
-    check_repeats, check_gradients, check_batch, check_one_token, check_without_rope, check_future, check_cache, check_stories,
-    check_shape_comments,
+    check_repeats, check_backends, check_gradients, check_batch, check_one_token, check_without_rope, check_future, check_cache,
+    check_stories, check_shape_comments,
 )  # fmt: skip
 CAUSAL = (check_future, check_cache)  # what a block with `causal = False` does not promise
-NOT_TO_BE_SEEN = (check_batch, check_future, check_stories)
+NOT_TO_BE_SEEN = (check_backends, check_batch, check_future, check_stories)

