@@ -90,8 +90,8 @@ def make_run(tiny_run):
     """Make a run with losses by story of its own: those of the tiny run, shifted by some bits per byte, and noise."""
     import numpy as np
 
-    from runs import Run
-    from story_losses import COLUMNS, keep_losses, read_losses
+    from metrics.story_losses import COLUMNS, keep_losses, read_losses
+    from runs.folder import Run
 
     keep_losses(tiny_run)
 
@@ -113,7 +113,7 @@ def make_run(tiny_run):
 
 def change(name, file, **values):
     """Set some values in a JSON file of a run."""
-    from runs import Run
+    from runs.folder import Run
 
     run = Run(name)
     run.save_text(file, json.dumps(json.loads(run.path(file).read_text()) | values))

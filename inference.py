@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from menu import needs_of
 from model import GPT, Cache
+from modules.registry import needs_of
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def main(
         min_p: draw from tokens at least p times as likely as the most likely one
         seed: another seed tells another story
     """
-    from runs import load_model
+    from runs.folder import load_model
 
     model, tokenizer = load_model(name)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import kernels
 from config import ModelConfig, layer_steps, marked
-from losses import IGNORE, chunked_cross_entropy
-from menu import build_block
-from norms import NORMS
+from fast import ops as kernels
+from fast.loss import IGNORE, chunked_cross_entropy
+from modules.norms import NORMS
+from modules.registry import build_block
+from modules.windows import attend_spans, mean_seen, visible
 from tools import LoggingModule
-from visibility import attend_spans, mean_seen, visible
 
 
 def rope_table(max_seq_len: int, head_dim: int, rope_theta: float) -> tuple[Tensor, Tensor]:

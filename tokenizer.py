@@ -349,7 +349,7 @@ def main(
         num_stories: Learn from at most so many stories; more hardly change the merges.
         overwrite: Replace a tokenizer that has this name.
     """
-    from data import read_stories
+    from data.dataset import read_stories
 
     check_new_name(name, overwrite)
     _check_vocab_size(vocab_size)

@@ -3,11 +3,8 @@
 Blocks are plain nn.Module code that derives from LoggingModule. While `with show_shapes(model):` runs, temporary
 hooks see every call of a submodule, and a LineFollower sees every line of the model's own source files; afterwards
 both are gone, so a model that nobody is looking at pays nothing.
-
-    python tools.py new_experiment my_idea    # makes experiments/my_idea, to put an idea of your own into
 """
 
-import argparse
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,8 +13,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from shape_comments import LineFollower, tensors_in, wrong_comment
-from shape_tree import FAILED_INSIDE, Call, Line, Seen, as_html, as_text
+from shapes.comments import LineFollower, tensors_in, wrong_comment
+from shapes.tree import FAILED_INSIDE, Call, Line, Seen, as_html, as_text
 
 LARGEST_PRINTED_TENSOR = 64  # numbers; more than that no one reads
 
@@ -199,25 +196,3 @@ def count_parameters(call: Call, counted: set[int]) -> None:
         if isinstance(child, Call):
             count_parameters(child, counted)
     counted.update(own)
-
-
-def main(words: list[str]):
-    """The command line. A mistake ends the program with one line."""
-    from experiment import new_experiment
-
-    parser = argparse.ArgumentParser(prog="tools.py", description="Tools for those who test an idea.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    making = commands.add_parser("new_experiment", help="make a folder in experiments/ for an idea")
-    making.add_argument("name", help="small letters, digits and _, such as my_idea")
-    name = parser.parse_args(words).name
-    try:
-        new_experiment(name)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(f"""made experiments/{name}. It is the example with names of its own: put your idea into its blocks.py.
-Check what it promises:  pytest experiments/{name}
-Train it:                python train.py --preset {name}/{name}""")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -12,7 +12,7 @@ import os
 import sys
 
 if __name__ == "__main__":  # before torch is imported, so that --help and slips of the pen are answered at once
-    from command_line import parse_or_exit
+    from runs.command_line import parse_or_exit
 
     ARGUMENTS = parse_or_exit(sys.argv[1:])
     # Threads that wait for each other shall not do so busily for long: where another process takes a core, that costs most of it.
@@ -34,23 +34,23 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import probe
-from checkpoint import Record, Training
-from command_line import Arguments
 from config import ModelConfig, TrainConfig
-from contract import try_out
-from cost import model_cost
-from data import load_data, story_ids
-from machine import available_memory, choose_device, is_out_of_memory, peak_memory_mb
-from menu import build_model, make_ready, needs_of
+from data.dataset import load_data, story_ids
+from metrics.cost import model_cost
+from metrics.story_losses import code_digests
+from metrics.world_grades import check_tokenizer
 from model import IGNORE
-from optim import average_of_weights, build_optimizers, growing_batch_size, growing_window, scheduled_learning_rate
-from report import dead_experts, write_report
-from runs import Run, default_name
-from seeds import train_group
-from story_losses import code_digests
+from modules.contract import try_out
+from modules.registry import build_model, make_ready, needs_of
+from runs.command_line import Arguments
+from runs.folder import Run, default_name
 from tokenizer import load_tokenizer
-from world_grades import check_tokenizer
+from training import autotune as probe
+from training.checkpoint import Record, Training
+from training.machine import available_memory, choose_device, is_out_of_memory, peak_memory_mb
+from training.optim import average_of_weights, build_optimizers, growing_batch_size, growing_window, scheduled_learning_rate
+from training.report import dead_experts, write_report
+from training.seeds import train_group
 
 LOG_EVERY = 10  # steps that a row of log_data.csv stands for
 
@@ -276,7 +276,7 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
     print(f"""
 {record.bits_per_byte:.3f} bits per byte after {record.step:,} steps. Loss curve: {shown_path(run.folder / "loss.png")}
 More stories:         {python} inference.py {name} "Once upon a time"
-Compare with others:  {python} evaluation.py compare {name} ANOTHER, or open model_evaluation.ipynb""")
+Compare with others:  {python} -m evaluation compare {name} ANOTHER, or open model_evaluation.ipynb""")
     return True
 
 

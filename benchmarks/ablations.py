@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 
 from config import did_you_mean
-from presets import PRESETS, Preset
+from runs.presets import PRESETS, Preset
 
 
 def layers(*replaced: tuple[str, str]) -> str:

@@ -30,11 +30,11 @@ from script import HERE, describe_machine, in_new_process, quartiles, run_script
 from train_speed import CPU
 
 from config import ModelConfig
-from contract import layers_to_try
-from cost import cost_of
-from machine import peak_memory_mb
-from menu import block_menu
+from metrics.cost import cost_of
 from model import Steps, rope_table
+from modules.contract import layers_to_try
+from modules.registry import block_menu
+from training.machine import peak_memory_mb
 
 SHAPE = ModelConfig(dim=128, num_layers=1, num_heads=4, num_kv_heads=2)
 COMPARED_AT = 256  # tokens

@@ -34,12 +34,12 @@ from mixers import growth
 from script import HERE, describe_machine, in_new_process, new_process, quartiles, run_script, save_page, show, table
 from train_speed import UNDER_WAY, Variant, take_turn, warm_up
 
-import kernels
 from config import TrainConfig
-from menu import build_model
+from fast import ops as kernels
 from model import Cache
-from presets import Preset, preset
-from probe import Choices
+from modules.registry import build_model
+from runs.presets import Preset, preset
+from training.autotune import Choices
 
 RECURRENT = (
     "mamba_like", "mamba2_like", "griffin_like", "megalodon_like", "gated_deltanet_like", "mamba2_hybrid_like", "qwen3.5_like",

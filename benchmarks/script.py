@@ -15,7 +15,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import probe
+from training import autotune as probe
 
 HERE = Path(__file__).resolve().parent
 

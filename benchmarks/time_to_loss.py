@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ablations import changed
 from script import HERE, describe_machine, in_new_process, run_script, save_page, show, table
 
-from data import choose_validation, load_data, open_source, story_hash
-from presets import Preset, preset
+from data.dataset import choose_validation, load_data, open_source, story_hash
+from runs.presets import Preset, preset
 from tokenizer import load_tokenizer
 
 EVALUATIONS = 15  # of a run with a constant batch; of one whose batch grows it is more, most of them early
@@ -196,8 +196,8 @@ def seconds_per_step(chosen: Preset, folder: Path) -> float:
 
 def run(chosen: Preset, folder: Path) -> dict:
     """Train and score one model: what a Result tells of it. To be called in a process of its own."""
-    from evaluation import evaluate
-    from runs import load_model
+    from metrics.scores import evaluate
+    from runs.folder import load_model
     from train import train
 
     records, curve, bits_per_byte = [], [], math.inf

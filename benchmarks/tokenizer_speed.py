@@ -14,7 +14,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import read_stories
+from data.dataset import read_stories
 from tokenizer import available_tokenizers, load_tokenizer
 
 BATCH = 1000

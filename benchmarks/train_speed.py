@@ -30,14 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ablations import changed
 from script import HERE, describe_machine, in_new_process, new_process, quartiles, run_script, save_page, show, table
 
-import probe
 from config import ModelConfig, TrainConfig
-from machine import peak_memory_mb
-from menu import make_ready
 from model import GPT
-from optim import build_optimizers
-from presets import Preset
-from probe import Choices, matmul_peaks
+from modules.registry import make_ready
+from runs.presets import Preset
+from training import autotune as probe
+from training.autotune import Choices, matmul_peaks
+from training.machine import peak_memory_mb
+from training.optim import build_optimizers
 
 CPU = torch.device("cpu")
 SHAPE = Preset(

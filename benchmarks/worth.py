@@ -36,18 +36,18 @@ from script import HERE, describe_machine, in_new_process, new_process, quartile
 from time_to_loss import settings_of, with_train
 from train_speed import Variant, list_variants, take_turn, warm_up
 
-import seeds
-from command_line import Arguments as Training
-from comparison import Candidate, Comparison, compare, told_p
 from config import TrainConfig
-from differences import Difference, over_seeds, over_stories
-from measures import loss_by_position, token_scores
-from optim import growing_batch_size
-from presets import Preset, preset
-from probe import Choices
-from report import validation_stories
-from runs import Run, load_model, runs_folder
+from evaluation.comparison import Candidate, Comparison, compare, told_p
+from evaluation.statistics import Difference, over_seeds, over_stories
+from metrics.measures import loss_by_position, token_scores
+from runs.command_line import Arguments as Training
+from runs.folder import Run, load_model, runs_folder
+from runs.presets import Preset, preset
 from tokenizer import load_tokenizer
+from training import seeds
+from training.autotune import Choices
+from training.optim import growing_batch_size
+from training.report import validation_stories
 
 EVALUATIONS = 4  # of a run that is trained for a number of steps
 NO_TIME = (  # fields of the config that a step takes as long with as without, or that are not in the step that is measured

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model import Attention, linear, rope_table, soft_cap
-from norms import RMSNorm
-from visibility import attend_blocks, blocks_needed, visible
+from modules.norms import RMSNorm
+from modules.windows import attend_blocks, blocks_needed, visible
 
 
 class RopeTable(nn.Module):

@@ -6,7 +6,7 @@ B batch, T time, M tokens of memory, D model dim.
 import torch
 
 from model import SoftmaxAttention, linear
-from norms import NORMS
+from modules.norms import NORMS
 
 
 class CrossAttention(SoftmaxAttention):

@@ -24,8 +24,8 @@ from model import linear
 from modules.chunks import FromChunkToChunk, check_sizes, in_chunks, masked, remembered, sight
 from modules.convolution import ShortConv
 from modules.mamba import activate, first_step_biases
+from modules.norms import RMSNorm, rms_norm
 from modules.scan import story_starts
-from norms import RMSNorm, rms_norm
 from tools import LoggingModule
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import kernels
+from fast import ops as kernels
 from model import ACTIVATIONS, linear
 from modules.chunks import check_sizes
 from modules.convolution import ShortConv

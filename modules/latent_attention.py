@@ -10,11 +10,11 @@ import math
 import torch
 import torch.nn.functional as F
 
-import kernels
+from fast import ops as kernels
 from model import SoftmaxAttention, apply_rope, linear
 from modules.attention import RopeTable
-from norms import NORMS
-from visibility import visible
+from modules.norms import NORMS
+from modules.windows import visible
 
 
 class LatentAttention(SoftmaxAttention):

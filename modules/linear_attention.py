@@ -21,8 +21,8 @@ from torch import nn
 from model import apply_rope, linear
 from modules.chunks import FromChunkToChunk, check_sizes, in_chunks, masked, remembered, sight
 from modules.mamba import activate
+from modules.norms import RMSNorm
 from modules.scan import story_starts
-from norms import RMSNorm
 from tools import LoggingModule
 
 TEMPERATURE = 16  # of learned decays, so that they begin as slow ones (GLA, section 4.4)

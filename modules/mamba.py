@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-import kernels
+from fast import ops as kernels
 from modules.chunks import check_sizes
 from modules.convolution import ShortConv
 from modules.scan import check_rows, recurrence

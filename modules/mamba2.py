@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from modules.chunks import FromChunkToChunk, check_sizes, in_chunks, masked, remembered, sight
 from modules.convolution import ShortConv
 from modules.mamba import activate, first_convolution, first_step_biases, projection
+from modules.norms import rms_norm
 from modules.scan import story_starts
-from norms import rms_norm
 from tools import LoggingModule
 
 FIRST_RATES = (1.0, 16.0)  # the rates -A that heads begin with, evenly between these, as in the published code

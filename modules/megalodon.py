@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import kernels
+from fast import ops as kernels
 from model import SoftmaxAttention, apply_rope, linear
 from modules.chunks import check_sizes
 from modules.moving_average import CEMA, TimestepNorm
+from modules.norms import RMSNorm
 from modules.scan import check_rows, story_starts
-from norms import RMSNorm
 
 
 class Megalodon(SoftmaxAttention):

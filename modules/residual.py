@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from norms import NORMS
+from modules.norms import NORMS
 from tools import LoggingModule
 
 

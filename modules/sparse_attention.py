@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from modules.attention import RotaryAttention
-from visibility import attend_spans, cut, mean_seen, visible
+from modules.windows import attend_spans, cut, mean_seen, visible
 
 
 class StridedAttention(RotaryAttention):

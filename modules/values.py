@@ -6,7 +6,7 @@ B batch, T time, D model dim.
 import torch
 from torch import nn
 
-import kernels
+from fast import ops as kernels
 from model import Attention
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from losses import IGNORE
+from fast.loss import IGNORE
 
 
 class Recurrent(nn.Module):

@@ -12,10 +12,10 @@ from errors import one_line_error
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
 from config import ModelConfig
+from fast import ops as kernels
 from model import GPT, Steps, first_of_story, visible
-from visibility import attend_blocks, attend_spans, mean_seen
+from modules.windows import attend_blocks, attend_spans, mean_seen
 
 CONFIG = ModelConfig(dim=24, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=1200)
 BACKENDS = ("sdpa", "plain") if kernels.fingerprint() == "none" else ("sdpa", "plain", "kernel")

@@ -11,7 +11,7 @@ from unittest.mock import create_autospec
 import pytest
 
 from config import ModelConfig, TrainConfig
-from presets import Preset, preset
+from runs.presets import Preset, preset
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["model.dim=16", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1", "model.mlp_dim=24"]
@@ -146,9 +146,9 @@ def worth_here(scripts, corpus, tmp_path, monkeypatch):
     """Arguments of worth.py that train for a moment in this process, and the names of what was trained."""
     import worth
 
-    import seeds
-    from report import write_report
     from train import train
+    from training import seeds
+    from training.report import write_report
 
     def train_here(todo, at_a_time):
         assert at_a_time == 2

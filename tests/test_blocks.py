@@ -8,9 +8,9 @@ import torch
 from errors import one_line_error
 
 from config import ModelConfig
-from contract import CONFIG, ContractError, check_block, try_out
-from menu import block_menu
 from model import GPT
+from modules.contract import CONFIG, ContractError, check_block, try_out
+from modules.registry import block_menu
 
 BROKEN = replace(CONFIG, plugins=("broken_blocks",))
 

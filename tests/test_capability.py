@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-import capability
-from capability import QUICK, Score, probe, probes, radar, scaled, table
-from capability_tasks import TASKS, HopChains
 from config import ModelConfig
-from losses import IGNORE
-from presets import PRESETS
+from evaluation import probes as capability
+from evaluation.probe_tasks import TASKS, HopChains
+from evaluation.probes import QUICK, Score, probe, probes, radar, scaled, table
+from fast.loss import IGNORE
+from runs.presets import PRESETS
 from tests.errors import one_line_error
 
 RECALL = "multi-query recall"

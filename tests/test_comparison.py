@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-import evaluation
-from comparison import compare
 from conftest import change
-from differences import holm, over_seeds, over_stories, seeds_needed
-from report import write_report
-from runs import Run, load_model
-from story_losses import COLUMNS, digest, read_losses
+from evaluation.comparison import compare
+from evaluation.statistics import holm, over_seeds, over_stories, seeds_needed
+from metrics import scores as evaluation
+from metrics.story_losses import COLUMNS, digest, read_losses
+from runs.folder import Run, load_model
+from training.report import write_report
 
 ROOT = Path(__file__).parents[1]
 SIMULATED = 2000

@@ -11,15 +11,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-import evaluation
-from comparison import compare
-from comparison_page import as_page, write_page
 from conftest import MODEL, change
-from measures import loss_by_position, token_scores
-from report import samples, validation_stories
-from runs import Run, load_model
-from story_losses import keep_losses
+from evaluation.comparison import compare
+from evaluation.page import as_page, write_page
+from metrics import scores as evaluation
+from metrics.measures import loss_by_position, token_scores
+from metrics.story_losses import keep_losses
+from runs.folder import Run, load_model
 from train import train
+from training.report import samples, validation_stories
 
 UNCLOSED = {"meta", "br", "wbr", "hr", "img", "input", "link"}
 FETCHES = {"src", "srcset", "href", "xlink:href", "data", "action", "poster", "background"}
@@ -78,9 +78,9 @@ def result(groups):
 
 class TestPage:
     def test_all_is_there_and_nothing_comes_from_elsewhere(self, result, groups):
-        text = as_page(result, prompts=("Tom had", "Mia saw"), seed=3, num_stories=20, command="python evaluation.py compare a b")
+        text = as_page(result, prompts=("Tom had", "Mia saw"), seed=3, num_stories=20, command="python -m evaluation compare a b")
         page = Page(text)
-        for said in (*result.verdicts, *result.notes, "one seed only: thin", "python evaluation.py compare a b", "torch",
+        for said in (*result.verdicts, *result.notes, "one seed only: thin", "python -m evaluation compare a b", "torch",
                      "200 whole validation stories of little.txt", "By steps", "By tokens", "By seconds", "By training FLOPs",
                      "base (2 seeds, 95%)", "thin (one seed, no band)", "part by part", "temperature 0.8",
                      "Student's t of the differences between runs of the same seed", "other stories would give"):  # fmt: skip

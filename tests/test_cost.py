@@ -8,16 +8,26 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import cost
 from config import ModelConfig
 from conftest import MODEL
-from contract import CONFIG, layers_to_try
-from cost import as_torch_does_it, block_costs, comparison, config_of, cost_of, main, model_cost, steps_with_signs, written
-from menu import block_menu, build_model
+from metrics import cost
+from metrics.cost import (
+    as_torch_does_it,
+    block_costs,
+    comparison,
+    config_of,
+    cost_of,
+    main,
+    model_cost,
+    steps_with_signs,
+    written,
+)
 from model import GPT, SoftmaxAttention
 from modules import mamba
-from presets import PRESETS
-from runs import Run, load_model
+from modules.contract import CONFIG, layers_to_try
+from modules.registry import block_menu, build_model
+from runs.folder import Run, load_model
+from runs.presets import PRESETS
 from train import train
 
 VOCAB_SIZE = 61

@@ -12,10 +12,10 @@ import pytest
 from scipy import stats
 
 from conftest import MODEL
-from curves import curve, plot_all_curves, plot_curves
-from runs import Run
+from evaluation.curves import curve, plot_all_curves, plot_curves
+from metrics.world_floor import world_floor
+from runs.folder import Run
 from train import train
-from world_floor import world_floor
 
 
 @pytest.fixture(autouse=True)

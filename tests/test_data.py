@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import data
-import sources
-from data import load_data, read_stories, story_ids
-from packing import pack, shuffled
+from data import dataset as data
+from data import sources
+from data.dataset import load_data, read_stories, story_ids
+from data.packing import pack, shuffled
 
 
 class Characters:
@@ -363,7 +363,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 import sys, tracemalloc
 sys.path[:0] = sys.argv[1:3]
 from test_data import Characters
-from data import load_data
+from data.dataset import load_data
 tracemalloc.start()
 load_data(sys.argv[3], Characters(), 64, cache_dir=sys.argv[4], progress=False)
 print(tracemalloc.get_traced_memory()[1])
@@ -554,7 +554,7 @@ def run(code, folder, **environment):
 
 READ = """
 import sys
-from data import read_stories
+from data.dataset import read_stories
 try:
     print(*read_stories({source!r}), sep="|")
 except Exception as error:

@@ -5,11 +5,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from alignment import aligned, layers_of
 from config import PRE_NORM, SANDWICH_NORM, ModelConfig
-from cost import cost_of
-from diff import diff, main
-from diff_view import as_page, weight_shapes
+from evaluation.alignment import aligned, layers_of
+from evaluation.diff import diff, main
+from evaluation.diff_view import as_page, weight_shapes
+from metrics.cost import cost_of
 
 BASE = ModelConfig(dim=24, num_layers=4, num_heads=4, num_kv_heads=2, mlp_dim=48, max_seq_len=16)
 

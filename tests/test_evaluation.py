@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import evaluation
-import kernels
 from conftest import MODEL
-from data import default_cache_dir
-from evaluation import Evaluation, evaluate, ranks_of, windows
+from data.dataset import default_cache_dir
+from fast import ops as kernels
+from metrics import scores as evaluation
+from metrics.scores import Evaluation, evaluate, ranks_of, windows
 from model import GPT, IGNORE
-from runs import load_model
+from runs.folder import load_model
 from tokenizer import load_tokenizer
 
 

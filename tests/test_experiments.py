@@ -18,19 +18,19 @@ import torch
 from errors import one_line_error
 from torch import nn
 
-import experiment
-import probe
 import tools
 from conftest import MODEL
-from contract import CONFIG, check_block
-from evaluation import evaluate
 from inference import generate
-from menu import block_menu, build_model
-from presets import preset
-from report import num_parameters, table
-from runs import Run, load_model, run_names
+from metrics.scores import evaluate
+from modules.contract import CONFIG, check_block
+from modules.registry import block_menu, build_model
+from runs import experiments as experiment
+from runs.folder import Run, load_model, run_names
+from runs.presets import preset
 from tokenizer import load_tokenizer
 from train import train
+from training import autotune as probe
+from training.report import num_parameters, table
 
 REPOSITORY = Path(__file__).parents[1]
 OWN = {name: replace(MODEL, model=name, plugins=("own_models",)) for name in ("Recurrent", "Trigram")}
@@ -156,8 +156,8 @@ def run_python(folder: Path, *words: str) -> str:
 
 COMPARE = """
 from inference import generate
-from report import table
-from runs import load_model, run_names
+from training.report import table
+from runs.folder import load_model, run_names
 print(run_names(), list(table(*run_names(), num_stories=20)["bits per byte"].notna()))
 print(generate(*load_model("my_idea/first"), "Tom", max_new_tokens=3))
 """
@@ -167,8 +167,8 @@ def test_a_new_experiment_is_a_submodule_passes_trains_loads_and_is_compared(
     core, tiny_run, folders, corpus, monkeypatch, capsys
 ):  # fmt: skip
     monkeypatch.setattr(experiment, "FOLDER", core / "experiments")
-    monkeypatch.setattr(sys, "argv", ["tools.py", "new_experiment", "my_idea"])
-    runpy.run_path(str(REPOSITORY / "tools.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["experiments", "new", "my_idea"])
+    runpy.run_module("experiments", run_name="__main__")
     assert "python train.py --preset my_idea/my_idea" in capsys.readouterr().out
     shutil.move(core / "experiments" / "my_idea", folders / "my_idea")
     commit_all(folders / "my_idea")

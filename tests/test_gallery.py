@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from config import ModelConfig
-from cost import model_cost
-from gallery import as_html, families, show_blocks, watch
-from menu import block_menu, build_model
+from metrics.cost import model_cost
+from metrics.gallery import as_html, families, show_blocks, watch
+from modules.registry import block_menu, build_model
 
 TOY = ModelConfig(dim=16, num_heads=8, num_kv_heads=2, head_dim=4, mlp_dim=48, max_seq_len=7)
 TOKENS = torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(0))

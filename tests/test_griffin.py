@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import ModelConfig
-from menu import build_block
 from model import GPT, Cache, Steps
 from modules import griffin
 from modules.griffin import RGLRU
+from modules.registry import build_block
 from modules.scan import recurrence
 
 D, W, H, WIDTH = 12, 20, 4, 3

@@ -17,8 +17,8 @@ from torch import nn
 from config import ModelConfig, TrainConfig
 from inference import Sampling, generate, next_token_probabilities, stream
 from model import GPT
-from presets import preset
-from runs import Run
+from runs.folder import Run
+from runs.presets import preset
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -16,12 +16,12 @@ from errors import one_line_error
 from jsonschema import Draft202012Validator
 from scipy import stats
 
-import judge
 from conftest import MODEL
-from judge_endpoint import Call, Endpoint
-from judge_prompts import GRADES, Prompt, comparison_question, grade_question, read_prompts
-from judge_verdict import Comparison, Grading, Judgement, cohens_kappa, mean_of, questions, share_of, squared
-from runs import Run
+from evaluation.judge import judging as judge
+from evaluation.judge.endpoint import Call, Endpoint
+from evaluation.judge.prompts import GRADES, Prompt, comparison_question, grade_question, read_prompts
+from evaluation.judge.verdict import Comparison, Grading, Judgement, cohens_kappa, mean_of, questions, share_of, squared
+from runs.folder import Run
 
 PROMPTS = [Prompt(f"Once there were {number} mice. They") for number in range(12)]
 GRADE = {"assessment": "Fine.", "grammar": 7, "creativity": 1, "consistency": 10, "plot": 5}

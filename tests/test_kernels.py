@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from errors import one_line_error
 from test_model import EVERY_MODEL, TINY, VARIANTS, build, some_tokens
 
-import kernels
-import losses
 import model
-import probe
 from config import TrainConfig
+from fast import loss as losses
+from fast import ops as kernels
 from modules.convolution import ShortConv
+from training import autotune as probe
 
 pytestmark = pytest.mark.skipif(kernels.fingerprint() == "none", reason="there is no C++ compiler")
 

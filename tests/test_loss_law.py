@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import curve_fit, least_squares
 from scipy.stats import t
 
-from loss_law import ALPHAS, fit, race
+from evaluation.loss_law import ALPHAS, fit, race
 from tests.errors import one_line_error
 
 SIZES = np.array([0.25e6, 0.5e6, 1e6, 2e6])

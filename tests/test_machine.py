@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from machine import available_memory, container_limits, is_out_of_memory
+from training.machine import available_memory, container_limits, is_out_of_memory
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,8 @@ def test_where_there_are_no_cgroups_there_is_no_limit(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
 def test_so_does_the_limit_of_the_process():
     code = (
-        "import psutil, resource, torch; from machine import available_memory; used = psutil.Process().memory_info().vms;"
+        "import psutil, resource, torch; from training.machine import available_memory;"
+        "used = psutil.Process().memory_info().vms;"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2); print(available_memory(torch.device('cpu')) / 2**20)"
     )
     free = float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT))

@@ -9,7 +9,7 @@ from errors import one_line_error
 from recurrences import check_cached, check_long, check_stable_in_bfloat16, check_stories, check_wrong_cache
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
+from fast import ops as kernels
 from modules import mamba
 from modules.mamba import Mamba, SelectiveScan
 from modules.mamba2 import Mamba2

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import evaluation
-from evaluation import evaluate
-from measures import (
+from metrics import scores as evaluation
+from metrics.measures import (
     TokenScores,
     calibration,
     distinct,
@@ -20,7 +19,8 @@ from measures import (
     token_scores,
     word_classes,
 )
-from runs import load_model
+from metrics.scores import evaluate
+from runs.folder import load_model
 from tokenizer import load_tokenizer
 
 STORIES = ["Tom had a red ball. One day Lily saw it! It was two big balls. " * 2, "Mia ran.", "“Hi, Ben,” said Tom. 7 cats sat."]

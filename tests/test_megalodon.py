@@ -10,10 +10,10 @@ from recurrences import check_long
 from test_moving_average import average_as_written, norm_as_written
 
 from config import TWO_HOP, ModelConfig
-from contract import check_block
-from menu import build_block
 from model import GPT, Cache, Steps, rope_table
+from modules.contract import check_block
 from modules.megalodon import Megalodon
+from modules.registry import build_block
 
 D, H, K, V, N, CHUNK = 12, 2, 4, 14, 3, 7
 CONFIG = ModelConfig(dim=D, num_layers=1, num_heads=H, num_kv_heads=H, head_dim=K, mlp_dim=24, max_seq_len=80)

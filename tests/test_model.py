@@ -14,8 +14,8 @@ from torch import nn
 
 from config import SANDWICH_NORM, ModelConfig
 from model import GPT, IGNORE, MLP, Attention, Cache, Layer, Steps
-from norms import CosineNorm, LayerNorm, RMSNorm
-from presets import PRESETS, preset
+from modules.norms import CosineNorm, LayerNorm, RMSNorm
+from runs.presets import PRESETS, preset
 
 V = 98
 TINY = ModelConfig(dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=32)

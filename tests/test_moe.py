@@ -11,16 +11,16 @@ from errors import one_line_error
 from gradient_checkpointing import check_gradient_checkpointing
 from torch.utils.flop_counter import FlopCounterMode
 
-from command_line import Arguments
 from config import ModelConfig
 from conftest import MODEL
-from contract import check_block
 from model import GPT, MLP, Cache, Steps
+from modules.contract import check_block
 from modules.moe import MoE
-from optim import Muon, build_optimizers
-from report import dead_experts
-from runs import Run, load_model
+from runs.command_line import Arguments
+from runs.folder import Run, load_model
 from train import main, train
+from training.optim import Muon, build_optimizers
+from training.report import dead_experts
 
 D = 16
 TINY = replace(MODEL, layers="Norm->Attn->+->Norm->MoE(num_experts=4)->+")

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 from conftest import MODEL, change
 from inference import generate
-from runs import load_model
+from runs.folder import load_model
 from train import train
 
 REPOSITORY = Path(__file__).parents[1]

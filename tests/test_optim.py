@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 from config import ModelConfig, TrainConfig
 from conftest import MODEL
 from model import GPT
-from optim import (
+from training.optim import (
     Muon,
     average_of_weights,
     build_optimizers,

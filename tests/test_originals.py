@@ -10,7 +10,7 @@ from errors import one_line_error
 from torch import nn
 
 from inference import Sampling, generate_tokens
-from originals import FAMILIES, convert, load_original
+from originals.load import FAMILIES, convert, load_original
 
 V = 98
 SIZES = {

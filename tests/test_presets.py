@@ -12,14 +12,14 @@ import torch
 from errors import one_line_error
 
 from config import from_json, to_json
-from data import load_data, story_ids
+from data.dataset import load_data, story_ids
 from inference import generate
-from menu import build_model
 from model import GPT
-from optim import build_optimizers
-from originals import FAMILIES
-from presets import PRESETS, preset
+from modules.registry import build_model
+from originals.load import FAMILIES
+from runs.presets import PRESETS, preset
 from tokenizer import load_tokenizer
+from training.optim import build_optimizers
 
 ROOT = Path(__file__).parents[1]
 VOCAB_SIZE = 1027  # bpe_tokenizer_1024 with bos, eos and pad

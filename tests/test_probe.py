@@ -11,14 +11,14 @@ import torch
 import torch._inductor.config
 from errors import one_line_error
 
-import kernels
-import probe
 from config import TrainConfig
 from conftest import MODEL
-from data import default_cache_dir
-from evaluation import MAX_LOGITS
-from losses import chunked_cross_entropy
+from data.dataset import default_cache_dir
+from fast import ops as kernels
+from fast.loss import chunked_cross_entropy
+from metrics.scores import MAX_LOGITS
 from model import GPT, Attention, visible
+from training import autotune as probe
 
 CPU = torch.device("cpu")
 LONG = TrainConfig(max_minutes=60.0, threads=1, compile=False, batch_size=4)

@@ -8,13 +8,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from command_line import command, parse
 from config import ModelConfig, TrainConfig
 from conftest import MODEL
-from presets import PRESETS
-from report import PROMPTS, at_equal, plot_losses, samples, table, write_report
-from runs import Run, load_model
+from runs.command_line import command, parse
+from runs.folder import Run, load_model
+from runs.presets import PRESETS
 from train import train
+from training.report import PROMPTS, at_equal, plot_losses, samples, table, write_report
 
 
 @pytest.fixture(autouse=True)

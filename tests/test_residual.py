@@ -11,8 +11,8 @@ from gradient_checkpointing import check_gradient_checkpointing
 from config import HYPER_CONNECTIONS, PERI_NORM, POST_NORM, PRE_NORM, SANDWICH_NORM, U_NET, ModelConfig
 from conftest import MODEL
 from model import GPT, MLP, Attention, Cache, Steps
+from modules.norms import DynamicTanh, RMSNorm
 from modules.residual import HyperRead
-from norms import DynamicTanh, RMSNorm
 
 D = MODEL.dim
 
@@ -211,7 +211,7 @@ class TestHyperConnections:
         assert not torch.allclose(plain.eval()(x), expected)
 
     def test_weight_decay_leaves_the_matrix_alone(self, make_config):
-        from optim import build_optimizers
+        from training.optim import build_optimizers
 
         model = GPT(replace(MODEL, layers=HYPER_CONNECTIONS), 50)
         undecayed, _, decayed = build_optimizers(model, make_config())[0].param_groups
@@ -265,7 +265,7 @@ class TestBothInAModel:
 
 
 def test_a_run_with_hyper_connections_learns_and_is_loaded_again(make_config):
-    from runs import load_model
+    from runs.folder import load_model
     from train import train
 
     config = ModelConfig(**{**vars(MODEL), "layers": HYPER_CONNECTIONS})

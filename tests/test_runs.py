@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import Arguments
 from config import TrainConfig
 from conftest import MODEL
-from runs import Run, load_model, run_names
-from seeds import members
+from runs.command_line import Arguments
+from runs.folder import Run, load_model, run_names
 from tokenizer import load_tokenizer, train_tokenizer
 from train import train
+from training.seeds import members
 
 ROOT = Path(__file__).parent.parent
 
@@ -204,7 +204,7 @@ class TestDamage:
 FULL_DISK = """
 import resource, sys
 import torch
-from runs import Run
+from runs.folder import Run
 run = Run("mine")
 run.save("checkpoint.pth", {"numbers": torch.arange(1000)})
 run.save_text("README.md", "before")
@@ -220,7 +220,7 @@ for save in (lambda: run.save("checkpoint.pth", too_large), lambda: run.save_tex
 KEEPS_SAVING = """
 import itertools
 import torch
-from runs import Run
+from runs.folder import Run
 run = Run("mine")
 for number in itertools.count():
     run.save("checkpoint.pth", {"numbers": torch.full((100_000,), number)})

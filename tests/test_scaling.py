@@ -11,17 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import evaluation
-import ladder
-import scaling
 from config import TrainConfig
 from conftest import MODEL
-from cost import cost_of
-from ladder import Budget, at_width, kept_widths, plan, read_size, resumed, train_all
-from loss_law import fit, race
-from presets import PRESETS, Preset
-from runs import Run, run_names
-from story_losses import COLUMNS, digest, read_losses
+from evaluation import ladder, scaling
+from evaluation.ladder import Budget, at_width, kept_widths, plan, read_size, resumed, train_all
+from evaluation.loss_law import fit, race
+from metrics import scores as evaluation
+from metrics.cost import cost_of
+from metrics.story_losses import COLUMNS, digest, read_losses
+from runs.folder import Run, run_names
+from runs.presets import PRESETS, Preset
 from tests.errors import one_line_error
 from tokenizer import load_tokenizer
 

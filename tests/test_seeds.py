@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-import probe
-import seeds
-from command_line import Arguments, command, parse
-from comparison import compare
 from conftest import MODEL
-from runs import Run, group_members
+from evaluation.comparison import compare
+from runs.command_line import Arguments, command, parse
+from runs.folder import Run, group_members
 from train import train
+from training import autotune as probe
+from training import seeds
 
 ROOT = Path(__file__).parents[1]
 

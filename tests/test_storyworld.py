@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import storyworld
-from sources import open_source
-from storyworld_grammar import World
-from storyworld_nodes import Choice, Entity, Literal, Reader, Reference, Sequence, Table, Words
+from data.sources import open_source
+from data.storyworld import world as storyworld
+from data.storyworld.grammar import World
+from data.storyworld.nodes import Choice, Entity, Literal, Reader, Reference, Sequence, Table, Words
 
 ROOT = Path(storyworld.__file__).parent
 
@@ -86,7 +86,7 @@ def test_training_and_validation_do_not_share_stories():
 
 
 def test_every_process_tells_the_same_stories():
-    code = "import storyworld as s; print(list(s.stories('train', 3)), s.score(next(s.stories('train', 1))))"
+    code = "from data.storyworld import world as s; print(list(s.stories('train', 3)), s.score(next(s.stories('train', 1))))"
     outputs = set()
     for seed in ("1", "2"):
         env = {**os.environ, "PYTHONHASHSEED": seed}

@@ -9,7 +9,7 @@ from torch import nn
 
 from config import ModelConfig
 from model import GPT, Cache
-from shape_comments import ShapeComments
+from shapes.comments import ShapeComments
 from tools import LoggingModule, show_shapes
 
 B, T, DIM = 2, 5, 12

@@ -15,21 +15,21 @@ import pandas as pd
 import pytest
 import torch
 
-import checkpoint
 import train as module
-from checkpoint import Record
-from command_line import parse
 from config import TrainConfig, to_json
 from conftest import MODEL
-from data import load_data
-from evaluation import evaluate
+from data.dataset import load_data
 from inference import generate
+from metrics.scores import evaluate
 from model import MLP
-from presets import PRESETS, preset
-from report import command, plot_losses, write_report
-from runs import Run, default_name, load_model
+from runs.command_line import parse
+from runs.folder import Run, default_name, load_model
+from runs.presets import PRESETS, preset
 from tokenizer import load_tokenizer
 from train import train
+from training import checkpoint
+from training.checkpoint import Record
+from training.report import command, plot_losses, write_report
 
 ROOT = Path(__file__).parent.parent
 CLOCK = ["seconds", "tokens_per_second", "peak_memory_mb"]  # what two equal runs differ in

@@ -17,19 +17,29 @@ import torch
 from scipy.stats import binom
 from torch import nn
 
-import evaluation
-import storyworld
-import world_grades
 from config import ModelConfig, TrainConfig
-from data import load_data
-from report import LivePlot, plot_losses, table, write_report
-from runs import Run, load_model
-from storyworld_nodes import Reference
+from data.dataset import load_data
+from data.storyworld import world as storyworld
+from data.storyworld.nodes import Reference
+from metrics import scores as evaluation
+from metrics import world_grades
+from metrics.world_floor import floor_of, world_floor
+from metrics.world_grades import (
+    BROKEN,
+    COLUMNS,
+    KINDS,
+    as_told,
+    check_tokenizer,
+    grade_model,
+    grade_texts,
+    interval,
+    write_samples,
+)
+from metrics.world_report import graded_log, log_with_excess, plot_grades
+from runs.folder import Run, load_model
 from tokenizer import Tokenizer, load_tokenizer
 from train import train
-from world_floor import floor_of, world_floor
-from world_grades import BROKEN, COLUMNS, KINDS, as_told, check_tokenizer, grade_model, grade_texts, interval, write_samples
-from world_report import graded_log, log_with_excess, plot_grades
+from training.report import LivePlot, plot_losses, table, write_report
 
 MODEL = ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=24, max_seq_len=64, dropout=0.1)
 TRAIN = TrainConfig(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import Attention
-from visibility import visible
+from modules.windows import visible
 
 
 class ForgettingAttn(Attention):

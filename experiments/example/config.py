@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from presets import Preset, preset
+from runs.presets import Preset, preset
 
 BASE = preset("0.5m_short_and_thick")  # what it is compared with
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from contract import CONFIG, check_block
 from experiments.example.blocks import BLOCKS, ForgettingAttn
 from experiments.example.config import PRESETS
 from inference import generate
-from runs import load_model
+from modules.contract import CONFIG, check_block
+from runs.folder import load_model
 from train import train
 
 

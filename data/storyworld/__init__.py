@@ -1,0 +1,1 @@
+"""The built-in world of stories, whose every probability is known exactly."""

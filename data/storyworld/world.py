@@ -1,0 +1,352 @@
+"""A little world that tells stories, without a download and without end, and knows how probable each of them is.
+
+A story is drawn by a probabilistic program: first the opening (who the hero is), then a plot that suits the hero, then the
+sentences of the plot one after the other. The words are in `storyworld_lexicon`, the plots in `storyworld_plots`, the template
+language in `storyworld_grammar`, its three walks (sample, match, entropy) in `storyworld_nodes`. No choice is hidden, and no two
+runs of choices give the same text, so
+
+    sample(random.Random(0)).log_prob == score(sample(random.Random(0)).text).log_prob
+
+and the entropy of the choices is the entropy of the text: a floor that the loss of no model can pass.
+    nats per story      entropy(), exact; about code_length(some stories) / len(some stories)
+    bits per byte       code_length(stories) / log(2) / the number of their bytes, for the very stories a model is evaluated on
+`stories` splits training from validation by a checksum of the text, which a model could in principle learn to profit from by
+log(8/7) nats a story in training and log(8) in validation; in practice that is nothing.
+
+    python -m data.storyworld --count 3 --seed 0         tells stories and how many bits they carry
+    python -m data.storyworld --score my_stories.txt     grades stories, separated by empty lines
+"""
+
+import functools
+import math
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import crc32
+
+from data.storyworld import lexicon
+from data.storyworld.grammar import World
+from data.storyworld.nodes import FAULT, SOMETHING, Choice, Entity, Reader, Reference, Table, bound, step
+from data.storyworld.plots import OPENING, PHRASES, PLOTS
+
+VALIDATION_SHARE = 8  # one story in so many is a validation story
+
+
+@dataclass(frozen=True)
+class Story:
+    """A text and its log-probability in nats."""
+
+    text: str
+    log_prob: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """What `score` found out. For a story of this world `error` is None and `plot` its plot; for any other `log_prob` is -inf.
+
+    error      one line: which sentence is not of this world, and what is wrong with it
+    sentence   the first sentence that is not of this world; index is its number, from 0: so many sentences were right
+    fact       what broke there: "who", "what", "where" or "why" (a fact that differs from what was told before, or from what this
+               world knows); "end" where the story stops before its end; "grammar" where no sentence of this world fits
+    """
+
+    log_prob: float
+    plot: str | None = None
+    error: str | None = None
+    sentence: str | None = None
+    index: int | None = None
+    fact: str | None = None
+
+
+@dataclass(frozen=True)
+class Plot:
+    name: str
+    entity: Entity
+    slots: list
+
+
+@dataclass(frozen=True)
+class Program:
+    """The compiled world: a story is the slots of `opening`, then those of one of the plots for the hero's kind."""
+
+    world: World
+    opening: list
+    plots: list[Plot]
+    cast: dict[Entity, list[Plot]]
+    plot_index: int
+    kind_index: int
+
+
+def compile_slots(world: World, source: str, is_start: bool = False) -> list:
+    """One node for each line that begins with "- " (goes on) or "/ " (a new paragraph); other lines continue the one before."""
+    lines = [line.strip() for line in source.strip().splitlines()]
+    joined = re.split(r"\n(?=[-/] )", "\n".join(lines))
+    slots = []
+    for line in joined:
+        if line[:2] not in ("- ", "/ "):
+            raise ValueError(f"a line of a plot begins with '- ' or '/ ': {line[:60]!r}")
+        before = "" if is_start and not slots else " " if line[0] == "-" else "\n"
+        slots.append(world.compile(re.sub(r"\s*\|\|\s*", "|", line[2:].replace("\n", " ")), before))
+    return slots
+
+
+@functools.cache
+def program() -> Program:
+    """Compiles the world on first use (well under a second)."""
+    tables = lexicon.build_tables()
+    plots = {name: Entity("plot", name, {}) for name in PLOTS}
+    tables["plot"] = {None: Table(list(plots.values()))}
+    tables["moral"] = {
+        plots[name]: Table([Entity("moral", text, {}) for text in plot["morals"].split("|")]) for name, plot in PLOTS.items()
+    }
+    variables = {**lexicon.VARIABLES, "moral": ("moral", "plot")}
+    world = World(tables, variables, {**lexicon.WORDS, **PHRASES}, lexicon.FACTS, lexicon.SHARED)
+    opening = compile_slots(world, OPENING, is_start=True)
+    told = [Plot(name, plots[name], compile_slots(world, plot["text"])) for name, plot in PLOTS.items()]
+    cast = {
+        kind: [plot for plot in told if {kind.name, *kind.tags} & set(PLOTS[plot.name]["cast"].split())]
+        for kind in world.domain_table("kind").entities
+    }
+    return Program(world, opening, told, cast, world.variable("plot").index, world.variable("kind").index)
+
+
+def tell(rng: random.Random) -> tuple[str, float, str]:
+    """The text of a new story, its log-probability and the name of its plot."""
+    p = program()
+    env, words = list(p.world.empty_env()), []
+    log_prob = 0.0
+    for slot in p.opening:
+        log_prob += slot.sample(rng.random, env, words)
+    plots = p.cast[env[p.kind_index]]
+    plot = plots[int(rng.random() * len(plots))]
+    env[p.plot_index] = plot.entity
+    log_prob -= math.log(len(plots))
+    for slot in plot.slots:
+        log_prob += slot.sample(rng.random, env, words)
+    return "".join(words), log_prob, plot.name
+
+
+def sample(rng: random.Random) -> Story:
+    """Draws a story; its log-probability is exact, in nats."""
+    text, log_prob, _ = tell(rng)
+    return Story(text, log_prob)
+
+
+def merged(states: list) -> list:
+    """States (position, env, log probability) with those that agree in position and env put together."""
+    if len(states) < 2:
+        return states
+    together = defaultdict(list)
+    for position, env, log_prob in states:
+        together[position, env].append(log_prob)
+    return [(position, env, log_sum(costs)) for (position, env), costs in together.items()]
+
+
+def log_sum(log_probs: list[float]) -> float:
+    if len(log_probs) == 1:
+        return log_probs[0]
+    top = max(log_probs)
+    return top + math.log(sum(math.exp(value - top) for value in log_probs))
+
+
+def read(reader: Reader, until: float = math.inf) -> tuple[list, list]:
+    """All states after each slot, as ([(plot name, states at the end of its last slot)], [all states after any slot]).
+
+    From states at position `until` or beyond nothing is read any more.
+    """
+
+    def after(slot, states):
+        return merged(step(slot, reader, [state for state in states if state[0] < until]))
+
+    p = program()
+    states, seen = [(0, p.world.empty_env(), 0.0)], []
+    for slot in p.opening:
+        states = after(slot, states)
+        seen += states
+    starts = defaultdict(list)
+    for position, env, log_prob in states:
+        plots = p.cast[env[p.kind_index]]
+        for plot in plots:
+            starts[plot.name].append((position, bound(env, p.plot_index, plot.entity), log_prob - math.log(len(plots))))
+    ends = []
+    for plot in p.plots:
+        states = starts[plot.name]
+        for slot in plot.slots:
+            if not states:
+                break
+            states = after(slot, states)
+            seen += states
+        ends.append((plot.name, states))
+    return ends, seen
+
+
+def score(text: str) -> Score:
+    """The exact log-probability of a text in nats, summed over all ways to tell it, or which sentence is not of this world."""
+    reader = Reader(text)
+    ends, _ = read(reader)
+    whole = [(name, log_prob) for name, states in ends for position, _, log_prob in states if position == len(text)]
+    if whole:
+        return Score(log_sum([log_prob for _, log_prob in whole]), plot=whole[0][0])
+    reader.furthest = max([reader.furthest, *(position for _, states in ends for position, _, _ in states)])
+    return diagnosis(text, reader.furthest)
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Start and end of each sentence; speech ends with its quotation mark."""
+    return [found.span() for found in re.finditer(r"\S.*?(?:[.!?]\"?(?=\s|$)|$)", text, re.MULTILINE)]
+
+
+def diagnosis(text: str, furthest: int) -> Score:
+    """Names the sentence at the position where reading got stuck, and the kind of fact that broke in it."""
+    spans = sentence_spans(text) or [(0, len(text))]
+    index = next((index for index, (_, end) in enumerate(spans) if end > furthest), len(spans) - 1)
+    start, end = spans[index]
+    sentence = text[start:end]
+    if index == len(spans) - 1 and (furthest >= len(text) or not re.search(r"[.!?]\"?$", sentence)):
+        fact, problem = "end", "the story stops before its end"
+    else:
+        _, seen = read(Reader(text, lenient_from=start), until=end)
+        faults = [(log_prob, env[FAULT]) for position, env, log_prob in seen if position >= end and env[FAULT]]
+        fact = max(faults, key=lambda fault: fault[0])[1] if faults else "grammar"
+        problem = f"this is not {fact} it can be here" if faults else f"no sentence fits from {text[furthest:end][:40]!r} on"
+    error = f"sentence {index + 1}, {sentence!r}: {problem}"
+    return Score(-math.inf, error=error, sentence=sentence, index=index, fact=fact)
+
+
+def code_length(texts: Iterable[str]) -> float:
+    """Nats that the world itself needs for the given stories: the floor for any model on them.
+
+    Raises ValueError for a text that is not of this world.
+    """
+    total = 0.0
+    for text in texts:
+        found = score(text)
+        if found.error:
+            raise ValueError(f"not a story of this world: {found.error}")
+        total -= found.log_prob
+    return total
+
+
+@functools.cache
+def entropy() -> float:
+    """Nats per story, exact: the expected sum of the entropies of all choices.
+
+    The distribution over what later choices depend on is carried through the slots; everything else is forgotten on the way.
+    """
+    p = program()
+    dist, nats = {p.world.empty_env(): 1.0}, 0.0
+    for slot in p.opening:
+        dist, more = carry(slot, dist)
+        nats += more
+    starts = defaultdict(lambda: defaultdict(float))
+    for env, mass in dist.items():
+        plots = p.cast[env[p.kind_index]]
+        nats += mass * math.log(len(plots))
+        for plot in plots:
+            starts[plot.name][bound(env, p.plot_index, plot.entity)] += mass / len(plots)
+    for plot in p.plots:
+        dist = starts[plot.name]
+        uses = [slot_uses(slot) for slot in plot.slots]
+        for index, slot in enumerate(plot.slots):
+            dist, more = carry(slot, forget(dist, set().union(*uses[index:])))
+            nats += more
+    return nats
+
+
+def carry(slot, dist: dict) -> tuple[dict, float]:
+    """slot.entropy(dist), worked out once for all environments that agree in what the slot looks at."""
+    looked_at = sorted({index for pair in slot_uses(slot) for index in pair if index is not None})
+    groups = defaultdict(list)
+    for env, mass in dist.items():
+        groups[tuple([env[index] for index in looked_at])].append((env, mass))
+    result, nats = defaultdict(float), 0.0
+    for group in groups.values():
+        after, more = slot.entropy({group[0][0]: 1.0})
+        nats += more * sum(mass for _, mass in group)
+        start = group[0][0]
+        outcomes = [([(i, end[i]) for i in looked_at if end[i] is not start[i]], share) for end, share in after.items()]
+        for env, mass in group:
+            for changes, share in outcomes:
+                changed = list(env)
+                for index, value in changes:
+                    changed[index] = value
+                result[tuple(changed)] += mass * share
+    return result, nats
+
+
+def slot_uses(node) -> set[tuple[int, int | None]]:
+    """Which variables a slot looks at: (variable, None) always, (variable, other) only while the other is not drawn yet."""
+    uses = set()
+    if isinstance(node, Reference):
+        uses = {(other, node.index) for other in [node.index, *node.variable.rivals]}
+        uses |= set() if node.given is None else {(node.given, node.index)}
+    elif isinstance(node, Choice):
+        uses = {(guard.index, None) for guards in node.guards for guard in guards}
+    for part in getattr(node, "parts", getattr(node, "alternatives", ())):
+        uses |= slot_uses(part)
+    return uses
+
+
+def forget(dist: dict, uses: set) -> dict:
+    """Puts together the environments that no later choice can tell apart."""
+    smaller, idle = defaultdict(float), {}
+    for env, mass in dist.items():
+        known = tuple([value is not None for value in env])
+        if known not in idle:
+            asked = {index for index, other in uses if other is None or not known[other]}
+            idle[known] = [index for index, drawn in enumerate(known) if drawn and index not in asked]
+        shorter = list(env)
+        for index in idle[known]:
+            shorter[index] = SOMETHING
+        smaller[tuple(shorter)] += mass
+    return smaller
+
+
+def stories(split: str, count: int) -> Iterator[str]:
+    """The first `count` stories of an endless stream, the same on every machine: split is "train" or "validation".
+
+    A checksum of its text decides to which of the two a story belongs, so they never share one, however long they get.
+    """
+    if split not in ("train", "validation"):
+        raise ValueError(f'split is "train" or "validation", not {split!r}')
+    rng = random.Random(f"storyworld {split}")
+    while count > 0:
+        text = tell(rng)[0]
+        if (crc32(text.encode()) % VALIDATION_SHARE == 0) == (split == "validation"):
+            count -= 1
+            yield text
+
+
+def main(count: int = 3, seed: int = 0, score: Path | None = None, show_entropy: bool = False):
+    """Tells stories with the bits they carry, or grades the stories of a file.
+
+    Args:
+        count: how many stories to tell
+        seed: another seed, other stories
+        score: a text file with stories separated by empty lines, to be graded instead
+        show_entropy: also compute the bits that a story of this world carries on average; takes ten seconds
+    """
+    if score is not None:
+        grade(score)
+        return
+    rng = random.Random(seed)
+    for _ in range(count):
+        story = sample(rng)
+        bits = -story.log_prob / math.log(2)
+        print(f"{story.text}\n[{bits:.1f} bits, {bits / len(story.text.encode()):.3f} bits per byte]\n")
+    if show_entropy:
+        print(f"The entropy of this world is {entropy() / math.log(2):.1f} bits per story.")
+
+
+def grade(path: Path):
+    """Prints a verdict for each story of a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; --score takes a text file with stories separated by empty lines")
+    texts = [part.strip() for part in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")) if part.strip()]
+    found = [score(text) for text in texts]
+    for number, one in enumerate(found, 1):
+        print(f"story {number}: " + (one.error or f"{one.plot}, {-one.log_prob / math.log(2):.1f} bits"))
+    print(f"{sum(one.error is None for one in found)} of {len(found)} are stories of this world.")

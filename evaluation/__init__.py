@@ -1,0 +1,1 @@
+"""Comparing several models: verdicts, curves, diffs, probes, and scaling."""

@@ -1,0 +1,342 @@
+"""Synthetic sequences, each made to ask for one capability: recall, copying, compression, memory, steps of reasoning.
+
+All are smaller than in the papers that they are from, as they shall be learned on a CPU in minutes.
+
+A task makes as many fresh sequences as are wanted from a random generator. At a scored place a model, which has read the tokens
+up to there, shall answer with the token that stands in the targets there.
+
+B sequences, T tokens of each, V vocabulary, P pairs of a key and a value, N pieces of a key and its value.
+"""
+
+from dataclasses import dataclass
+from itertools import permutations
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast.loss import IGNORE
+
+WIDE_ENOUGH = 64  # the vocabulary of compression: its logits are all that is read of the model, so they are more than the letters
+
+
+class Size(NamedTuple):
+    vocab_size: int
+    T: int  # tokens of a sequence
+    num_answers: int  # that an answer is one of, all equally likely
+
+
+class Sequences(NamedTuple):
+    tokens: Tensor  # (B, T)
+    targets: Tensor  # (B, T), the answer to give after each token, or IGNORE where none is asked for
+    level: Tensor  # (B,) how hard each is, where a task has several levels; else 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all tasks have. chance is how often the best answer is right that is given without a look at the sequence.
+
+    seed is the generator's: the test sequences are made from it alone, and are the same for every model.
+    """
+
+    seed: int = 0
+    compressed: ClassVar[bool] = False  # all answers are to be read from what the model says after the last token
+
+    @property
+    def size(self) -> Size:
+        raise NotImplementedError
+
+    @property
+    def vocab_size(self) -> int:
+        return self.size.vocab_size
+
+    @property
+    def T(self) -> int:
+        return self.size.T
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.size.num_answers
+
+    def draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Tokens and targets, each (number, T), and, where there are levels, those (number,)."""
+        raise NotImplementedError
+
+    def sequences(self, number: int, rng: np.random.Generator) -> Sequences:
+        """So many fresh sequences."""
+        tokens, targets, *level = (torch.from_numpy(np.ascontiguousarray(made)) for made in self.draw(number, rng))
+        return Sequences(tokens, targets, *(level or [torch.zeros(number, dtype=torch.long)]))
+
+    def training_sequences(self, number: int, rng: np.random.Generator) -> Sequences:
+        """So many fresh sequences to learn from: as those of the test, unless the task says otherwise."""
+        return self.sequences(number, rng)
+
+    def test_sequences(self, number: int) -> Sequences:
+        """The first so many of the sequences that models are scored on, always the same."""
+        return self.sequences(number, np.random.default_rng([self.seed, 1]))
+
+    def training_rng(self, seed: int) -> np.random.Generator:
+        """The generator of what a model of that seed is trained on; no other task or seed has the same, nor has the test."""
+        return np.random.default_rng([self.seed, 2, seed])
+
+
+@dataclass(frozen=True)
+class MultiQueryRecall(Task):
+    """Keys and values in pairs, then each key again, in another order: tell its value (Zoology, arXiv 2312.04927, section 3)."""
+
+    seed: int = 1
+    num_pairs: int = 6
+    num_keys: int = 12
+    num_values: int = 12
+
+    @property
+    def size(self):
+        return Size(self.num_keys + self.num_values, 3 * self.num_pairs, self.num_values)
+
+    def draw(self, number, rng):
+        return self.draw_pairs(rng, np.full(number, self.num_pairs))
+
+    def training_sequences(self, number, rng):
+        """With 1 to num_pairs different pairs, which come again where there are fewer: so models get on to it sooner."""
+        tokens, targets = self.draw_pairs(rng, rng.integers(1, self.num_pairs + 1, size=number))
+        return Sequences(torch.from_numpy(tokens), torch.from_numpy(targets), torch.zeros(number, dtype=torch.long))
+
+    def draw_pairs(self, rng: np.random.Generator, different: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets (B, T) of sequences with so many different pairs, (B,)."""
+        number, P = len(different), self.num_pairs
+        which = np.arange(P) % different[:, None]  # (B, P)
+        keys = np.take_along_axis(distinct(rng, number, self.num_keys, P), which, axis=1)
+        values = self.num_keys + np.take_along_axis(distinct(rng, number, self.num_values, P), which, axis=1)
+        order = distinct(rng, number, P, P)  # (B, P)
+        pairs = np.stack([keys, values], axis=2).reshape(number, 2 * P)
+        tokens = np.concatenate([pairs, np.take_along_axis(keys, order, axis=1)], axis=1)
+        targets = np.full_like(tokens, IGNORE)
+        targets[:, 2 * P :] = np.take_along_axis(values, order, axis=1)
+        return tokens, targets
+
+
+@dataclass(frozen=True)
+class InContextRecall(Task):
+    """Pairs that come again and again: tell the value of each key that was there before (MAD, arXiv 2403.17844, section 3.1)."""
+
+    seed: int = 2
+    num_pairs: int = 8  # different keys in a sequence: all there are, so that which ones it has is no help to guess
+    num_keys: int = 8  # tokens that keys are made of
+    num_values: int = 8  # tokens that values are made of
+    longest: int = 1  # tokens of a key, and of a value, at most
+    noise: float = 0.0  # share of pairs in whose place there is noise
+    num_noise: int = 0  # tokens that noise is made of
+    length: int = 32
+
+    @property
+    def size(self):
+        return Size(self.num_keys + self.num_values + self.num_noise, self.length, self.num_values)
+
+    def draw(self, number, rng):
+        T, N = self.T, self.T // 2 + 1  # a piece has at least two tokens
+        keys, values = self.pairs(number, rng)  # (B, P, longest)
+        which = rng.integers(self.num_pairs, size=(number, N))  # (B, N)
+        pieces = np.concatenate([keys, values], axis=2)[np.arange(number)[:, None], which]  # (B, N, 2 * longest)
+
+        is_noise = rng.random((number, N)) < self.noise
+        shown = (which[:, :, None] == np.arange(self.num_pairs)) & ~is_noise[:, :, None]  # (B, N, P)
+        shown_before = np.cumsum(shown, axis=1) - shown > 0
+        known = np.take_along_axis(shown_before, which[:, :, None], axis=2)[:, :, 0] & ~is_noise  # (B, N)
+        if self.num_noise:
+            noise = rng.integers(self.vocab_size - self.num_noise, self.vocab_size, size=pieces.shape)
+            pieces = np.where(is_noise[:, :, None] & (pieces >= 0), noise, pieces)
+        scored = known[:, :, None] & (np.arange(2 * self.longest) >= self.longest)  # (B, N, 2 * longest)
+
+        pieces, scored = pieces.reshape(number, -1), scored.reshape(number, -1)
+        order = np.argsort(pieces < 0, axis=1, kind="stable")[:, : T + 1]  # the gaps of short keys and values are closed
+        text, scored = (np.take_along_axis(made, order, axis=1) for made in (pieces, scored))  # (B, T + 1)
+        return text[:, :-1], np.where(scored[:, 1:], text[:, 1:], IGNORE)
+
+    def pairs(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The keys, all different, and the values of each sequence, both (number, num_pairs, longest), -1 behind short ones."""
+        words, shares = motifs(self.num_keys, self.longest)
+        # The largest of log(share) + Gumbel noise are a draw without replacement by these shares.
+        drawn = np.argsort(-np.log(shares) - rng.gumbel(size=(number, len(words))), axis=1)[:, : self.num_pairs]
+        keys = words[drawn]
+        words, shares = motifs(self.num_values, self.longest)
+        values = words[rng.choice(len(words), p=shares, size=(number, self.num_pairs))]
+        return keys, np.where(values >= 0, values + self.num_keys, -1)
+
+
+@dataclass(frozen=True)
+class NoisyRecall(InContextRecall):
+    """In-context recall with tokens of noise in between, which mean nothing (MAD, arXiv 2403.17844, section 3.1)."""
+
+    seed: int = 3
+    noise: float = 0.1
+    num_noise: int = 8
+
+
+@dataclass(frozen=True)
+class FuzzyRecall(InContextRecall):
+    """In-context recall of keys and values of one or two tokens (MAD, arXiv 2403.17844, section 3.1)."""
+
+    seed: int = 4
+    num_pairs: int = 3
+    num_keys: int = 3
+    num_values: int = 3
+    longest: int = 2
+    length: int = 40
+
+
+@dataclass(frozen=True)
+class SelectiveCopying(Task):
+    """Letters scattered among noise: write them down in their order (MAD, arXiv 2403.17844, section 3.1)."""
+
+    seed: int = 5
+    num_letters: int = 8
+    num_noise: int = 4
+    num_copied: int = 6
+    length: int = 24  # of what is read; the letters are written behind it
+
+    @property
+    def size(self):
+        return Size(self.num_letters + self.num_noise + 1, self.length + self.num_copied, self.num_letters)
+
+    def draw(self, number, rng):
+        blank = self.vocab_size - 1
+        letters = rng.integers(self.num_letters, size=(number, self.num_copied))
+        places = np.sort(distinct(rng, number, self.length, self.num_copied), axis=1)
+        tokens = np.full((number, self.T), blank)
+        tokens[:, : self.length] = rng.integers(self.num_letters, blank, size=(number, self.length))
+        np.put_along_axis(tokens, places, letters, axis=1)
+        targets = np.full_like(tokens, IGNORE)
+        targets[:, self.length :] = letters
+        return tokens, targets
+
+
+@dataclass(frozen=True)
+class Compression(Task):
+    """Random letters, to be told again from what the model says after the last token (MAD, arXiv 2403.17844, section 3.1)."""
+
+    seed: int = 6
+    num_letters: int = 8
+    length: int = 12
+    compressed: ClassVar[bool] = True
+
+    @property
+    def size(self):
+        return Size(WIDE_ENOUGH, self.length + 1, self.num_letters)
+
+    def draw(self, number, rng):
+        tokens = rng.integers(self.num_letters, size=(number, self.T))
+        targets = tokens.copy()
+        tokens[:, -1], targets[:, -1] = self.num_letters, IGNORE
+        return tokens, targets
+
+
+class Compressor(nn.Module):
+    """A model, of whose logits after the last token alone an MLP tells all tokens before (MAD, arXiv 2403.17844, section 3.1)."""
+
+    def __init__(self, model: nn.Module, dim: int, vocab_size: int, T: int):
+        super().__init__()
+        self.model = model
+        self.w_in = nn.Linear(vocab_size, 4 * dim)
+        self.position = nn.Embedding(T, 4 * dim)
+        self.w_hidden = nn.Linear(4 * dim, 4 * dim)
+        self.head = nn.Linear(4 * dim, vocab_size)
+
+    def forward(self, tokens, targets=None):
+        """As a model: logits (B, T, V) and the loss; the logits at a place are the answer for that place."""
+        B, T = tokens.shape
+        logits, _ = self.model(tokens)
+        hidden = F.gelu(self.w_in(logits[:, -1:]) + self.position.weight)  # (B, T, 4 * dim)
+        answers = self.head(F.gelu(self.w_hidden(hidden)))
+        if targets is None:
+            return answers, None
+        return answers, F.cross_entropy(answers.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+
+@dataclass(frozen=True)
+class Memorisation(Task):
+    """Facts that are the same in all sequences: tell the value after its key and a blank (MAD, arXiv 2403.17844, section 3.1)."""
+
+    seed: int = 7
+    num_keys: int = 128
+    num_values: int = 32
+    num_asked: int = 16
+
+    @property
+    def size(self):
+        return Size(self.num_keys + self.num_values + 1, 2 * self.num_asked, self.num_values)
+
+    @property
+    def facts(self) -> np.ndarray:
+        """(num_keys,) the value of each key; every value has as many keys as any other, within one."""
+        values = np.arange(self.num_keys) % self.num_values
+        return self.num_keys + np.random.default_rng(self.seed).permutation(values)
+
+    def draw(self, number, rng):
+        keys = distinct(rng, number, self.num_keys, self.num_asked)
+        tokens = np.full((number, self.T), self.vocab_size - 1)
+        tokens[:, ::2] = keys
+        targets = np.full_like(tokens, IGNORE)
+        targets[:, 1::2] = self.facts[keys]
+        return tokens, targets
+
+
+@dataclass(frozen=True)
+class HopChains(Task):
+    """From a letter to what followed it when it was last seen, k times; k comes first (k-hop, arXiv 2402.09268, section 4)."""
+
+    seed: int = 8
+    num_letters: int = 6
+    max_hops: int = 4
+    length: int = 32
+
+    @property
+    def size(self):
+        return Size(self.num_letters + self.max_hops, self.length + 1, self.num_letters)
+
+    def draw(self, number, rng):
+        rows = np.arange(number)
+        letters = rng.integers(self.num_letters, size=(number, self.length))
+        hops = rng.integers(1, self.max_hops + 1, size=number)
+        follower = np.full((number, self.num_letters), -1)  # the place behind the last one of each letter; -1: not seen
+        hop = np.empty_like(letters)
+        for place in range(self.length):
+            letter = letters[:, place]
+            hop[:, place] = follower[rows, letter]
+            follower[rows, letter] = place + 1
+        reached = np.broadcast_to(np.arange(self.length), letters.shape)
+        for done in range(self.max_hops):
+            further = np.where(reached >= 0, np.take_along_axis(hop, reached.clip(0), axis=1), -1)
+            reached = np.where((done < hops)[:, None], further, reached)
+        answers = np.where(reached >= 0, np.take_along_axis(letters, reached.clip(0), axis=1), IGNORE)
+        tokens = np.concatenate([self.num_letters + hops[:, None] - 1, letters], axis=1)
+        return tokens, np.concatenate([np.full((number, 1), IGNORE), answers], axis=1), hops
+
+
+TASKS: dict[str, Task] = {
+    "multi-query recall": MultiQueryRecall(),
+    "in-context recall": InContextRecall(),
+    "noisy recall": NoisyRecall(),
+    "fuzzy recall": FuzzyRecall(),
+    "selective copying": SelectiveCopying(),
+    "compression": Compression(),
+    "memorisation": Memorisation(),
+    "hop chains": HopChains(),
+}
+
+
+def distinct(rng: np.random.Generator, rows: int, choices: int, number: int) -> np.ndarray:
+    """In each row so many different numbers below `choices`, in random order.  (rows, number)"""
+    assert number <= choices
+    return rng.random((rows, choices)).argsort(axis=1)[:, :number]
+
+
+def motifs(num_tokens: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """All words of one to `longest` different tokens, -1 behind short ones, and the share of each: every length has as much."""
+    words, shares = [], []
+    for length in range(1, longest + 1):
+        made = list(permutations(range(num_tokens), length))
+        words += [[*word, *[-1] * (longest - length)] for word in made]
+        shares += [1 / longest / len(made)] * len(made)
+    return np.array(words), np.array(shares)

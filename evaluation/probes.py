@@ -1,0 +1,409 @@
+"""What can an architecture learn to do? A small model of it is trained on each of the synthetic tasks of capability_tasks.py.
+
+    python -m evaluation probes 1m mamba_like                        # presets and runs, by name: only their architecture counts
+    python -m evaluation probes "Norm->Attn->+" "Norm->Mamba->+" --quick    # layer strings
+    python -m evaluation probes 1m griffin_like --tasks "hop chains" --seeds 3 --save probes.png
+
+All models are scaled to one small width, and trained from scratch by the same Muon on fresh sequences, with three learning rates
+in turn until the task is solved; the model with the lowest training loss at its end counts. All tasks together take up to ten
+minutes of one core for an architecture, most where it cannot solve them. --quick trains less, with one rate; --thorough, with
+wider models and 20 times the steps, takes hours. A score is the share of right answers on test sequences that are the same for
+all; chance is what the best answer gives that does not look at the sequence. What was scored is kept in the cache folder and
+not trained again.
+
+B sequences, T tokens of each, V vocabulary.
+"""
+
+import argparse
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+
+from config import Layers, ModelConfig, TrainConfig, did_you_mean
+from data.dataset import default_cache_dir
+from data.sources import digest
+from evaluation.probe_tasks import TASKS, Compressor, Task
+from fast.loss import IGNORE
+from metrics.cost import config_of
+from metrics.scores import by_kernels
+from metrics.story_losses import code_digests
+from modules.registry import build_model
+from runs.command_line import read_layers
+from training.optim import build_optimizers, scheduled_learning_rate
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is done for one probe."""
+
+    steps: int = 1000  # at most, for each learning rate
+    batch_size: int = 32  # sequences a step, all new
+    test_sequences: int = 512
+    lrs: tuple[float, ...] = (3e-3, 1e-3, 1e-2)  # the best is taken, as none suits all architectures: one may not learn at all
+    dim: int = 64
+    num_layers: int = 2  # or as many as the shortest tile of layers that is not shorter
+
+
+QUICK = Effort(steps=400, test_sequences=256, lrs=(3e-3,))
+THOROUGH = Effort(steps=20_000, batch_size=128, test_sequences=1280, dim=128)
+SOLVED = 0.03  # nats an answer, the mean of the last LAST steps: then a training ends before its time
+LAST = 25
+SMALLEST_HEAD = 16  # channels: scaled down with the width, heads become no smaller
+CONTEXT = 64  # what a layer string is written for: about the length of the sequences
+
+
+@dataclass(frozen=True)
+class Score:
+    """What models of one architecture, trained with several seeds, get right of one task."""
+
+    architecture: str
+    task: str
+    level: int  # 0 where a task has but one
+    shares: Tensor  # (seeds, sequences): the share of right answers in each test sequence; NaN where training diverged
+    parameters: int
+    seconds: float  # of training and scoring, all seeds
+    lrs: tuple[float, ...] = ()  # the learning rate that was best, for each seed
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}, {self.level}" if self.level else self.task
+
+    @property
+    def accuracy(self) -> float:
+        return self.shares.mean().item()
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% for the accuracy.
+
+        Over the sequences it is Wilson's, as if each were right or wrong as a whole, which is never too narrow. From two seeds
+        on it also holds Student's interval of their means.
+        """
+        from scipy.stats import binomtest, t
+
+        if math.isnan(self.accuracy):
+            return math.nan, math.nan
+        seeds, sequences = self.shares.shape
+        low, high = binomtest(round(self.accuracy * sequences), sequences).proportion_ci(method="wilson")
+        if seeds > 1:
+            means = self.shares.mean(dim=1).double()
+            margin = t.ppf(0.975, seeds - 1) * means.std().item() / math.sqrt(seeds)
+            low, high = min(low, self.accuracy - margin), max(high, self.accuracy + margin)
+        return max(0.0, low), min(1.0, high)
+
+    def __str__(self) -> str:
+        if math.isnan(self.accuracy):
+            return "diverged"
+        low, high = self.interval
+        return f"{self.accuracy:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def architecture(spec: str | ModelConfig, plugins: tuple[str, ...] = ()) -> ModelConfig:
+    """The config that a preset, a run, a layer string or a config stands for. A layer string has an arrow in it, or brackets.
+
+    Raises ValueError for a name that is neither a preset nor a run, and for a layer string that cannot be read.
+    """
+    if isinstance(spec, str) and ("->" in spec or spec[:1] in ("[", "(")):
+        layers = read_layers(spec)
+        depth = len(layers) if isinstance(layers, tuple) else 1
+        return ModelConfig(layers=layers, num_layers=depth, max_seq_len=CONTEXT, plugins=plugins)
+    config, _ = config_of(spec)
+    return replace(config, plugins=(*config.plugins, *(plugin for plugin in plugins if plugin not in config.plugins)))
+
+
+def scaled(config: ModelConfig, T: int, effort: Effort) -> ModelConfig:
+    """The same architecture, as wide and deep as the effort says, for sequences of T tokens.
+
+    Heads and MLP keep their share of the width: a head the nearest power of two, and at least SMALLEST_HEAD. Windows and chunks
+    in the layer string keep their share of the context. All other options stay as they are.
+    """
+    tile = len(config.layers) if isinstance(config.layers, tuple) else 1
+    share, values = effort.dim / config.dim, config.block_values
+    head_dim = max(SMALLEST_HEAD, 2 ** round(math.log2(values["head_dim"] * share)))
+    shorter = min(1.0, T / config.max_seq_len)
+    return replace(
+        config, dim=effort.dim, num_layers=tile * math.ceil(effort.num_layers / tile), head_dim=head_dim, dropout=0.0,
+        mlp_dim=max(8, round(values["mlp_dim"] * share)), layers=shortened(config.layers, shorter), max_seq_len=T,
+    )  # fmt: skip
+
+
+def shortened(layers: Layers, share: float) -> Layers:
+    """The layers with all windows and chunks multiplied by a share, and at least 2."""
+    if not isinstance(layers, str):
+        return type(layers)(shortened(layer, share) for layer in layers)
+    return re.sub(r"\b(window|chunk)=(\d+)", lambda size: f"{size[1]}={max(2, round(int(size[2]) * share))}", layers)
+
+
+def build(config: ModelConfig, task: Task, effort: Effort) -> nn.Module:
+    """The model that shall learn the task. Raises ValueError where it sees the future, and what building it raises."""
+    model = build_model(scaled(config, task.T, effort), task.vocab_size)
+    for block in model.modules():
+        if not getattr(block, "causal", True):
+            raise ValueError(f"{type(block).__name__} sees the future, where the answers stand: such a model cannot be probed")
+    start_like_torch(model)
+    return Compressor(model, effort.dim, task.vocab_size, task.T) if task.compressed else model
+
+
+@torch.no_grad()
+def start_like_torch(model: nn.Module):
+    """Scale matrices up that begin smaller than torch's own, of standard deviation 1 / sqrt(3 * inputs); not the last ones.
+
+    GPT-2's 0.02 is for wide models. A narrow one that begins with it attends to all tokens alike, and stays so for long.
+    """
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear) and name.rpartition(".")[2] not in ("w_out", "head") and part.weight.any():
+            part.weight.mul_(max(1.0, (3 * part.in_features) ** -0.5 / part.weight.square().mean().sqrt().item()))
+
+
+def train(model: nn.Module, task: Task, seed: int, effort: Effort, lr: float) -> float:
+    """Teach the model the task, by Muon with warm-up and a cosine schedule: its loss in the end, infinite where it diverged.
+
+    The loss is the mean of the last LAST steps, of sequences that were new to the model.
+    """
+    config = TrainConfig(
+        max_steps=effort.steps, lr_max=lr, warmup_steps=effort.steps // 10, schedule="cosine", weight_decay=0.0, optimizer="Muon",
+    )  # fmt: skip
+    optimizers, rng = build_optimizers(model, config), task.training_rng(seed)
+    losses = deque(maxlen=LAST)
+    model.train()
+    for step in range(effort.steps):
+        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+            group["lr"] = scheduled_learning_rate(step, effort.steps, config) * group["lr_scale"]
+        drawn = task.training_sequences(effort.batch_size, rng)
+        _, loss = model(drawn.tokens, drawn.targets)
+        loss.backward()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            return math.inf
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if len(losses) == LAST and fmean(losses) < SOLVED:
+            break
+    return fmean(losses)
+
+
+def best_model(config: ModelConfig, task: Task, seed: int, effort: Effort) -> tuple[nn.Module, float, float]:
+    """The model with the lowest loss of those trained with each learning rate, that rate, and that loss.
+
+    Once one has solved the task the other rates are not tried.
+    """
+    best = None
+    for lr in effort.lrs:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build(config, task, effort)
+            with by_kernels(model, num_stories=effort.steps):  # a step is worth compiling for as much as a story is
+                loss = train(model, task, seed, effort, lr)
+        if best is None or loss < best[2]:
+            best = model, lr, loss
+        if loss < SOLVED:
+            break
+    return best
+
+
+@torch.no_grad()
+def right_answers(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The share of right answers in each sequence, NaN where none is asked for.  tokens and targets (B, T) → (B,)"""
+    model.eval()
+    rows = zip(tokens.split(64), targets.split(64), strict=True)
+    right = torch.cat([model(some)[0].argmax(dim=-1) == wanted for some, wanted in rows])  # (B, T)
+    return right.sum(dim=1) / (targets != IGNORE).sum(dim=1)
+
+
+def probe(name: str, config: ModelConfig, task_name: str, seeds: int = 1, effort: Effort = Effort()) -> list[Score]:
+    """Train and score an architecture on one task, with seeds 0, 1, ...; one Score for each level of the task.
+
+    A model that was scored before, by the same code, is not trained again.
+    """
+    task = TASKS[task_name]
+    test = task.test_sequences(effort.test_sequences)
+    asked = (test.targets != IGNORE).any(dim=1)
+    found = [kept_or_scored(config, task, seed, effort) for seed in range(seeds)]
+    shares = torch.stack([torch.tensor(one["shares"]) for one in found])  # (seeds, sequences)
+    lrs, seconds = tuple(one["lr"] for one in found), sum(one["seconds"] for one in found)
+    return [
+        Score(name, task_name, level, shares[:, asked & (test.level == level)], found[0]["parameters"], seconds, lrs)
+        for level in test.level.unique().tolist()
+    ]
+
+
+def kept_or_scored(config: ModelConfig, task: Task, seed: int, effort: Effort) -> dict:
+    """What one seed gives: `shares` of right answers in each test sequence, `lr`, `parameters` and `seconds`; kept on disk."""
+    own = {file: Path(__file__).with_name(file).read_text(encoding="utf-8") for file in ("probes.py", "probe_tasks.py")}
+    asked = [repr(config), repr(task), seed, repr(effort), code_digests(config.plugins), own, torch.__version__]
+    path = default_cache_dir() / "probes" / f"{digest(json.dumps(asked))}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    began, test = time.perf_counter(), task.test_sequences(effort.test_sequences)
+    model, lr, loss = best_model(config, task, seed, effort)
+    right = right_answers(model, test.tokens, test.targets)  # (sequences,)
+    right = right if math.isfinite(loss) else torch.full_like(right, math.nan)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    scored = {"shares": right.tolist(), "lr": lr, "parameters": parameters, "seconds": time.perf_counter() - began}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(scored), encoding="utf-8")
+    os.replace(unfinished, path)
+    return scored
+
+
+def probes(
+    *specs: str | ModelConfig, tasks: tuple[str, ...] = tuple(TASKS), seeds: int = 1, effort: Effort = Effort(),
+    plugins: tuple[str, ...] = (),
+) -> Iterator[list[Score]]:  # fmt: skip
+    """Probe architectures task by task: the Scores of one architecture on one task at a time, as they come.
+
+    Raises ValueError, before anything is trained, for an unknown task or architecture, or one that cannot be built.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"no task is called {task!r}.{did_you_mean(task, TASKS)} There are: {', '.join(TASKS)}")
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}: give at least 1")
+    configs = {}
+    for number, spec in enumerate(specs):
+        name = spec if isinstance(spec, str) else f"config {number + 1}"
+        if name in configs:
+            raise ValueError(f"{name!r} is named twice: name each architecture once")
+        configs[name] = architecture(spec, plugins)
+        for task in tasks:
+            with torch.random.fork_rng(devices=[]):
+                build(configs[name], TASKS[task], effort)
+    return (probe(name, config, task, seeds, effort) for task in tasks for name, config in configs.items())
+
+
+def table(scores: list[Score]):
+    """A pandas DataFrame with a row for each task and level, and a column for each architecture: accuracy and 95% interval."""
+    import pandas as pd
+
+    rows: dict[str, dict] = {}
+    for score in scores:
+        task = TASKS[score.task]
+        known = {"chance": round(task.chance, 4), "data seed": task.seed, "sequences": score.shares.shape[1]}
+        rows.setdefault(score.name, known)[score.architecture] = str(score)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def radar(scores: list[Score]):
+    """A matplotlib figure: for each architecture a polygon over the tasks, from chance, the inner circle, to all right."""
+    import matplotlib.pyplot as plt
+
+    heights: dict[str, dict[str, list[float]]] = {}
+    for score in scores:
+        chance = TASKS[score.task].chance
+        height = 0.0 if math.isnan(score.accuracy) else max(0.0, (score.accuracy - chance) / (1 - chance))
+        heights.setdefault(score.architecture, {}).setdefault(score.task, []).append(height)
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    angles = [2 * math.pi * place / len(tasks) for place in range(len(tasks))]
+    figure, axes = plt.subplots(figsize=(7, 7), layout="constrained", subplot_kw={"projection": "polar"})
+    plt.close(figure)  # or a notebook would show it a second time
+    for architecture, by_task in heights.items():
+        spokes = [sum(by_task[task]) / len(by_task[task]) for task in tasks]  # the mean of the levels
+        (line,) = axes.plot([*angles, angles[0]], [*spokes, spokes[0]], marker="o", label=architecture)
+        axes.fill(angles, spokes, color=line.get_color(), alpha=0.12)
+    axes.set_theta_offset(math.pi / 2)
+    axes.set_theta_direction(-1)
+    axes.set_xticks(angles, tasks)
+    axes.tick_params(axis="x", pad=8)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):  # beside the circle, not across it
+        aside = math.sin(angle)
+        label.set_horizontalalignment("center" if abs(aside) < 0.1 else "left" if aside > 0 else "right")
+    axes.set_ylim(-0.15, 1)
+    around = [2 * math.pi * part / 100 for part in range(101)]
+    axes.plot(around, [0.0] * 101, color="black", linestyle="--", label="chance")
+    axes.set_yticks([0, 0.5, 1], ["chance", "half way", "all right"], color="grey", fontsize="small")
+    axes.set_rlabel_position(180 / len(tasks))  # between two spokes
+    axes.set_title("what each architecture learns", pad=24)
+    figure.legend(loc="outside lower center", ncols=min(3, len(heights) + 1))
+    return figure
+
+
+def check_picture(path: Path):
+    """Raises ValueError or OSError where no picture can be written there: better before the training than after."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:] not in known:
+        raise ValueError(f"--save {path}: give a file that ends in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--save {path}: there is no folder {path.parent}: make it first")
+
+
+def main(words: list[str]):
+    """The command line; a mistake ends the program with its one line."""
+    try:
+        run(words)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(words: list[str]):
+    """As main. Raises ValueError, OSError or ImportError with one line for what cannot be."""
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation probes",
+        description="Synthetic tasks; all take up to 10 minutes of one core for each architecture.",
+    )
+    parser.add_argument("specs", nargs="+", metavar="ARCHITECTURE", help="a preset, a run, or a layer string")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"some of: {', '.join(TASKS)}")
+    parser.add_argument("--seeds", type=int, default=1, help="models of each architecture and task")
+    parser.add_argument("--steps", type=int, help="of training, at most, for each learning rate")
+    parser.add_argument("--lrs", type=float, nargs="+", help="learning rates: the best is taken")
+    efforts = parser.add_mutually_exclusive_group()
+    efforts.add_argument("--quick", action="store_true", help="less training, with one learning rate: a first look")
+    efforts.add_argument("--thorough", action="store_true", help="larger models, 20 times the steps: hours")
+    parser.add_argument("--plugins", nargs="+", default=[], help="modules whose BLOCKS the layer strings name")
+    parser.add_argument("--save", type=Path, metavar="FILE.png", help="the radar picture there, and the table as .csv beside it")
+    arguments = parser.parse_args(words)
+    given = {name: getattr(arguments, name) for name in ("steps", "lrs") if getattr(arguments, name) is not None}
+    for name, value in given.items():
+        if not all(number > 0 and math.isfinite(number) for number in (value if name == "lrs" else [value])):
+            raise ValueError(f"--{name} {value}: give positive numbers")
+    if "lrs" in given:
+        given["lrs"] = tuple(given["lrs"])
+    if arguments.save:
+        check_picture(arguments.save)
+    chosen = QUICK if arguments.quick else THOROUGH if arguments.thorough else Effort()
+    tasks, effort = tuple(dict.fromkeys(arguments.tasks)), replace(chosen, **given)
+    coming = probes(*arguments.specs, tasks=tasks, seeds=arguments.seeds, effort=effort, plugins=tuple(arguments.plugins))
+    scores = []
+    for found in tqdm(coming, total=len(tasks) * len(arguments.specs), unit="probe"):
+        scores += found
+        told = ", ".join(f"{score.name} {score}" for score in found)
+        tqdm.write(f"{found[0].architecture}: {told}, lr {' '.join(f'{lr:g}' for lr in found[0].lrs)}, {found[0].seconds:.0f} s")
+
+    print(table(scores).to_string())
+    for task in tasks:
+        print(f"{task}: {inspect.getdoc(TASKS[task])}")
+    for name in arguments.specs:
+        sizes = [score.parameters for score in scores if score.architecture == name]
+        seconds = sum({score.task: score.seconds for score in scores if score.architecture == name}.values())
+        print(f"{name}: {min(sizes):,} to {max(sizes):,} parameters, by the task's vocabulary; {seconds:.0f} s")
+    over = "the test sequences alone: 1 seed" if arguments.seeds == 1 else f"{arguments.seeds} seeds and the test sequences"
+    rates = " or ".join(f"{lr:g}" for lr in effort.lrs)
+    print(f"Accuracy with 95% interval over {over}. At most {effort.steps} steps of {effort.batch_size} sequences, lr {rates}: "
+          "the one with the lowest training loss counts.")  # fmt: skip
+    if arguments.save:
+        radar(scores).savefig(arguments.save, dpi=120)
+        table(scores).to_csv(arguments.save.with_suffix(".csv"), index_label="task")
+        print(f"the picture is in {arguments.save}, the table in {arguments.save.with_suffix('.csv')}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

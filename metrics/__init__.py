@@ -1,0 +1,1 @@
+"""Numbers of one model: scores, losses by story, cost, and grades of the storyworld."""

@@ -1,0 +1,171 @@
+"""How good is a model? Losses on whole validation stories, in units that do not depend on the tokenizer.
+
+A story is bos + text + eos. Every token after bos is predicted once, eos too, from all of the story that the context
+holds: a story longer than the context is read in windows that overlap by half.
+
+B batch, T time, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.sources import say
+from fast import ops as kernels
+from model import GPT, IGNORE
+
+MAX_LOGITS = 2**22  # that exist at once
+MANY_STORIES = 1000  # for which it is worth to compile
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on a set of stories."""
+
+    story_nats: Tensor  # (stories,) summed loss of each story, in nats
+    story_tokens: Tensor  # (stories,) predicted tokens
+    story_bytes: Tensor  # (stories,) length of the text in UTF-8, before the tokenizer normalises it
+    story_hits: dict[int, Tensor]  # for each k (stories,) tokens that were among the k most likely, given the true text before
+
+    @property
+    def top_k(self) -> dict[int, float]:
+        """The share of all tokens that were among the k most likely."""
+        return {k: (hits.sum() / self.story_tokens.sum()).item() for k, hits in self.story_hits.items()}
+
+    @property
+    def loss(self) -> float:
+        """Nats per token: to compare models of one tokenizer."""
+        return (self.story_nats.sum() / self.story_tokens.sum()).item()
+
+    @property
+    def perplexity(self) -> float:
+        return torch.tensor(self.loss, dtype=torch.float64).exp().item()  # inf where math.exp would overflow
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte of text: to compare any two models."""
+        return (self.story_nats.sum() / self.story_bytes.sum()).item() / math.log(2)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a story: the tokens to read, and for each the next token, or IGNORE where another window scores it."""
+
+    story: int
+    inputs: list[int]
+    targets: list[int]
+    start: int  # the place of its first token in the story
+
+
+def windows(stories: list[list[int]], max_seq_len: int) -> list[Window]:
+    """Cut tokenised stories into windows of at most max_seq_len, each target scored once.
+
+    With max_seq_len=4, a story of 7 tokens abcdefg is read as abcd, which scores bcde, and cdef, which scores fg.
+    """
+    pieces = []
+    step = max(1, max_seq_len // 2)
+    for story, tokens in enumerate(stories):
+        start, scored = 0, 0  # the window's first token, and how many of tokens[1:] are scored already
+        while scored < len(tokens) - 1:
+            inputs = tokens[start : start + max_seq_len][: len(tokens) - 1 - start]
+            targets = tokens[start + 1 : start + 1 + len(inputs)]
+            seen = scored - start
+            pieces.append(Window(story, inputs, [IGNORE] * seen + targets[seen:], start))
+            scored = start + len(inputs)
+            start += step
+    return pieces
+
+
+@torch.no_grad()
+def predictions(
+    model: GPT, tokenizer, tokenised: list[list[int]], batch_size: int = 32
+) -> Iterator[tuple[list[Window], Tensor, Tensor]]:
+    """Read tokenised stories in batches of windows: what was read, logits (B, T, V), and targets (B, T) on the same device.
+
+    At most batch_size windows at once, fewer where their logits would take more than 16 MB.
+    """
+    device = next(model.parameters()).device
+    pieces = sorted(windows(tokenised, model.config.max_seq_len), key=lambda piece: len(piece.inputs))
+    if pieces:
+        batch_size = max(1, min(batch_size, MAX_LOGITS // (len(pieces[-1].inputs) * model.vocab_size)))
+    for first in range(0, len(pieces), batch_size):
+        batch = pieces[first : first + batch_size]
+        width = max(len(piece.inputs) for piece in batch)
+        inputs = torch.tensor([piece.inputs + [tokenizer.pad_id] * (width - len(piece.inputs)) for piece in batch])
+        targets = torch.tensor([piece.targets + [IGNORE] * (width - len(piece.targets)) for piece in batch])
+        logits, _ = model(inputs.to(device))
+        yield batch, logits, targets.to(device)
+
+
+def evaluate(model: GPT, tokenizer, stories: list[str], batch_size: int = 32, top_k: tuple[int, ...] = ()) -> Evaluation:
+    """Score whole stories, in float32 whatever the model was trained in. Leaves the model in the mode it was in.
+
+    At most batch_size windows at once, see `predictions`. Raises ValueError where there are no stories.
+    """
+    if not stories:
+        raise ValueError("there are no stories to evaluate on: give at least one")
+    tokenised = tokenizer.encode_batch(stories, bos=True, eos=True)
+    nats = torch.zeros(len(stories), dtype=torch.float64)
+    hits = {k: torch.zeros(len(stories), dtype=torch.int64) for k in top_k}
+    was_training = model.training
+    model.eval()
+    with by_kernels(model, len(stories)):
+        for batch, logits, targets in predictions(model, tokenizer, tokenised, batch_size):
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+            story = torch.tensor([piece.story for piece in batch])
+            nats.index_add_(0, story, losses.view(targets.shape).sum(dim=1).cpu().double())
+            if top_k:
+                ranks = ranks_of(logits, targets)
+                for k in top_k:
+                    hits[k].index_add_(0, story, (ranks < k).sum(dim=1).cpu())
+    model.train(was_training)
+    num_tokens = torch.tensor([len(tokens) - 1 for tokens in tokenised])
+    num_bytes = torch.tensor([len(story.encode(errors="replace")) for story in stories])
+    return Evaluation(nats, num_tokens, num_bytes, hits)
+
+
+def ranks_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many other tokens were held as likely as each target or more. Half of the time of topk.  (B, T, V), (B, T) → (B, T)
+
+    The number of all tokens for IGNORE, and where the logits are no numbers.
+    """
+    vocab_size = logits.shape[-1]
+    own = logits.gather(-1, targets.clamp(min=0)[..., None])  # (B, T, 1)
+    lower = torch.lt(logits, own, out=torch.empty_like(logits))  # (B, T, V) of 0 and 1, which sum faster as floats
+    ranks = vocab_size - 1 - lower.sum(dim=-1).long()  # (B, T)
+    return ranks.masked_fill((targets == IGNORE) | own[..., 0].isnan(), vocab_size)
+
+
+@contextmanager
+def by_kernels(model: GPT, num_stories: int):
+    """Blocks of which nobody has said how they compute do so by our kernels, a third faster, where those are compiled already.
+
+    For a whole validation set they are compiled first, which is soon paid back. Torch's own stay where there is no compiler.
+    """
+    undecided = [block for block in model.modules() if getattr(block, "backend", None) == "auto"]
+    if undecided and next(model.parameters()).device.type == "cpu" and kernels_are_there(compiling=num_stories >= MANY_STORIES):
+        for block in undecided:
+            block.backend = "kernel"
+    try:
+        yield
+    finally:
+        for block in undecided:
+            block.backend = "auto"
+
+
+def kernels_are_there(compiling: bool) -> bool:
+    """Whether our kernels can be called: at once, or after compiling them. Why that failed is said."""
+    machine_code = kernels.fingerprint()
+    if machine_code == "none" or not (compiling or kernels.library_path(machine_code).exists()):
+        return False
+    try:
+        kernels.build()
+    except kernels.BuildError as error:
+        say(str(error))
+        return False
+    return True

@@ -1,0 +1,67 @@
+"""The floor: on storyworld the exact entropy is known, and a loss is best read as its excess over that.
+
+The world knows the probability of each of its stories, so the floor is exact for the very stories that a run is scored on: what a
+model would score that had learned the world by heart. In the long run no model passes it.
+"""
+
+import functools
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from data.dataset import choose_validation
+from data.sources import open_source, say
+from data.storyworld.world import code_length
+from metrics.world_grades import is_world, keeps_stories
+from runs.folder import Run
+from tokenizer import load_tokenizer
+from training.checkpoint import fingerprint
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The entropy of some stories of the world, end of story included, in the units of losses."""
+
+    nats_per_token: float
+    bits_per_byte: float
+
+
+def world_floor(name: str) -> Floor | None:
+    """The floor of a run's curves, on the validation stories that it was scored on while it trained; None off storyworld.
+
+    None also where it is not known, which is said: the world has changed since, or the tokenizer does not keep its stories.
+    """
+    run = Run(name)
+    source = run.train_config.data
+    saved = run.load("model.pth", {"data", "validation_stories", "validation_fingerprint"})
+    if not is_world(saved["data"]):
+        return None
+    stories = validation_of("storyworld" if source == "auto" else source)[: saved["validation_stories"]]
+    if fingerprint(stories) != saved["validation_fingerprint"]:
+        say(f"the storyworld has changed since the run {name!r} was trained: the entropy of its stories is not known any more")
+        return None
+    return floor_of(stories, load_tokenizer(run.train_config.tokenizer))
+
+
+def floor_of(stories: list[str], tokenizer) -> Floor | None:
+    """The floor on these stories of the world; None, which is said, where the tokenizer changes them beyond recognition.
+
+    Raises ValueError for a story that is not of the world.
+    """
+    if not keeps_stories(tokenizer):
+        say(f"{tokenizer.name} does not keep the stories of the world as they are: their entropy in its tokens is not known")
+        return None
+    nats = sum(nats_of(story) for story in stories)
+    num_tokens = sum(map(len, tokenizer.encode_batch(stories, eos=True)))
+    return Floor(nats / num_tokens, nats / math.log(2) / sum(len(story.encode()) for story in stories))
+
+
+@functools.cache
+def nats_of(story: str) -> float:
+    return code_length([story])
+
+
+@functools.cache
+def validation_of(source: str) -> list[str]:
+    """The validation stories of storyworld or storyworld:COUNT, which take two seconds to tell."""
+    return choose_validation(open_source(source), Counter())

@@ -1,0 +1,103 @@
+"""What is shown and written of runs on storyworld: their excess over its entropy, and what it says of their samples."""
+
+from collections.abc import Iterable
+
+from metrics.world_floor import Floor, world_floor
+from metrics.world_grades import BROKEN, CONFIDENCE, interval
+from runs.folder import Run
+
+SHARES = ("accepted", *BROKEN)  # which add up to 1
+COLOURS = ("C2", "C3", "C1", "C0", "C4", "0.6", "0.85")
+
+
+def draw_floors(axes, floors: Iterable[Floor | None]):
+    """Draw the entropy of the world across curves in nats per token, once where runs have the same."""
+    for nats in sorted({floor.nats_per_token for floor in floors if floor is not None}):
+        draw_entropy(axes, nats)
+
+
+def draw_entropy(axes, entropy: float):
+    """Draw the entropy of the world as a dashed line, in the unit of the axes."""
+    axes.axhline(entropy, color="grey", linestyle="--", linewidth=1, label=f"entropy of the world, {entropy:.4f}")
+
+
+def log_with_excess(name: str):
+    """log_data.csv as a pandas DataFrame, and the validation loss over the entropy of the world in two more columns.
+
+    `excess` is in nats per token, `excess_bits_per_byte` in what it says. NaN where the entropy is not known.
+    """
+    log, floor = Run(name).log(), world_floor(name) or Floor(float("nan"), float("nan"))
+    log["excess"] = log["validation_loss"] - floor.nats_per_token
+    log["excess_bits_per_byte"] = log["bits_per_byte"] - floor.bits_per_byte
+    return log
+
+
+def graded_log(name: str):
+    """The rows of `log_with_excess` at which samples were graded. Raises ValueError where none were."""
+    log = log_with_excess(name)
+    if "accepted" not in log or log["accepted"].isna().all():
+        raise ValueError(f"no samples of the run {name!r} were graded: train on storyworld with --train.grade_stories 64")
+    return log.dropna(subset="accepted")
+
+
+def plot_grades(*names: str):
+    """How grades go with the loss over training: a matplotlib figure.
+
+    Left the share of samples that the world accepts, with 95% intervals, and (dashed) the share of their sentences before the
+    first that broke, against the excess of the loss over the world's entropy, which falls from left to right as a training goes
+    on. On the right for each run what broke first, by steps. Raises ValueError for a run without grades.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
+
+    logs = {name: graded_log(name) for name in names}
+    figure, (left, *others) = plt.subplots(1, 1 + len(logs), figsize=(4.5 * (1 + len(logs)), 4), dpi=75, layout="constrained")
+    plt.close(figure)  # or a notebook would show it a second time
+    for number, (name, log) in enumerate(logs.items()):
+        num_samples = Run(name).train_config.grade_stories
+        bounds = [interval(round(share * num_samples), num_samples) for share in log["accepted"]]
+        below = log["accepted"] - [low for low, _ in bounds]
+        above = [high for _, high in bounds] - log["accepted"]
+        label = f"{name} ({num_samples} samples, {CONFIDENCE:.0%})"
+        left.errorbar(log["excess"], log["accepted"], (below, above), color=f"C{number}", marker=".", elinewidth=0.6, label=label)
+        left.plot(log["excess"], log["sentences_right"], color=f"C{number}", linestyle="--", linewidth=0.8)
+    if all((log["excess"] > 0).all() for log in logs.values()):
+        left.set_xscale("log")
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.xaxis.set_minor_locator(NullLocator())
+        left.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    left.invert_xaxis()
+    left.set(xlabel="loss over the entropy of the world (nats per token)")
+    left.set_ylim(bottom=0)
+    left.set(ylabel="stories that are right (dashed: their sentences)")
+    left.grid(alpha=0.3)
+    left.legend()
+    for (name, log), axes in zip(logs.items(), others, strict=True):
+        labels = [column.removeprefix("broken_") for column in SHARES]
+        axes.stackplot(log["step"], *(log[column] for column in SHARES), labels=labels, colors=COLOURS)
+        axes.set(xlabel="steps", ylabel="samples by what broke first", title=name, ylim=(0, 1), xlim=log["step"].iloc[[0, -1]])
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def lines_of_the_world(name: str) -> list[str]:
+    """What the README.md of a run says of the floor, and of the grades at its best step; nothing off storyworld."""
+    floor, log = world_floor(name), Run(name).log()
+    best, lines = log.loc[log["validation_loss"].idxmin()], []
+    if floor is not None:
+        lines.append(
+            f"{best.bits_per_byte - floor.bits_per_byte:.4f} bits per byte and {best.validation_loss - floor.nats_per_token:.4f} "
+            f"nats per token over the exact entropy of these stories, {floor.bits_per_byte:.4f} and {floor.nats_per_token:.4f}"
+        )
+    if "accepted" in log:
+        num_samples = Run(name).train_config.grade_stories
+        low, high = interval(round(best.accepted * num_samples), num_samples)
+        broken = ", ".join(f"{column.removeprefix('broken_')} {best[column]:.0%}" for column in BROKEN)
+        lines.append(
+            f"of {num_samples} samples at temperature 1 the world accepts {best.accepted:.1%} ({CONFIDENCE:.0%} interval "
+            f"{low:.1%} to {high:.1%}), and of their sentences {best.sentences_right:.1%} stand before the first that broke; "
+            f"what broke first: {broken}"
+        )
+    return lines

@@ -1,0 +1,1 @@
+"""Published models from Hugging Face transformers, loaded into ours."""

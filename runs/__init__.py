@@ -1,0 +1,1 @@
+"""The run folder, presets, experiments, and the command line of train.py."""

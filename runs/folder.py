@@ -1,0 +1,270 @@
+"""The run folder: trained_models/NAME holds everything that is known of one trained model.
+
+README.md          numbers, a sample, how to reproduce
+model_config.json  the architecture
+train_config.json  how it was trained
+log_data.csv       a row for every few steps
+blocks.csv         what blocks report of themselves at every evaluation, such as how evenly experts are used; where there are such
+model.pth          the best weights so far, and the size and fingerprint of the tokenizer they belong to
+checkpoint.pth     the last state of the training, to resume from
+story_losses.csv   what the model scores on every validation story;  story_losses.json: with which weights, data and code
+diverged.txt       at which step the loss was no longer finite; where it was not
+group.json         the group of seeds that the run belongs to; where it does
+loss.png           the loss curve;  grades.png: what the storyworld accepts of its samples, by loss; where it grades them
+
+A run that is called EXPERIMENT/RUN goes with the experiment: it is experiments/EXPERIMENT/trained_models/RUN.
+Files are written next to their place and moved there, so that a crash or a full disk leaves what was there before.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from config import ModelConfig, TrainConfig, did_you_mean, from_json, to_json
+from runs.experiments import FOLDER as EXPERIMENTS
+from runs.experiments import check_experiment, experiment_names
+
+RESERVED_ON_WINDOWS = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10))}
+
+
+def runs_folder(experiment: str | None = None) -> Path:
+    """trained_models/ beside this file, or of an experiment; in the folder that the environment variable BASEGPT_RUNS names."""
+    if elsewhere := os.environ.get("BASEGPT_RUNS"):
+        return Path(elsewhere, experiment or "")
+    return EXPERIMENTS / experiment / "trained_models" if experiment else Path(__file__).parents[1] / "trained_models"
+
+
+def run_names(with_file: str = "model.pth") -> list[str]:
+    """The names of all runs that hold a trained model, those of experiments behind the others."""
+    own = sorted(path.parent.name for path in runs_folder().glob(f"*/{with_file}"))
+    return own + [
+        f"{experiment}/{path.parent.name}"
+        for experiment in experiment_names()
+        for path in sorted(runs_folder(experiment).glob(f"*/{with_file}"))
+    ]
+
+
+def group_names() -> list[str]:
+    """The names of all groups of seeds, and of the runs that belong to none: what can be compared."""
+    return list(dict.fromkeys(group_of(name) or name for name in run_names()))
+
+
+def group_of(name: str) -> str | None:
+    return Run(name).group
+
+
+def group_members(name: str) -> list[str]:
+    """The runs of a group of seeds; the run itself where it is one. Raises FileNotFoundError where it is neither."""
+    if not Run(name).folder.is_dir():
+        members = [member for member in run_names() if group_of(member) == name]
+        if members:
+            return members
+        Run(name).path("model.pth")  # says so
+    return [name]
+
+
+def default_name(preset: str) -> str:
+    """The preset and the time, in characters that every file system takes."""
+    return f"{preset}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+def is_safe(name: str) -> bool:
+    safe = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) and not name.endswith(".")
+    return bool(safe) and name.split(".")[0].upper() not in RESERVED_ON_WINDOWS
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder in trained_models/, by its name; EXPERIMENT/RUN for one of an experiment.
+
+    Raises ValueError for a name that is not safe on every file system.
+    """
+
+    name: str
+
+    def __post_init__(self):
+        *experiment, own = self.name.split("/")
+        if len(experiment) > 1 or not all(map(is_safe, [*experiment, own])):
+            raise ValueError(f"{self.name!r} cannot be a run's name: use letters, digits, '_', '-' and '.', such as my_run_2")
+
+    @property
+    def folder(self) -> Path:
+        *experiment, own = self.name.split("/")
+        return runs_folder(*experiment) / own
+
+    def check_is_new(self):
+        """Raises ValueError where a run of that name exists, or would belong to an experiment that does not."""
+        if "/" in self.name:
+            check_experiment(self.name.split("/")[0])
+        if self.folder.exists():
+            raise ValueError(f"a run called {self.name!r} exists. Take another --name, or go on with it by --resume")
+        if self.name in map(group_of, run_names("group.json")):
+            raise ValueError(f"a group of seeds is called {self.name!r}, so no single run can be: take another --name")
+
+    def create(self, model_config: ModelConfig, train_config: TrainConfig, group: str | None = None):
+        """Make the folder, write the configs, and the group where there is one. Raises ValueError where the run exists."""
+        self.check_is_new()
+        self.folder.mkdir(parents=True)
+        try:
+            self.save_text("model_config.json", to_json(model_config))
+            self.save_text("train_config.json", to_json(train_config))
+            if group is not None:
+                self.save_text("group.json", json.dumps({"group": group}) + "\n")
+        except OSError:
+            shutil.rmtree(self.folder)
+            raise
+
+    def path(self, file: str) -> Path:
+        """The path of a file that must be there. Raises FileNotFoundError that names the run or the file that is missing."""
+        if not self.folder.is_dir():
+            there = run_names("model_config.json")
+            if members := [name for name in there if group_of(name) == self.name]:
+                raise FileNotFoundError(f"{self.name!r} is a group of seeds: name one of its runs, {', '.join(members)}")
+            raise FileNotFoundError(
+                f"no run is called {self.name!r}.{did_you_mean(self.name, there)} There are: {', '.join(there) or 'none yet'}"
+            )
+        path = self.folder / file
+        if not path.is_file():
+            raise FileNotFoundError(f"the run {self.name!r} has no {file}: restore it, or train the model again")
+        return path
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self._config(ModelConfig, "model_config.json")
+
+    @property
+    def train_config(self) -> TrainConfig:
+        return self._config(TrainConfig, "train_config.json")
+
+    def _config(self, config_class, file: str):
+        try:
+            return from_json(config_class, self.path(file).read_text(encoding="utf-8"))
+        except ValueError as error:  # also what is not UTF-8
+            raise ValueError(f"{file} of the run {self.name!r} cannot be read: {error}") from error
+
+    @property
+    def group(self) -> str | None:
+        """The group of seeds that the run belongs to, or None. Raises ValueError where group.json is damaged."""
+        if not (self.folder / "group.json").exists():
+            return None
+        try:
+            return json.loads(self.path("group.json").read_text(encoding="utf-8"))["group"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"group.json of the run {self.name!r} is damaged: write {{\"group\": \"NAME\"}}") from error
+
+    @property
+    def diverged(self) -> str | None:
+        """At which step the loss was no longer finite, in words; None where it was."""
+        file = self.folder / "diverged.txt"
+        return file.read_text(encoding="utf-8").strip() if file.exists() else None
+
+    def log(self):
+        """log_data.csv as a pandas DataFrame."""
+        import pandas as pd
+
+        try:
+            log = pd.read_csv(self.path("log_data.csv"))
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise ValueError(f"log_data.csv of the run {self.name!r} is damaged: {error}") from error
+        for column in ("step", "tokens", "seconds", "train_loss", "validation_loss"):
+            if column not in log:
+                raise ValueError(f"log_data.csv of the run {self.name!r} is damaged: it has no column {column!r}")
+            if len(log) and not pd.api.types.is_numeric_dtype(log[column]):
+                raise ValueError(f"log_data.csv of the run {self.name!r} is damaged: not all of {column!r} are numbers")
+        return log
+
+    def was_stopped(self) -> bool:
+        """Whether neither its steps nor its minutes are used up yet."""
+        log, config = self.log(), self.train_config
+        return log.empty or bool(config.progress(log["step"].max(), log["seconds"].max()) < 1)
+
+    def load(self, file: str, keys: set[str]) -> dict:
+        """What `save` wrote. Raises ValueError for a file that is truncated, or that is not one of ours."""
+        import torch
+
+        try:
+            content = torch.load(self.path(file), map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # torch.load has no exception of its own for a damaged file: each layer below raises another
+            problem = f"{file} of the run {self.name!r} is damaged or not one of ours ({type(error).__name__})"
+            raise ValueError(f"{problem}: restore it, or train the model again") from error
+        if not isinstance(content, dict) or not keys <= content.keys():
+            raise ValueError(f"{file} of the run {self.name!r} was not written by train.py: it lacks {', '.join(sorted(keys))}")
+        return content
+
+    def save(self, file: str, content: dict):
+        """Write tensors and plain values with torch.save. Raises OSError with the cure where the disk is full."""
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        self._write(file, buffer.getvalue())
+
+    def save_text(self, file: str, text: str):
+        self._write(file, text.encode())
+
+    def save_log(self, rows: list[dict], columns: list[str], file: str = "log_data.csv"):
+        """Write a table: empty where a value is None, floats in full so that they are read back as they were."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.save_text(file, text.getvalue())
+
+    def save_figure(self, file: str, figure):
+        image = io.BytesIO()
+        figure.savefig(image, dpi=120)
+        self._write(file, image.getvalue())
+
+    def log_rows(self) -> list[dict]:
+        """The rows of log_data.csv as text, to be written again unchanged. Raises as `log` does."""
+        self.log()
+        with open(self.path("log_data.csv"), newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _write(self, file: str, content: bytes):
+        unfinished = self.folder / f"{file}.unfinished"
+        try:
+            with open(unfinished, "wb") as written:
+                written.write(content)
+                written.flush()
+                os.fsync(written.fileno())
+            os.replace(unfinished, self.folder / file)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            kept = (self.folder / "checkpoint.pth").exists()
+            cure = f"go on with --name {self.name} --resume: what was saved before is still there" if kept else "start again"
+            raise OSError(f"could not write {file} of the run {self.name!r} ({error.strerror}): make room and {cure}") from error
+
+
+def load_model(name: str, device: str = "cpu"):
+    """The trained model of a run, ready to use, and its tokenizer.
+
+    Raises FileNotFoundError or ValueError with the file and the cure where something is missing, damaged or does not fit.
+    """
+    from modules.registry import build_model
+    from tokenizer import load_tokenizer
+
+    run = Run(name)
+    config, saved = run.model_config, run.load("model.pth", {"model", "vocab_size", "tokenizer_fingerprint"})
+    tokenizer = load_tokenizer(run.train_config.tokenizer)
+    if tokenizer.fingerprint != saved["tokenizer_fingerprint"]:
+        raise ValueError(f"the tokenizer {tokenizer.name!r} has changed since the run {name!r} was trained: restore the old one")
+    model = build_model(config, saved["vocab_size"])
+    load_weights(model, saved["model"], "model.pth", name)
+    return model.to(device).eval(), tokenizer
+
+
+def load_weights(model, weights: dict, file: str, name: str):
+    """Put the weights of a run's file into a model. Raises ValueError that names the file where they do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{file} of the run {name!r} does not fit its model_config.json: restore both") from error

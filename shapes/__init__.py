@@ -1,0 +1,1 @@
+"""How show_shapes records and draws tensor shapes, and checked shape comments."""

@@ -1,0 +1,287 @@
+"""The tree of calls and lines that tools.show_shapes records, drawn as text and as a page."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from html import escape
+
+from torch import nn
+
+from shapes.comments import shapes_in
+
+FAILED_INSIDE = "failed"  # the problem of a call whose failure is told further in
+NUMBERS = r"\d+(?:(?:–|, )\d+)*"  # in a name: 3, or 0–2, 5 once calls are drawn together
+LONGEST_PERIOD = 64  # nodes: of the repetitions that are searched
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A value at the moment it was seen: a tensor, or a plain number, which has no shape."""
+
+    name: str
+    shape: tuple[int, ...] | None
+    dtype: str = ""
+    number: str = ""
+    values: str = ""
+    content: str = ""
+
+
+@dataclass
+class Line:
+    """A statement of a forward method (or of a helper it called) and what it made."""
+
+    source: str
+    seen: tuple[Seen, ...]
+    where: str = ""
+    comment: str = ""
+    problem: str = ""
+    times: int = 1
+
+
+@dataclass
+class Call:
+    """A call of a module, or of a helper function (kind is then empty), and what happened inside, in order."""
+
+    name: str
+    kind: str
+    given: tuple[Seen, ...]
+    needs: tuple[Seen, ...] = ()  # what was given by name
+    module: nn.Module | None = None
+    returned: tuple[Seen, ...] = ()
+    parameters: int = 0
+    shared: int = 0  # parameters that an earlier call has counted already: tied weights
+    problem: str = ""
+    children: list["Call | Line"] = field(default_factory=list)
+    times: int = 1
+    handling: BaseException | None = None  # being handled when the call began, so not a failure of the call
+
+
+def fold(nodes: list[Call | Line]) -> list[Call | Line]:
+    """Draws repetitions of what looks the same together: eight equal layers, the lines of a loop."""
+    nodes = [replace(node, children=fold(node.children)) if isinstance(node, Call) else node for node in nodes]
+    while repetition := longest_repetition(nodes):
+        start, period, end = repetition
+        nodes[start:end] = [merge(nodes[first:end:period]) for first in range(start, start + period)]
+    return nodes
+
+
+def longest_repetition(nodes: list[Call | Line]) -> tuple[int, int, int] | None:
+    """(start, period, end) of the longest stretch that repeats itself; of equal ones the shortest period, from a call on."""
+    numbers: dict[tuple, int] = {}
+    looks = [numbers.setdefault(look(node), len(numbers)) for node in nodes]
+    found = []
+    for period in range(1, min(len(nodes) // 2, LONGEST_PERIOD) + 1):
+        for start in range(len(nodes) - 2 * period + 1):
+            end = start + period
+            while looks[end : end + period] == looks[start : start + period]:
+                end += period
+            if end - start > period:
+                found.append((end - start, -period, isinstance(nodes[start], Call), -start))
+    if not found:
+        return None
+    length, period, _, start = max(found)
+    return -start, -period, length - start
+
+
+def look(node: Call | Line) -> tuple:
+    """What has to be equal for two nodes to be drawn as one: everything but the numbers in a name."""
+    if isinstance(node, Line):
+        return node.source, node.where, node.seen, node.problem, node.times
+    children = tuple(look(child) for child in node.children)
+    size = (node.parameters + node.shared) // node.times
+    name = re.sub(NUMBERS, "#", node.name)
+    return name, node.kind, node.given, node.needs, node.returned, size, node.problem, node.times, children
+
+
+def merge(nodes: list[Call | Line]) -> Call | Line:
+    times = sum(node.times for node in nodes)
+    if isinstance(nodes[0], Line):
+        return replace(nodes[0], times=times)
+    parameters, shared = sum(node.parameters for node in nodes), sum(node.shared for node in nodes)
+    return replace(nodes[0], name=joined_name([node.name for node in nodes]), times=times, parameters=parameters, shared=shared)
+
+
+def joined_name(names: list[str]) -> str:
+    """['layers.0', 'layers.1', 'layers.2']  becomes  'layers.0–2'"""
+    parts = [re.split(f"({NUMBERS})", name) for name in dict.fromkeys(names)]
+    for i in range(1, len(parts[0]), 2):
+        spans = [span.partition("–") for part in parts for span in part[i].split(", ")]
+        runs: list[list[int]] = []
+        for number in sorted({n for low, _, high in spans for n in range(int(low), int(high or low) + 1)}):
+            if runs and number == runs[-1][1] + 1:
+                runs[-1][1] = number
+            else:
+                runs.append([number, number])
+        parts[0][i] = ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)
+    return "".join(parts[0])
+
+
+def parameter_label(node: Call) -> str:
+    if node.times > 1 and node.parameters and not node.shared:
+        return f"{node.times} × {node.parameters // node.times:,}"
+    if node.parameters or not node.shared:
+        return f"{node.parameters:,}" if node.parameters else ""
+    return f"{node.shared // node.times:,} shared"
+
+
+def shape_label(seen: Seen, named: bool = True) -> str:
+    text = seen.number if seen.shape is None else f"{seen.shape}" + (f" {seen.dtype}" if seen.dtype != "float32" else "")
+    return f"{seen.name} {text}" if named else text
+
+
+def shapes_label(node: Call | Line) -> str:
+    if isinstance(node, Line):
+        return "✗ " * bool(node.problem) + ", ".join(map(shape_label, node.seen))
+    given, returned = (", ".join(shape_label(seen, named=False) for seen in side) for side in (node.given, node.returned))
+    return f"{given} → {'✗' if node.problem else returned}"
+
+
+def used_needs(call: Call) -> list[Line]:
+    """What was given by name, but not what is only passed on to a call inside, where it will be shown."""
+    passed_on, calls = set(), [child for child in call.children if isinstance(child, Call)]
+    while calls:
+        inner = calls.pop()
+        passed_on.update(inner.needs)
+        calls += [child for child in inner.children if isinstance(child, Call)]
+    return [Line("given", (seen,)) for seen in call.needs if seen not in passed_on]
+
+
+def value_notes(node: Call | Line) -> list[str]:
+    """The values of the tensors of a line; those of a call only where no line inside tells them."""
+    if isinstance(node, Line):
+        told = [seen for seen in node.seen if seen.values]
+        return [f"{seen.name}: {seen.values}" if len(told) > 1 else seen.values for seen in told]
+    if any(isinstance(child, Line) for child in node.children):
+        return []
+    return [f"→ {seen.values}" for seen in node.returned if seen.values]
+
+
+def long_notes(node: Call | Line) -> Iterator[str]:
+    """Whole tensors, by the same rule, and what went wrong."""
+    if isinstance(node, Line) or not any(isinstance(child, Line) for child in node.children):
+        for seen in node.seen if isinstance(node, Line) else node.returned:
+            label = f"{seen.name}: " if isinstance(node, Line) else "→ "
+            if seen.content:
+                yield label + seen.content.replace("\n", "\n" + " " * len(label))
+    if node.problem and node.problem != FAILED_INSIDE:
+        yield f"✗ {node.problem}"
+
+
+def as_text(calls: list[Call]) -> str:
+    """The calls as a tree with aligned columns, as wide as the terminal."""
+    rows = [Row("", "shapes", right="parameters"), *text_rows(fold(calls), indent=None)]
+    width = min(shutil.get_terminal_size((104, 24)).columns, 160)
+    columns = [row for row in rows if not row.whole]
+    right_width = max(len(row.right) for row in columns)
+    wanted = [len(row.middle) if row.right else min(len(row.middle + row.meaning) - right_width - 2, 38) for row in columns]
+    middle_width = min(max(wanted), width // 2)
+    left_width = min(max(len(row.left + row.times) for row in columns), max(30, width - middle_width - right_width - 4))
+    lines = []
+    for row in rows:
+        if row.whole:
+            lines.append(row.left)
+            continue
+        left = (shorten(row.left, left_width - len(row.times)) + row.times).ljust(left_width)
+        room = width - left_width - 2
+        if row.right:
+            room -= 2 + right_width
+            lines.append(f"{left}  {shorten(row.middle, room).ljust(room)}  {row.right.rjust(right_width)}")
+        else:
+            meaning = row.meaning if len(row.middle + row.meaning) <= room else ""
+            lines.append(f"{left}  {shorten(row.middle, room)}{meaning}".rstrip())
+    return "\n".join(lines)
+
+
+@dataclass
+class Row:
+    left: str
+    middle: str = ""
+    meaning: str = ""  # of the shape, in letters: shown where there is room
+    right: str = ""
+    times: str = ""
+    whole: bool = False  # left goes over all columns
+
+
+def text_rows(nodes: list[Call | Line], indent: str | None) -> Iterator[Row]:
+    last_call = max((i for i, node in enumerate(nodes) if isinstance(node, Call)), default=-1)
+    for i, node in enumerate(nodes):
+        below = "" if indent is None else indent + ("│  " if i < last_call else "   ")
+        times = f" × {node.times}" if node.times > 1 else ""
+        if isinstance(node, Call):
+            branch = "" if indent is None else indent + ("├─ " if i < last_call else "└─ ")
+            title = "  ".join(part for part in (node.name, node.kind) if part)
+            yield Row(branch + title, shapes_label(node), right=parameter_label(node), times=times)
+        else:
+            meaning = "" if node.problem else ", ".join(shapes_in(node.comment))
+            yield Row(below + node.source, shapes_label(node), meaning and f" = {meaning}", times=times)
+        yield from (Row(below, note) for note in value_notes(node))
+        yield from (Row(f"{below}   {line}".rstrip(), whole=True) for note in long_notes(node) for line in note.splitlines())
+        if isinstance(node, Call):
+            yield from text_rows(used_needs(node) + node.children, below)
+
+
+def shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+STYLE = """
+:root { color-scheme: light dark; --quiet: #667; --rule: #ddd; --wrong: #b00020; --name: #0b5394 }
+@media (prefers-color-scheme: dark) { :root { --quiet: #99a; --rule: #333; --wrong: #ff8a80; --name: #8ab4f8 } }
+body { font: 14px/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }
+body { margin: 2em auto; max-width: 1200px; padding: 0 1em }
+h1 { font: 600 20px system-ui, sans-serif } p { font-family: system-ui, sans-serif; color: var(--quiet) }
+details > :not(summary) { margin-left: 1.2em } summary { cursor: pointer; list-style: none }
+summary, .line, .call, .titles { border-bottom: 1px solid var(--rule); padding: 1px 0 }
+.titles, .line .what, .comment, .times { color: var(--quiet) }
+.row { display: flex; gap: 1em }
+.what { flex: 1; min-width: 0; overflow-wrap: anywhere; padding-left: 2ch; text-indent: -2ch }
+.shapes { width: min(27em, 40vw); flex: none; overflow-wrap: anywhere } .count { width: 9em; flex: none; text-align: right }
+.what::before { content: "  "; white-space: pre } summary .what::before { content: "▸ " }
+[open] > summary .what::before { content: "▾ " }
+.name { color: var(--name); font-weight: 600 } .note { white-space: pre-wrap; color: var(--quiet); margin-left: 2em }
+.note.wrong { color: var(--wrong) }
+"""
+
+
+def as_html(calls: list[Call]) -> str:
+    """The calls as one self-contained page that folds and unfolds without scripts."""
+    name = escape(calls[0].kind or calls[0].name)
+    body = "\n".join(html_of(node, depth=0) for node in fold(calls))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{name}: shapes</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>{name}</h1>
+<p>Every call of a module, what goes in → what comes out, and its parameters. Click to open one.</p>
+<div class="row titles"><span class="what"></span><span class="shapes">shapes</span><span class="count">parameters</span></div>
+{body}
+</body>
+</html>
+"""
+
+
+def html_of(node: Call | Line, depth: int) -> str:
+    times = f' <span class="times">× {node.times}</span>' if node.times > 1 else ""
+    if isinstance(node, Line):
+        comment = f' <span class="comment">{escape(node.comment)}</span>' if node.comment else ""
+        what, count = f'<span title="{escape(node.where)}">{escape(node.source)}</span>{comment}{times}', ""
+    else:
+        name = f'<span class="name">{escape(node.name)}</span> ' if node.name else ""
+        what, count = f"{name}{escape(node.kind)}{times}", parameter_label(node)
+    row = (f'<span class="row"><span class="what">{what}</span><span class="shapes">{escape(shapes_label(node))}</span>'
+           f'<span class="count">{count}</span></span>')
+    told = [*value_notes(node), *long_notes(node)]
+    below = "".join(f'<div class="note{" wrong" * note.startswith("✗")}">{escape(note)}</div>' for note in told)
+    if isinstance(node, Line):
+        return f'<div class="line">{row}{below}</div>'
+    below += "\n".join(html_of(child, depth + 1) for child in used_needs(node) + node.children)
+    if not below:
+        return f'<div class="call">{row}</div>'
+    opened = " open" if depth < 2 or node.problem else ""
+    return f"<details{opened}><summary>{row}</summary>{below}</details>"
