@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, Cache
-from modules.registry import needs_of
+from modules.registry import accepted_kwargs
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def generate_tokens(
     position = min(map(len, prompts))
     rows = [prompt[:position] for prompt in prompts]
     left = list(max_new_tokens)
-    needs = needs_of(model, cache=Cache()) if use_cache else {}
+    needs = accepted_kwargs(model, cache=Cache()) if use_cache else {}
     read = 0  # tokens that are remembered
     while any(left):
         logits, _ = model(torch.tensor([row[read:] for row in rows], device=device), **needs)

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +32,16 @@ __all__ = ["Data", "load_data", "read_stories", "story_ids"]
 
 FORMAT = 1  # raised whenever the cache's content or layout changes, so that older entries are not opened
 MAX_VALIDATION = 3000
+IGNORE = -100  # a target that is not scored, as in model.py, which needs torch
 PIECE = np.dtype([("start", "<u8"), ("length", "<u4")])
+
+
+class Batch(NamedTuple):
+    """What one step of training reads: LongTensors, each (B, T)."""
+
+    inputs: Any
+    targets: Any  # the next tokens; IGNORE where nothing is to be predicted
+    story_ids: Any  # number the stories of a row
 
 
 class Data:
@@ -47,17 +57,26 @@ class Data:
         self.num_stories, self.num_tokens, self.num_rows = info["stories"], info["tokens"], info["rows"]
         self.wasted, self.left_out = info["wasted"], info["left_out"]
         self.validation: list[str] = json.loads((stories_dir / "validation.json").read_text(encoding="utf-8"))
-        self._capacity, self._pad_id = capacity, tokenizer.pad_id
+        self._capacity = capacity
+        self._bos_id, self._eos_id, self._pad_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
         self._tokens = np.asarray(np.memmap(stories_dir / "tokens.bin", token_dtype(tokenizer.vocab_size), "r"))
         self._pieces = np.asarray(np.memmap(rows_dir / "pieces.bin", PIECE, "r"))
         self._first = np.asarray(np.memmap(rows_dir / "first.bin", "<u8", "r"))
 
-    def batch(self, first: int, batch_size: int, seed: int):
-        """So many rows of the endless shuffled stream of rows, from the first-th on: a LongTensor (batch_size, T + 1).
+    def batch(self, first: int, batch_size: int, seed: int) -> Batch:
+        """batch_size rows of an infinite shuffled stream of rows, starting at row `first`.
 
-        A pure function of its arguments; pad_id stands where there is no token. The stream goes through all rows once an
-        epoch, each epoch in another order; a batch may hold the end of one epoch and the beginning of the next.
+        A pure function of its arguments. The stream goes through all rows once an epoch, each epoch in another order; a batch
+        may hold the end of one epoch and the start of the next.
         """
+        rows = self.rows(first, batch_size, seed)  # (B, T + 1)
+        ids = story_ids(rows, self._bos_id, self._eos_id)
+        # padding is not scored, and nor is the first token of the next story, which cannot be predicted from this one
+        not_scored = (rows[:, 1:] == self._pad_id) | (ids[:, 1:] != ids[:, :-1])
+        return Batch(rows[:, :-1], rows[:, 1:].masked_fill(not_scored, IGNORE), ids[:, :-1])
+
+    def rows(self, first: int, batch_size: int, seed: int):
+        """The tokens of these rows, pad_id where there is none: a LongTensor (B, T + 1)."""
         import torch
 
         places = np.arange(first, first + batch_size, dtype=np.uint64)

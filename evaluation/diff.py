@@ -92,7 +92,7 @@ def diff(left: str | ModelConfig, right: str | ModelConfig, T: int | None = None
 
 def shown_field(config: ModelConfig, name: str) -> str:
     """The value of a field; where that is None, also what blocks are given in its place."""
-    value, given = getattr(config, name), config.block_values[name]
+    value, given = getattr(config, name), config.block_values()[name]
     return str(value) if value == given else f"{value} ({given})"
 
 

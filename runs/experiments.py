@@ -48,14 +48,14 @@ def new_experiment(name: str) -> Path:
 
     Its preset is called NAME, and its block as NAME in camel case. Raises ValueError for a name that is none, or is taken.
     """
-    from modules.registry import block_menu
+    from modules.registry import all_blocks
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise ValueError(f"{name!r} cannot be an experiment's name: use small letters, digits and '_', such as my_idea")
     folder, block = FOLDER / name, camel_case(name)
     if folder.exists():
         raise ValueError(f"experiments/{name} exists: take another name")
-    if block in block_menu(ModelConfig()):
+    if block in all_blocks(ModelConfig()):
         raise ValueError(f"{name!r} would call its block {block!r}, but that name is taken: take another name")
     left_out = shutil.ignore_patterns("__pycache__", "trained_models", ".ipynb_checkpoints", ".git")
     shutil.copytree(FOLDER / TEMPLATE, folder, ignore=left_out)
