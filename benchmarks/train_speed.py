@@ -32,10 +32,10 @@ from script import HERE, describe_machine, in_new_process, new_process, quartile
 
 from config import ModelConfig, TrainConfig
 from model import GPT
-from training.configure import configure_for_training
 from runs.presets import Preset
 from training import autotune as probe
 from training.autotune import Choices, matmul_peaks
+from training.configure import configure_for_training
 from training.machine import peak_memory_mb
 from training.optim import build_optimizers
 
