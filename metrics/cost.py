@@ -21,6 +21,7 @@ import argparse
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -219,11 +220,10 @@ def count_flops(model: nn.Module, parts: list[nn.Module], tokens: Tensor, needs:
     def after(module, inputs, output):
         begin, inside = under_way.pop()
         taken = counter.get_total_flops() - begin
-        B, T = inputs[0].shape[:2]
-        if hasattr(module, "flops_per_token"):
-            flops[module] += B * T * module.flops_per_token(T)
-        elif isinstance(module, Attention):
-            flops[module] += B * T * attention_flops(module, T)
+        if hasattr(module, "flops_per_token") or isinstance(module, Attention):
+            B, T = inputs[0].shape[:2]
+            per_token = module.flops_per_token if hasattr(module, "flops_per_token") else partial(attention_flops, module)
+            flops[module] += B * T * per_token(T)
         else:
             flops[module] += taken - inside
         if under_way:
