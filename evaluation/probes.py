@@ -33,8 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Layers, ModelConfig, TrainConfig, did_you_mean
-from data.dataset import default_cache_dir
-from data.sources import digest
+from data.cache import default_cache_dir, digest
 from evaluation.probe_tasks import TASKS, Compressor, Task
 from fast.loss import IGNORE
 from metrics.cost import config_of

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.sources import say
+from data.cache import say
 from fast import ops as kernels
 from model import GPT, IGNORE
 

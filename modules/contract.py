@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from config import ModelConfig, layer_steps
-from data.sources import say
+from data.cache import say
 from fast import ops as kernels
 from model import Steps, first_of_story, rope_table
 from modules.norms import NORMS

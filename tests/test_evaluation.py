@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import MODEL
-from data.dataset import default_cache_dir
+from data.cache import default_cache_dir
 from fast import ops as kernels
 from metrics import scores as evaluation
 from metrics.scores import Evaluation, evaluate, ranks_of, windows

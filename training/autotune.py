@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from config import ModelConfig, TrainConfig, divisors, from_json, to_json
-from data.dataset import default_cache_dir
-from data.sources import say
+from data.cache import default_cache_dir, say
 from fast import ops as kernels
 from metrics.scores import MAX_LOGITS as EVALUATION_LOGITS
 from model import GPT
