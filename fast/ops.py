@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from data.cache import default_cache_dir, first_line
+
 SOURCES = [Path(__file__).with_name(name) for name in ("attention.cpp", "elementwise.cpp", "scan.cpp", "kernels.h")]
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
@@ -336,8 +338,6 @@ def build() -> ctypes.CDLL:
 
 def library_path(fingerprint: str) -> Path:
     """Where the machine code of that fingerprint is kept once it is compiled."""
-    from data.dataset import default_cache_dir  # not on top: it takes a while to import, and most models do without the kernel
-
     return default_cache_dir() / f"kernels-{fingerprint}.so"
 
 
@@ -416,7 +416,3 @@ def digest(recipe: Recipe) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}) or platform.processor()
     return hashlib.sha256(repr(([source.read_bytes() for source in SOURCES], recipe, cpu)).encode()).hexdigest()[:16]
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
