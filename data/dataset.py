@@ -132,6 +132,11 @@ def story_hash(story: str) -> int:
     return int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "big")
 
 
+def fingerprint(stories: list[str]) -> str:
+    """16 hex digits, equal for the same stories in the same order: losses on them can be compared."""
+    return hashlib.sha256("\0".join(stories).encode(errors="surrogatepass")).hexdigest()[:16]
+
+
 def _tokenise(source: Source, tokenizer, max_stories: int | None, folder: Path, progress: bool) -> dict:
     """Writes tokens.bin (bos story eos, bos story eos, ...), lengths.bin (uint32, one a story) and validation.json.
 
