@@ -58,9 +58,9 @@ def keep_losses(name: str, source_if_missing: str | None = None):
 
     Where the data are not here and source_if_missing is named, that is scored instead, which is said. Raises OSError without it.
     """
-    from metrics.cost import model_cost
+    from metrics.cost import model_cost, num_parameters
     from metrics.scores import evaluate
-    from training.report import num_parameters, validation_stories
+    from training.report import validation_stories
 
     run = Run(name)
     model, tokenizer = load_model(name)

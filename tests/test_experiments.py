@@ -21,6 +21,7 @@ from torch import nn
 import tools
 from conftest import MODEL
 from inference import generate
+from metrics.cost import num_parameters
 from metrics.scores import evaluate
 from modules.contract import CONFIG, check_block
 from modules.registry import block_menu, build_model
@@ -30,7 +31,7 @@ from runs.presets import preset
 from tokenizer import load_tokenizer
 from train import train
 from training import autotune as probe
-from training.report import num_parameters, table
+from training.report import table
 
 REPOSITORY = Path(__file__).parents[1]
 OWN = {name: replace(MODEL, model=name, plugins=("own_models",)) for name in ("Recurrent", "Trigram")}

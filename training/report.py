@@ -3,12 +3,10 @@
 import time
 from collections import Counter
 
-from torch import nn
-
 from data.dataset import choose_validation
 from data.sources import open_source
 from inference import generate
-from metrics.cost import cost_of, model_cost
+from metrics.cost import cost_of, model_cost, num_parameters
 from metrics.scores import evaluate
 from metrics.story_losses import NOT_ITS_OWN, keep_losses
 from metrics.world_floor import floor_of, world_floor
@@ -161,15 +159,6 @@ def table(
         if is_world(data) and (floor := floor_of(stories[:num_stories], tokenizer)):
             rows[name] |= {"entropy": floor.bits_per_byte, "excess": score.bits_per_byte - floor.bits_per_byte}
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def num_parameters(model, embeddings: bool = True) -> int:
-    """How many numbers a model learns, in all or without embeddings and head: as it says itself, or else counted."""
-    if hasattr(model, "num_parameters"):
-        return model.num_parameters(embeddings)
-    tables = [table for table in model.modules() if isinstance(table, nn.Embedding)]
-    left_out = {id(weight) for table in (*tables, getattr(model, "head", nn.Identity())) for weight in table.parameters()}
-    return sum(weight.numel() for weight in model.parameters() if embeddings or id(weight) not in left_out)
 
 
 def validation_stories(source: str, source_if_missing: str | None) -> tuple[str, list[str]]:
