@@ -28,10 +28,11 @@ from evaluation.curves import AXES, plot_curves
 from evaluation.diff import diff, shown_field
 from inference import generate
 from metrics.measures import calibration, distinct, loss_by_position, loss_by_word_class, repetition, token_scores
+from metrics.story_losses import validation_stories
 from runs.command_line import command as training_command
 from runs.folder import Run, load_model
 from training.autotune import cpu_name
-from training.report import PROMPTS, samples, validation_stories
+from training.report import PROMPTS, samples
 
 NUM_STORIES = 200  # that say where the loss is
 NUM_SAMPLES = 10  # stories from the first word on, that say how often a model repeats itself

@@ -18,11 +18,11 @@ import torch
 
 from inference import generate
 from metrics.scores import predictions
+from metrics.story_losses import validation_stories
 from metrics.world_floor import floor_of
 from metrics.world_grades import is_world
 from model import GPT, IGNORE
 from runs.folder import Run, load_model
-from training.report import validation_stories
 
 FUNCTION = """
 a an the this that these those and or but so if because while when then than as of to in on at by for from with into out up

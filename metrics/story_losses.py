@@ -7,11 +7,14 @@ the weights, the stories, the data and the code that the model was trained with.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from data.dataset import choose_validation
+from data.sources import open_source
 from runs.folder import Run, load_model
 
 TOP_K = (1, 5, 10)
@@ -60,7 +63,6 @@ def keep_losses(name: str, source_if_missing: str | None = None):
     """
     from metrics.cost import model_cost, num_parameters
     from metrics.scores import evaluate
-    from training.report import validation_stories
 
     run = Run(name)
     model, tokenizer = load_model(name)
@@ -77,6 +79,23 @@ def keep_losses(name: str, source_if_missing: str | None = None):
         parameters=num_parameters(model), flops_per_token=model_cost(model).training_flops,
     )  # fmt: skip
     run.save_text("story_losses.json", json.dumps(asdict(scored), indent=2) + "\n")
+
+
+def validation_stories(source: str, source_if_missing: str | None) -> tuple[str, list[str]]:
+    """The name of a source and its validation stories.
+
+    Where it is not here, those of source_if_missing, with a line that says so; OSError without one.
+    """
+    try:
+        opened = open_source(source)
+        name = opened.name
+    except OSError as error:  # no such file or folder, or no way to the hub
+        if source_if_missing is None:
+            raise
+        opened = open_source(source_if_missing)
+        name = f"{opened.name} {NOT_ITS_OWN}"
+        print(f"{error}.\nRuns that were trained on {source!r} are scored on {opened.name} instead, which is not what they know.")
+    return name, choose_validation(opened, Counter())
 
 
 def read_losses(name: str):

@@ -16,10 +16,10 @@ from evaluation.comparison import compare
 from evaluation.page import as_page, write_page
 from metrics import scores as evaluation
 from metrics.measures import loss_by_position, token_scores
-from metrics.story_losses import keep_losses
+from metrics.story_losses import keep_losses, validation_stories
 from runs.folder import Run, load_model
 from train import train
-from training.report import samples, validation_stories
+from training.report import samples
 
 UNCLOSED = {"meta", "br", "wbr", "hr", "img", "input", "link"}
 FETCHES = {"src", "srcset", "href", "xlink:href", "data", "action", "poster", "background"}
