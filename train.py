@@ -37,11 +37,11 @@ from tqdm import tqdm
 from config import ModelConfig, TrainConfig
 from data.dataset import load_data, story_ids
 from metrics.cost import model_cost
-from metrics.story_losses import code_digests
 from metrics.world_grades import check_tokenizer
 from model import IGNORE
 from modules.contract import try_out
 from modules.registry import build_model, make_ready, needs_of
+from runs.code import code_digests
 from runs.command_line import Arguments
 from runs.folder import Run, default_name
 from tokenizer import load_tokenizer

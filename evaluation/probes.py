@@ -38,8 +38,8 @@ from evaluation.probe_tasks import TASKS, Compressor, Task
 from fast.loss import IGNORE
 from metrics.cost import config_of
 from metrics.scores import by_kernels
-from metrics.story_losses import code_digests
 from modules.registry import build_model
+from runs.code import code_digests
 from runs.command_line import read_layers
 from training.optim import build_optimizers, scheduled_learning_rate
 

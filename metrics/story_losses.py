@@ -5,25 +5,19 @@ and how many of its tokens were among the 1, 5 and 10 that the model held most l
 the weights, the stories, the data and the code that the model was trained with.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 from data.dataset import choose_validation
 from data.sources import open_source
+from runs.code import digest
 from runs.folder import Run, load_model
 
 TOP_K = (1, 5, 10)
 COLUMNS = ["story", "bytes", "tokens", "nats", *(f"top{k}" for k in TOP_K)]
 NOT_ITS_OWN = "(not its own)"  # behind the name of data that a run was scored on, but not trained on
-CODE = (
-    "model.py tokenizer.py train.py data/*.py data/storyworld/*.py fast/* metrics/scores.py modules/*.py "
-    "training/checkpoint.py training/optim.py"
-)  # the files that have a say in what a training gives
 
 
 @dataclass(frozen=True)
@@ -38,22 +32,6 @@ class Scored:
     code: dict[str, str] | None  # a digest of each file that had a say in the training; None in runs older than this
     parameters: int
     flops_per_token: float  # of training
-
-
-def code_digests(plugins: tuple[str, ...] = ()) -> dict[str, str]:
-    """A short digest of every file that has a say in what a training gives, by its name, those of plugins too."""
-    home = Path(__file__).parents[1]
-    paths = sorted(path for pattern in CODE.split() for path in home.glob(pattern) if path.is_file())
-    files = {path.relative_to(home).as_posix(): path for path in paths}
-    for plugin in plugins:
-        spec = find_spec(plugin)
-        if spec is not None and spec.origin:
-            files[plugin] = Path(spec.origin)
-    return {name: digest(path.read_bytes()) for name, path in files.items()}
-
-
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def keep_losses(name: str, source_if_missing: str | None = None):

@@ -17,7 +17,8 @@ from conftest import change
 from evaluation.comparison import compare
 from evaluation.statistics import holm, over_seeds, over_stories, seeds_needed
 from metrics import scores as evaluation
-from metrics.story_losses import COLUMNS, digest, read_losses
+from metrics.story_losses import COLUMNS, read_losses
+from runs.code import digest
 from runs.folder import Run, load_model
 from training.report import write_report
 

@@ -18,7 +18,8 @@ from evaluation.ladder import Budget, at_width, kept_widths, plan, read_size, re
 from evaluation.loss_law import fit, race
 from metrics import scores as evaluation
 from metrics.cost import cost_of
-from metrics.story_losses import COLUMNS, digest, read_losses
+from metrics.story_losses import COLUMNS, read_losses
+from runs.code import digest
 from runs.folder import Run, run_names
 from runs.presets import PRESETS, Preset
 from tests.errors import one_line_error
