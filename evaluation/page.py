@@ -26,11 +26,11 @@ from config import ModelConfig, TrainConfig
 from evaluation.comparison import BITS, Candidate, Comparison, Member, told_p
 from evaluation.curves import AXES, plot_curves
 from evaluation.diff import diff, shown_field
-from inference import generate
+from inference import generate, load_model
 from metrics.measures import calibration, distinct, loss_by_position, loss_by_word_class, repetition, token_scores
 from metrics.story_losses import validation_stories
 from runs.command_line import command as training_command
-from runs.folder import Run, load_model
+from runs.folder import Run
 from training.autotune import cpu_name
 from training.report import PROMPTS, samples
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from data.dataset import choose_validation
 from data.sources import open_source
 from runs.code import digest
-from runs.folder import Run, load_model
+from runs.folder import Run
 
 TOP_K = (1, 5, 10)
 COLUMNS = ["story", "bytes", "tokens", "nats", *(f"top{k}" for k in TOP_K)]
@@ -39,6 +39,7 @@ def keep_losses(name: str, source_if_missing: str | None = None):
 
     Where the data are not here and source_if_missing is named, that is scored instead, which is said. Raises OSError without it.
     """
+    from inference import load_model
     from metrics.cost import model_cost, num_parameters
     from metrics.scores import evaluate
 

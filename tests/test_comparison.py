@@ -16,10 +16,11 @@ from scipy import stats
 from conftest import change
 from evaluation.comparison import compare
 from evaluation.statistics import holm, over_seeds, over_stories, seeds_needed
+from inference import load_model
 from metrics import scores as evaluation
 from metrics.story_losses import COLUMNS, read_losses
 from runs.code import digest
-from runs.folder import Run, load_model
+from runs.folder import Run
 from training.report import write_report
 
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,11 @@ import pytest
 from conftest import MODEL, change
 from evaluation.comparison import compare
 from evaluation.page import as_page, write_page
+from inference import load_model
 from metrics import scores as evaluation
 from metrics.measures import loss_by_position, token_scores
 from metrics.story_losses import keep_losses, validation_stories
-from runs.folder import Run, load_model
+from runs.folder import Run
 from train import train
 from training.report import samples
 

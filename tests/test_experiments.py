@@ -20,13 +20,13 @@ from torch import nn
 
 import tools
 from conftest import MODEL
-from inference import generate
+from inference import generate, load_model
 from metrics.cost import num_parameters
 from metrics.scores import evaluate
 from modules.contract import CONFIG, check_block
 from modules.registry import block_menu, build_model
 from runs import experiments as experiment
-from runs.folder import Run, load_model, run_names
+from runs.folder import Run, run_names
 from runs.presets import preset
 from tokenizer import load_tokenizer
 from train import train
@@ -156,9 +156,9 @@ def run_python(folder: Path, *words: str) -> str:
 
 
 COMPARE = """
-from inference import generate
+from inference import generate, load_model
 from training.report import table
-from runs.folder import load_model, run_names
+from runs.folder import run_names
 print(run_names(), list(table(*run_names(), num_stories=20)["bits per byte"].notna()))
 print(generate(*load_model("my_idea/first"), "Tom", max_new_tokens=3))
 """

@@ -21,6 +21,7 @@ from config import ModelConfig, TrainConfig
 from data.dataset import load_data
 from data.storyworld import world as storyworld
 from data.storyworld.nodes import Reference
+from inference import load_model
 from metrics import scores as evaluation
 from metrics import world_grades
 from metrics.world_floor import floor_of, world_floor
@@ -36,7 +37,7 @@ from metrics.world_grades import (
     write_samples,
 )
 from metrics.world_report import graded_log, log_with_excess, plot_grades
-from runs.folder import Run, load_model
+from runs.folder import Run
 from tokenizer import Tokenizer, load_tokenizer
 from train import train
 from training.report import LivePlot, plot_losses, table, write_report

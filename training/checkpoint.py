@@ -12,11 +12,12 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from data.dataset import Data, fingerprint
+from inference import load_model, load_weights
 from metrics.scores import Evaluation, evaluate
 from metrics.world_grades import COLUMNS as GRADES
 from metrics.world_grades import grade_model
 from model import GPT
-from runs.folder import Run, load_model, load_weights
+from runs.folder import Run
 from tokenizer import Tokenizer
 from training.autotune import Choices
 

@@ -2,7 +2,7 @@
 
 import time
 
-from inference import generate
+from inference import generate, load_model
 from metrics.cost import cost_of, model_cost, num_parameters
 from metrics.scores import evaluate
 from metrics.story_losses import keep_losses, validation_stories
@@ -10,7 +10,7 @@ from metrics.world_floor import floor_of, world_floor
 from metrics.world_grades import is_world
 from metrics.world_report import draw_floors, lines_of_the_world, plot_grades
 from runs.command_line import command
-from runs.folder import Run, load_model
+from runs.folder import Run
 
 PROMPTS = ("Once upon a time", "One day, Lily", "Tim was")
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds", "flops": "training FLOPs"}
