@@ -258,7 +258,7 @@ MENU = "BLOCKS = {'Mine': Mine}\n"
         (BLOCK + "BLOCKS = {'Mine': Mine()}", "'Mine': that must be a class of torch modules"),
         (BLOCK + "BLOCKS = {'My-Block': Mine}", "a class 'My-Block': take a name of letters"),
         (BLOCK + "BLOCKS = {'MLP': Mine}", "calls a block 'MLP', but that name is taken: it is that of 'model'. Rename it"),
-        (BLOCK + "BLOCKS = {'ShortConv': Mine}", "'ShortConv', but that name is taken: it is that of 'modules'"),
+        (BLOCK + "BLOCKS = {'ShortConv': Mine}", "'ShortConv', but that name is taken: it is that of 'modules.blocks'"),
         (BLOCK + MENU + "MODELS = {'GPT': Mine}", "calls a model 'GPT', but that name is taken"),
     ],
 )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation import __main__ as evaluation
 from inference import load_model
-from metrics import scores as evaluation
 from metrics.measures import (
     TokenScores,
     calibration,
