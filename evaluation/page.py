@@ -23,9 +23,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from config import ModelConfig, TrainConfig
+from evaluation.alignment import shown_field
 from evaluation.comparison import Candidate, Comparison, Member, told_p
 from evaluation.curves import AXES, plot_curves
-from evaluation.diff import diff, shown_field
+from evaluation.diff import diff
 from evaluation.statistics import BITS
 from inference import generate, load_model
 from metrics.measures import calibration, distinct, loss_by_position, loss_by_word_class, repetition, token_scores
