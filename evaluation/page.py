@@ -33,7 +33,7 @@ from metrics.measures import calibration, distinct, loss_by_position, loss_by_wo
 from metrics.story_losses import validation_stories
 from runs.command_line import command as training_command
 from runs.folder import Run
-from training.autotune import cpu_name
+from training.machine import cpu_name
 from training.report import PROMPTS, samples
 
 NUM_STORIES = 200  # that say where the loss is

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -31,7 +30,7 @@ from fast import ops as kernels
 from metrics.scores import MAX_LOGITS as EVALUATION_LOGITS
 from model import GPT
 from modules.registry import build_model, make_ready, needs_of
-from training.machine import available_memory, check_compiler, is_out_of_memory, keep_freed_memory
+from training.machine import available_memory, check_compiler, cpu_name, is_out_of_memory, keep_freed_memory
 
 MEASURE_SECONDS = 0.2  # for one way of doing it, after a step to warm up
 MICRO_BATCH_TOKENS = range(512, 4096 + 1)  # where a CPU's fastest is: fewer do not fill the cores, more do not fit the caches
@@ -139,12 +138,6 @@ def key(model: GPT, config: TrainConfig, device: torch.device) -> str:
     machine = [torch.__version__, device.type, name, most_threads(), kernels.fingerprint(), os.environ.get("CXX")]
     what = json.dumps([machine, to_json(model.config), model.vocab_size, prescribed])
     return hashlib.sha256(what.encode()).hexdigest()[:16]
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else f"{platform.processor()} {platform.machine()}"
 
 
 @cache
