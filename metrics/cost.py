@@ -304,6 +304,15 @@ def cost_of(spec: str | ModelConfig, T: int | None = None) -> Cost:
         return model_cost(build_model(config, vocab_size), T)
 
 
+def num_parameters(model, embeddings: bool = True) -> int:
+    """The number of trainable weights, in all or without embeddings and head: by the model's own count where it has one."""
+    if hasattr(model, "num_parameters"):
+        return model.num_parameters(embeddings)
+    tables = [table for table in model.modules() if isinstance(table, nn.Embedding)]
+    left_out = {id(weight) for table in (*tables, getattr(model, "head", nn.Identity())) for weight in table.parameters()}
+    return sum(weight.numel() for weight in model.parameters() if embeddings or id(weight) not in left_out)
+
+
 def comparison(*specs: str, T: int | None = None):
     """A pandas DataFrame with a column for each run or preset: every cost, kind by kind and in all."""
     import pandas as pd

@@ -372,7 +372,7 @@ print(tracemalloc.get_traced_memory()[1])
     for count in (10_000, 30_000):
         path = tmp_path / f"{count}.jsonl"
         write_jsonl(path, (f"{number} {'abc ' * 5}" for number in range(count)))
-        arguments = [str(Path(data.__file__).parent), str(Path(__file__).parent), str(path), str(tmp_path / "cache")]
+        arguments = [str(Path(data.__file__).parents[1]), str(Path(__file__).parent), str(path), str(tmp_path / "cache")]
         peaks.append(int(subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True,
                                         check=True).stdout))
     assert peaks[1] < 1.3 * peaks[0] + 4e6
@@ -546,7 +546,7 @@ def run(code, folder, **environment):
     """Runs code in a fresh process with the hub's caches inside of folder; returns (seconds, standard output, standard error)."""
     start = time.monotonic()
     environment = os.environ | {"HF_HOME": str(folder / "hf"), "BASEGPT_CACHE": str(folder / "cache"),
-                                "PYTHONPATH": str(Path(data.__file__).parent)} | environment
+                                "PYTHONPATH": str(Path(data.__file__).parents[1])} | environment
     environment.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
     return time.monotonic() - start, done.stdout, done.stderr
@@ -578,9 +578,8 @@ def test_a_data_set_is_read_by_the_library_and_then_from_its_cache_without_the_h
 
 
 def test_an_unreachable_hub_is_an_error_for_a_name_and_storyworld_for_auto(tmp_path):
-    (tmp_path / "storyworld.py").write_text("def stories(split, count): yield f'{split} {count}'\n", encoding="utf-8")
-    path = os.pathsep.join([str(tmp_path), str(Path(data.__file__).parent)])
-    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": path}
+    short_world = "from data.storyworld import world; world.stories = lambda split, count: [f'{split} {count}']\n"
+    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     for source in ("tinystories", "hub:owner/name"):
         seconds, out, err = run(READ.format(source=source), tmp_path, **unreachable)
         assert seconds < 10
@@ -588,7 +587,7 @@ def test_an_unreachable_hub_is_an_error_for_a_name_and_storyworld_for_auto(tmp_p
         assert "is not cached and the Hugging Face hub can't be reached" in out
         assert "--train.data storyworld" in out
         assert err == ""
-    seconds, out, err = run(READ.format(source="auto"), tmp_path, **unreachable)
+    seconds, out, err = run(short_world + READ.format(source="auto"), tmp_path, **unreachable)
     assert out == "train 50000\n"
     assert err == "TinyStories is not cached and the Hugging Face hub can't be reached: using the built-in storyworld instead\n"
 
