@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fast
 from config import ModelConfig, TrainConfig, did_you_mean, format_step, init_parameters, layer_steps
-from model import Attention, Branch, Cache
+from model import GPT, Attention, Branch, Cache
 from modules.contract import layers_to_try
 from modules.registry import accepted_kwargs, all_blocks, build_model
 from modules.windows import mean_visible
@@ -305,12 +305,14 @@ def cost_of(spec: str | ModelConfig, T: int | None = None) -> Cost:
 
 
 def num_parameters(model, embeddings: bool = True) -> int:
-    """The number of trainable weights, in all or without embeddings and head: by the model's own count where it has one."""
+    """Number of parameters, with or without embeddings and head; a model may count its own."""
     if hasattr(model, "num_parameters"):
         return model.num_parameters(embeddings)
     tables = [table for table in model.modules() if isinstance(table, nn.Embedding)]
-    left_out = {id(weight) for table in (*tables, getattr(model, "head", nn.Identity())) for weight in table.parameters()}
-    return sum(weight.numel() for weight in model.parameters() if embeddings or id(weight) not in left_out)
+    if isinstance(model, GPT):  # the tables of its blocks are theirs
+        tables = [table for table in (model.embedding, model.position_embedding) if table is not None]
+    excluded = {id(weight) for table in (*tables, getattr(model, "head", nn.Identity())) for weight in table.parameters()}
+    return sum(weight.numel() for weight in model.parameters() if embeddings or id(weight) not in excluded)
 
 
 def comparison(*specs: str, T: int | None = None):
