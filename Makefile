@@ -1,4 +1,4 @@
-# `make` lists the targets. Another Python for the virtual environment: make train PYTHON=python3.12
+# `make` lists the targets. To use another Python: make train PYTHON=python3.12
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,21 +12,21 @@ EXECUTE := $(RUN) -m nbconvert --to notebook --inplace --execute --log-level WAR
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -e 's/:.*## /#/' | awk -F'#' '{printf "make %-10s %s\n", $$1, $$2}'
 
-train: $(VENV)/installed  ## train a model in a few minutes, with the defaults of train.py
+train: $(VENV)/installed  ## train a model with the defaults of train.py, in a few minutes
 	$(RUN) train.py
 
-test: $(VENV)/installed-dev  ## run every test, and every notebook small
+test: $(VENV)/installed-dev  ## run every test, and every notebook at a small size
 	$(RUN) -m pytest
 
-lint: $(VENV)/installed-dev  ## check the style with ruff
+lint: $(VENV)/installed-dev  ## run ruff
 	$(RUN) -m ruff check
 
-bench: $(VENV)/installed-dev  ## short versions of the benchmarks
+bench: $(VENV)/installed-dev  ## run short versions of the benchmarks
 	$(RUN) benchmarks/train_speed.py --short
 	$(RUN) benchmarks/time_to_loss.py --minutes 1 --seeds 0 --data auto --longest_story 1000
 
-# The runs that two of them leave are not for git, so they go to a folder of their own.
-notebooks: $(VENV)/installed-dev  ## run the notebooks and keep their outputs, as people read them on the web
+# Two of the notebooks train runs that are not for git: BASEGPT_RUNS puts them elsewhere.
+notebooks: $(VENV)/installed-dev  ## run the notebooks and save their outputs, as they are read on the web
 	BASEGPT_RUNS=$(abspath $(VENV))/notebook_runs $(EXECUTE) train.ipynb experiments/example/example.ipynb
 	$(EXECUTE) $(filter-out train.ipynb,$(wildcard *.ipynb))
 	$(RUN) -m nbconvert --coalesce-streams --log-level WARN *.ipynb experiments/example/example.ipynb
@@ -39,7 +39,7 @@ $(VENV)/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "baseGPT needs Python 3.11 or later: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp is older than what it was made of once requirements or constraints change; then pip runs again.
+# A stamp file is newer than the requirements that were installed; when these change, pip runs again.
 $(VENV)/installed: requirements.txt constraints.txt | $(VENV)/bin/pip
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	touch $@

@@ -4,6 +4,7 @@ The command line of train.py is generated from these dataclasses, and the commen
 """
 
 import ast
+import inspect
 import json
 import math
 from dataclasses import dataclass, fields
@@ -11,6 +12,8 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+VERSION = 2  # of the JSON files; raised when a field changes its name or its meaning, with a step in `migrate`
 
 Layers = str | list[str] | tuple[str | list[str], ...]
 
@@ -42,12 +45,11 @@ class ModelConfig:
     norm_affine: bool = True  # norms learn a gain for each channel
     norm_bias: bool = False  # norms learn a shift for each channel, too
     norm_eps: float = 1e-5  # keeps norms from dividing by zero
-    mlp_dim: int | None = None  # hidden width of an ungated MLP; None is 4 x dim. Gating takes 2/3 of it: the same parameters
+    mlp_dim: int | None = None  # hidden width of the MLP; None is 4 x dim, or 8/3 x dim if gated: the same number of parameters
     activation: Literal["SiLU", "GELU", "ReLU", "ReLU2"] = "SiLU"  # non-linearity of the MLP; GELU is the tanh form
     gated: bool = True  # multiply the hidden layer with a second one (SwiGLU, GeGLU)
     linear_bias: bool = False  # attention and MLP matrices add a bias
     qk_norm: bool = False  # normalise queries and keys: steadier at high learning rates
-    attention: Literal["auto", "kernel", "sdpa", "plain"] = "auto"  # our CPU kernel, torch's, or written out; auto is the fastest
     attention_soft_cap: float | None = None  # squash attention scores into +-cap with tanh, as in Grok and Gemma 2
     logit_soft_cap: float | None = None  # squash the output logits into +-cap with tanh
     logit_scale: float = 1.0  # output logits are multiplied by this, before they are capped
@@ -78,7 +80,7 @@ class ModelConfig:
             self.head_dim is not None or self.dim % self.num_heads == 0, self, "num_heads",
             f"it must divide dim={self.dim}: take one of {divisors(self.dim)}, or set head_dim",
         )  # fmt: skip
-        head_dim = self.block_values["head_dim"]
+        head_dim = self.block_values()["head_dim"]
         require(
             self.positions != "rope" or head_dim % 2 == 0, self, "positions",
             f"RoPE turns pairs of channels, but a head has {head_dim}: make head_dim even",
@@ -94,9 +96,8 @@ class ModelConfig:
             self.num_layers % len(tile) == 0, self, "num_layers",
             f"{len(tile)} layers tile the depth: take a multiple of {len(tile)}",
         )  # fmt: skip
-        for layer in self.depth_layers:
-            for branch in [layer] if isinstance(layer, str) else layer:
-                layer_steps(branch)
+        for layer in self.layer_strings:
+            layer_steps(layer)
 
     @property
     def depth_layers(self) -> list[str | list[str]]:
@@ -105,11 +106,19 @@ class ModelConfig:
         return list(tile) * (self.num_layers // len(tile))
 
     @property
-    def block_values(self) -> dict[str, Any]:
-        """What a block may ask for by name: every field, with head_dim and mlp_dim worked out where they are None."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["head_dim"] = self.head_dim or self.dim // self.num_heads
-        values["mlp_dim"] = self.mlp_dim or 4 * self.dim
+    def layer_strings(self) -> list[str]:
+        """Every layer string, parallel ones included, from the first layer to the last."""
+        return [branch for layer in self.depth_layers for branch in ([layer] if isinstance(layer, str) else layer)]
+
+    def block_values(self, options: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What a block may ask for by name: the options of the layer string, else the fields; head_dim and mlp_dim worked out.
+
+        By default a gated MLP is 8/3 dim wide, to the nearest multiple of 8: with its third matrix it has as many parameters as
+        an ungated one of 4 dim.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)} | (options or {})
+        values["head_dim"] = values["head_dim"] or self.dim // self.num_heads
+        values["mlp_dim"] = values["mlp_dim"] or (gated_width(4 * self.dim) if values["gated"] else 4 * self.dim)
         return values
 
 
@@ -142,7 +151,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # pull of matrices towards zero, as a share of the learning rate; none on norms and biases
     embedding_decay: float = 0.0  # the same pull of embeddings, tied ones too
     grad_clip: float | None = 1.0  # longest gradient; None does not clip
-    weight_averaging: float | None = None  # share of it that an average of the weights keeps a step; None is off
+    ema_decay: float | None = None  # decay of an exponential moving average of the weights, the one that is kept; None is off
     lr_init: float = 0.0  # learning rate before the warm-up
     lr_max: float = 4e-3  # learning rate after it
     lr_min: float = 0.0  # learning rate at the end
@@ -155,6 +164,7 @@ class TrainConfig:
     data_seed: int | None = None  # decides the order of the data instead; None is seed
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is the best there is
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto is what the machine is faster at
+    fast: bool | Literal["auto"] = "auto"  # C++ versions of the blocks, on a CPU; auto is what is faster
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto tries it in runs of 13 minutes or more
     threads: int | Literal["auto"] = "auto"  # of the CPU; auto is what is fastest
 
@@ -182,8 +192,8 @@ class TrainConfig:
         )  # fmt: skip
         require(self.max_steps or self.max_minutes, self, "max_steps", "give max_steps or max_minutes, or it never ends")
         require(self.threads == "auto" or self.threads >= 1, self, "threads", "give a whole number of at least 1, or auto")
-        average = self.weight_averaging
-        require(average is None or 0 < average < 1, self, "weight_averaging", "give a share between 0 and 1, or None")
+        decay = self.ema_decay
+        require(decay is None or 0 < decay < 1, self, "ema_decay", "give a number between 0 and 1, or None")
         start = self.batch_size_start
         require(
             start is None or (1 <= start <= self.batch_size and (self.batch_size / start).is_integer()), self, "batch_size_start",
@@ -242,6 +252,11 @@ def layer_steps(layer: str) -> list[tuple[str, dict[str, Any]]]:
     return steps
 
 
+def format_step(name: str, options: dict[str, Any]) -> str:
+    """('Attn', {'window': 64})  becomes  'Attn(window=64)'"""
+    return f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())})" if options else name
+
+
 def marked(layer: str, place: int) -> str:
     """'Norm->Atn->+' with place 1 is 'Norm->»Atn«->+': where in a layer string something is wrong."""
     steps = layer.split("->")
@@ -253,7 +268,7 @@ def to_json(config: ModelConfig | TrainConfig) -> str:
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     if isinstance(values.get("layers"), tuple):
         values["layers"] = {"tile": list(values["layers"])}
-    lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
+    lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in {"version": VERSION, **values}.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -265,6 +280,7 @@ def from_json(config_class, text: str):
         raise ValueError(f"this is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError("this JSON holds no config: it must be an object with a key for every field")
+    values = migrate(config_class, values)
     defaults = {field.name: field.default for field in fields(config_class)}
     for name in values:
         if name not in defaults:
@@ -280,6 +296,53 @@ def from_json(config_class, text: str):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
     return config_class(**values)
+
+
+def migrate(config_class, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config file in today's fields, whatever version wrote it. Raises ValueError for a newer one."""
+    values = dict(values)
+    version = values.pop("version", 1)
+    if version not in (1, VERSION):
+        raise ValueError(f"version={version!r}: this file was written by a newer baseGPT; this one reads up to version {VERSION}")
+    if version == 1 and config_class is ModelConfig:
+        values.pop("attention", None)  # how a machine computes is now TrainConfig.fast
+        if values.keys() >= {"layers", "mlp_dim", "gated"}:
+            values["layers"] = with_real_widths(values["layers"], values["mlp_dim"], values["gated"])
+            if values["mlp_dim"] and values["gated"]:
+                values["mlp_dim"] = gated_width(values["mlp_dim"])
+    if version == 1 and config_class is TrainConfig:
+        if "weight_averaging" in values:
+            values["ema_decay"] = values.pop("weight_averaging")
+        values.setdefault("fast", TrainConfig.fast)
+    return values
+
+
+def with_real_widths(layers, mlp_dim: int | None, gated: bool):
+    """The layers of a file of version 1, in which a gated MLP was 2/3 as wide as its mlp_dim says.
+
+    Steps with an option mlp_dim get the real width; steps with an option gated that differs from the config get one.
+    """
+    if isinstance(layers, dict):
+        return {name: with_real_widths(tile, mlp_dim, gated) for name, tile in layers.items()}
+    if isinstance(layers, list):
+        return [with_real_widths(layer, mlp_dim, gated) for layer in layers]
+    if not isinstance(layers, str) or not {"mlp_dim", "gated"} & {option for _, step in layer_steps(layers) for option in step}:
+        return layers
+    steps = []
+    for name, options in layer_steps(layers):
+        is_gated = options.get("gated", gated)
+        width = options.get("mlp_dim", mlp_dim if is_gated != gated else None)
+        if width is not None:
+            options["mlp_dim"] = gated_width(width) if is_gated else width
+        steps.append(format_step(name, options))
+    return "->".join(steps)
+
+
+def look_up(kind: str, name: str, table: dict[str, Any]) -> Any:
+    """table[name]. Raises ValueError with the nearest match and all names for one that is not there."""
+    if name not in table:
+        raise ValueError(f"no {kind} is called {name!r}.{did_you_mean(name, table)} There are: {', '.join(table)}")
+    return table[name]
 
 
 def did_you_mean(name: str, names) -> str:
@@ -308,6 +371,24 @@ def check_types(config: ModelConfig | TrainConfig):
             expected = annotation.__name__ if isinstance(annotation, type) else annotation
             expected = f"one of {', '.join(choices)}" if choices else expected
             raise ValueError(f"{name}={value!r}: it must be {expected}.{did_you_mean(str(value), choices)}") from error
+
+
+def init_parameters(block: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a block's __init__, including those of its base class that it passes on by **."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in block.__mro__:
+        if "__init__" in vars(base):
+            _, *own = inspect.signature(base.__init__).parameters.values()
+            stars = {parameter.kind for parameter in own} & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+            parameters = {parameter.name: parameter for parameter in own if parameter.kind not in stars} | parameters
+            if inspect.Parameter.VAR_KEYWORD not in stars:
+                break
+    return parameters
+
+
+def gated_width(mlp_dim: int) -> int:
+    """Width of a gated MLP with as many parameters as an ungated one of width mlp_dim, to the nearest multiple of 8."""
+    return max(8, round(mlp_dim * 2 / 3 / 8) * 8)
 
 
 def divisors(number: int) -> list[int]:

@@ -32,16 +32,16 @@ from script import HERE, describe_machine, in_new_process, new_process, quartile
 
 from config import ModelConfig, TrainConfig
 from model import GPT
-from modules.registry import make_ready
 from runs.presets import Preset
 from training import autotune as probe
 from training.autotune import Choices, matmul_peaks
+from training.configure import configure_for_training
 from training.machine import peak_memory_mb
 from training.optim import build_optimizers
 
 CPU = torch.device("cpu")
 SHAPE = Preset(
-    ModelConfig(dim=128, num_layers=8, num_heads=4, num_kv_heads=2, mlp_dim=516, max_seq_len=256),
+    ModelConfig(dim=128, num_layers=8, num_heads=4, num_kv_heads=2, mlp_dim=344, max_seq_len=256),
     TrainConfig(batch_size=32, max_minutes=10, mask_stories=False),
 )
 SHORT = ["model.num_layers=2", "train.batch_size=8", "train.compile=False"]
@@ -147,7 +147,7 @@ def sweep(shape: Preset, arguments: Arguments) -> list[str]:
 def wider(shape: Preset, dim: int) -> list[str]:
     """The changes to another width: more heads or fewer of the same size, and an MLP of the same proportion."""
     model = shape.model
-    head_dim, mlp_dim = model.block_values["head_dim"], round(model.block_values["mlp_dim"] * dim / model.dim)
+    head_dim, mlp_dim = model.block_values()["head_dim"], round(model.block_values()["mlp_dim"] * dim / model.dim)
     num_heads = max(1, dim // head_dim)
     num_kv_heads = max(1, num_heads * model.num_kv_heads // model.num_heads)
     values = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "mlp_dim": mlp_dim}
@@ -179,7 +179,7 @@ def list_variants(shape: Preset, vocab_size: int, names: Iterable[str]) -> dict[
 def build_model(shape: Preset, vocab_size: int) -> GPT:
     torch.manual_seed(0)
     model = GPT(shape.model, vocab_size)
-    make_ready(model, shape.train)
+    configure_for_training(model, shape.train)
     return model
 
 
@@ -297,7 +297,7 @@ def flops_per_token(variant: Variant) -> float:
     attended = sum(length**2 for length in stories) / T / 2  # tokens that one sees, on average
     model = GPT(config, variant.vocab_size)
     in_products = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
-    attention_dim = config.num_heads * config.block_values["head_dim"]
+    attention_dim = config.num_heads * config.block_values()["head_dim"]
     return 6 * in_products + 12 * config.num_layers * attended * attention_dim
 
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from config import Layers, ModelConfig, TrainConfig
-from data.sources import open_source, say
+from data.cache import say
+from data.sources import open_source
 from metrics.cost import config_of
 from modules.registry import build_model
 from runs.command_line import Arguments
@@ -57,7 +58,7 @@ class Rung:
         return size_label(self.wanted)
 
     def __str__(self) -> str:
-        config, values = self.config, self.config.block_values
+        config, values = self.config, self.config.block_values()
         heads = f"{config.num_heads} head{'s' * (config.num_heads > 1)} of {values['head_dim']}"
         missed = f"{self.parameters / self.wanted - 1:+.1%}"
         return (f"{self.architecture} at {self.label}: {self.parameters:,} parameters ({missed}): dim {config.dim}, {heads}, "
@@ -173,12 +174,12 @@ def possible_width(dim: float, parameters: Callable[[int], int | None]) -> int:
 
 
 def at_width(config: ModelConfig, dim: int) -> ModelConfig:
-    """The same architecture with another dim, and heads and MLP that fit it.
+    """The same architecture with another dim, and heads and MLP that fit it; the MLP a multiple of 8 wide.
 
     Query heads share keys and values as they did, as far as there are enough of them. Where the config names head_dim it stays;
     else it is dim / num_heads, to the nearest even number.
     """
-    head_dim, share = config.block_values["head_dim"], dim / config.dim
+    head_dim, share = config.block_values()["head_dim"], dim / config.dim
     group = config.num_heads // config.num_kv_heads
     wanted = config.num_heads * share
     if config.num_kv_heads == 1:
@@ -189,7 +190,7 @@ def at_width(config: ModelConfig, dim: int) -> ModelConfig:
     if config.head_dim is None:
         head_dim = max(2, 2 * round(dim / num_heads / 2))
     same = config.head_dim is None and head_dim * num_heads == dim
-    mlp_dim = None if config.mlp_dim is None else max(1, round(config.mlp_dim * share))
+    mlp_dim = None if config.mlp_dim is None else 8 * max(1, round(config.mlp_dim * share / 8))
     return replace(
         config, dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=None if same else head_dim, mlp_dim=mlp_dim
     )

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.loss import IGNORE
+from model import IGNORE
 
 WIDE_ENOUGH = 64  # the vocabulary of compression: its logits are all that is read of the model, so they are more than the letters
 

@@ -32,15 +32,14 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
+import fast
 from config import Layers, ModelConfig, TrainConfig, did_you_mean
-from data.dataset import default_cache_dir
-from data.sources import digest
+from data.cache import default_cache_dir, digest
 from evaluation.probe_tasks import TASKS, Compressor, Task
-from fast.loss import IGNORE
 from metrics.cost import config_of
-from metrics.scores import by_kernels
-from metrics.story_losses import code_digests
+from model import IGNORE
 from modules.registry import build_model
+from runs.code import code_digests
 from runs.command_line import read_layers
 from training.optim import build_optimizers, scheduled_learning_rate
 
@@ -131,12 +130,12 @@ def scaled(config: ModelConfig, T: int, effort: Effort) -> ModelConfig:
     in the layer string keep their share of the context. All other options stay as they are.
     """
     tile = len(config.layers) if isinstance(config.layers, tuple) else 1
-    share, values = effort.dim / config.dim, config.block_values
+    share, values = effort.dim / config.dim, config.block_values()
     head_dim = max(SMALLEST_HEAD, 2 ** round(math.log2(values["head_dim"] * share)))
     shorter = min(1.0, T / config.max_seq_len)
     return replace(
         config, dim=effort.dim, num_layers=tile * math.ceil(effort.num_layers / tile), head_dim=head_dim, dropout=0.0,
-        mlp_dim=max(8, round(values["mlp_dim"] * share)), layers=shortened(config.layers, shorter), max_seq_len=T,
+        mlp_dim=8 * max(1, round(values["mlp_dim"] * share / 8)), layers=shortened(config.layers, shorter), max_seq_len=T,
     )  # fmt: skip
 
 
@@ -207,7 +206,7 @@ def best_model(config: ModelConfig, task: Task, seed: int, effort: Effort) -> tu
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build(config, task, effort)
-            with by_kernels(model, num_stories=effort.steps):  # a step is worth compiling for as much as a story is
+            with fast.for_evaluation(model, num_stories=effort.steps):  # a step is worth as much compiling as a story
                 loss = train(model, task, seed, effort, lr)
         if best is None or loss < best[2]:
             best = model, lr, loss

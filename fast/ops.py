@@ -1,48 +1,36 @@
-"""Attention for training on a CPU, about twice as fast as torch's, more for packed stories; and norms, rotations, convolutions,
-activations and the loss in one pass over memory, where torch takes several. In C++ (kernels*.cpp), compiled when needed;
-kernels_scan.cpp is for modules/mamba.py.
+"""The C++ kernels as PyTorch functions with gradients: attention about twice as fast as torch's, more for packed stories; norms,
+rotations, convolutions, activations and the loss in one pass over memory.
 
 B batch, H query heads, G key/value heads, T time, K head dim, D model dim, V vocabulary.
 """
 
-import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
+import math
 import struct
-import subprocess
-import sys
-import tempfile
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SOURCES = [Path(__file__).with_name(name) for name in ("attention.cpp", "elementwise.cpp", "scan.cpp", "kernels.h")]
-FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-
-
-class BuildError(ValueError):
-    """The kernel cannot be had on this machine; the message is one line with the cure."""
+from fast.build import build
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None) -> Tensor:
-    """Causal grouped-query attention with a gradient.  q (B, H, T, K), k and v (B, G, T, K) → (B, H, T, K), as q
+    """Causal grouped-query attention with a gradient.  q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K), as q
 
-    The query at time t sees the keys from first[b, t] to t: first (B, T) of integers says where its story begins, or its
-    window; None is 0 everywhere, and int32 saves a conversion. What no query sees costs nothing. All is computed in float32,
-    bfloat16 is only how it is read and written, and comes out the same to the last bit with any number of threads. Raises
-    BuildError where there is no compiler.
+    The query at time t sees the keys from first[b, t] to t; first (B, T) of integers is the start of its story or of its window,
+    None is 0. Masked keys cost nothing. Computed in float32; bfloat16 is read and written. The result is the same to the last
+    bit with any number of threads. Raises BuildError where there is no compiler.
     """
     first, dtype = None if first is None else first.to(torch.int32).contiguous(), q.dtype
     if {x.dtype for x in (q, k, v)} != {torch.bfloat16}:
         q, k, v = q.float(), k.float(), v.float()
     return Attention.apply(q, k, v, first).to(dtype)
+
+
+def attention_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, first: Tensor | None = None) -> Tensor:
+    """The same with one more score for each head in the softmax, sinks (H), which has no value."""
+    first = None if first is None else first.to(torch.int32).contiguous()
+    return AttentionWithSinks.apply(q.float(), k.float(), v.float(), first, sinks).to(q.dtype)
 
 
 class Attention(torch.autograd.Function):
@@ -57,6 +45,29 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         return *torch.ops.basegpt.attention_backward(d_out, *ctx.saved_tensors), None
+
+
+class AttentionWithSinks(torch.autograd.Function):
+    """The kernel keeps the logarithm, in base 2, of each softmax's sum; a sink adds to that sum.
+
+    The kernel's gradients are right for whatever these sums are.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, first, sinks):
+        out, sums = torch.ops.basegpt.attention(q, k, v, first)  # sums: (B, H, T)
+        sinks = sinks.float()[:, None] / math.log(2)
+        with_sinks = torch.logaddexp2(sums, sinks)
+        out = out * torch.exp2(sums - with_sinks)[..., None]
+        ctx.save_for_backward(q, k, v, first, out, with_sinks, torch.exp2(sinks - with_sinks))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        *saved, of_sinks = ctx.saved_tensors
+        d_sinks = -(of_sinks * (d_out * saved[4]).sum(dim=-1)).sum(dim=(0, 2))
+        return *torch.ops.basegpt.attention_backward(d_out, *saved), None, d_sinks
 
 
 def run_forward(q, k, v, first):
@@ -115,21 +126,20 @@ def is_half(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
-def fit(backend: str, x: Tensor) -> bool:
-    """Does a block of this backend take the functions below for x? They are for float32 on a CPU, and bfloat16 under autocast.
+def supports(x: Tensor) -> bool:
+    """Whether the functions below take x: float32 on a CPU, or bfloat16 under autocast.
 
     Not under torch.compile, which fuses torch's formulas by itself.
     """
-    if backend != "kernel" or torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype in (torch.float32, torch.bfloat16)
     return x.dtype == torch.float32
 
 
-def rms_norm(x: Tensor, shape: tuple[int], weight: Tensor | None, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """x / rms(x) * weight, in that dtype or as x.  x (..., D) → (..., D), shape (D), weight (D): as torch's"""
-    assert shape == x.shape[-1:]
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """x / rms(x) * weight, in the given dtype or that of x.  x (..., D), weight (D) -> (..., D)"""
     return RMSNorm.apply(x, None if weight is None else weight.float(), eps, dtype or x.dtype)
 
 
@@ -157,7 +167,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn channels k and k + K / 2 by the angle of their position.  (B, H, T, K) → the same; cosines and sines (1, T, K / 2)"""
+    """Rotate channels k and k + K / 2 by the angle of the position.  x (B, H, T, K), rope 2 x (1, T, K / 2) -> (B, H, T, K)"""
     return Rope.apply(x, *rope)
 
 
@@ -165,16 +175,16 @@ class Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return turned(x, cos, sin, 1.0)
+        return rotated(x, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        return turned(d_out, *ctx.saved_tensors, -1.0), None, None
+        return rotated(d_out, *ctx.saved_tensors, -1.0), None, None
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    x = x.transpose(1, 2).contiguous()  # as it was projected
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    x = x.transpose(1, 2).contiguous()  # (B, T, H, K), as it was projected
     B, T, H, K = x.shape
     assert cos.shape == sin.shape == (1, T, K // 2)
     out = torch.empty_like(x)
@@ -184,10 +194,9 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, first: Tensor | None = None) -> Tensor:
-    """x[t] + bias + the sum over back of x[t - back] * weight[back], as far as first.
+    """x[t] + bias + the sum over i of x[t - i] weight[i], for t - i >= first[t].
 
-    x (B, T, D), weight (width, D), bias (D) → (B, T, D). first (B, T) of integers is the first token that each one sees; None is
-    the first of the row.
+    x (B, T, D), weight (width, D), bias (D), first (B, T) of integers or None -> (B, T, D)
     """
     return ShortConv.apply(x, weight, bias, None if first is None else first.to(torch.int32).contiguous())
 
@@ -215,11 +224,11 @@ class ShortConv(torch.autograd.Function):
         return *gradients, None
 
 
-ACTIVATIONS = ["SiLU", "GELU", "ReLU", "ReLU2"]  # in the order of kernels_elementwise.cpp
+ACTIVATIONS = ["SiLU", "GELU", "ReLU", "ReLU2"]  # in the order of elementwise.cpp
 
 
 def activate(activation: str, x: Tensor, factor: Tensor | None = None) -> Tensor:
-    """activation(x), or activation(x) * factor.  Any shape → the same"""
+    """activation(x), or activation(x) * factor.  Any shape -> the same"""
     if factor is not None and factor.dtype != x.dtype:
         x, factor = x.float(), factor.float()
     return Activation.apply(x, factor, ACTIVATIONS.index(activation))
@@ -246,7 +255,7 @@ class Activation(torch.autograd.Function):
 
 
 def weighted_sum(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """weights[0] * x + weights[1] * y.  x and y of one shape → the same; weights (2)"""
+    """weights[0] * x + weights[1] * y.  x and y of one shape -> the same; weights (2)"""
     return WeightedSum.apply(x.float(), y.float(), weights).to(x.dtype)
 
 
@@ -269,20 +278,20 @@ class WeightedSum(torch.autograd.Function):
         return gradients
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, soft_cap: float | None) -> Tensor:
-    """The summed loss of soft_cap(logits) in nats; the logits become its gradient.  logits (N, V), targets (N) → ()
+def cross_entropy_(logits: Tensor, targets: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
+    """Summed loss of soft_cap(logits) in nats, and its gradient (N, V) in place of the logits.  logits (N, V), targets (N)
 
-    As that of losses.py; a negative target is left out.
+    A negative target is not scored.
     """
     losses, targets = logits.new_empty(len(logits), dtype=torch.float32), targets.contiguous()
     assert logits.is_contiguous() and targets.shape == losses.shape and targets.dtype == torch.int64
     assert targets.max() < logits.shape[1]
     build().cross_entropy(logits, targets, losses, *logits.shape, soft_cap or 0.0, is_half(logits), torch.get_num_threads())
-    return losses.sum()
+    return losses.sum(), logits
 
 
 def without_gaps(x: Tensor) -> Tensor:
-    """x, or a copy of it, as rows of x.shape[-1] numbers in a piece of memory, in any order."""
+    """x, or a copy of it, whose rows of x.shape[-1] numbers fill one piece of memory, in any order."""
     in_order = x.is_contiguous() or (x.ndim == 4 and x.transpose(1, 2).is_contiguous())
     return x if in_order else x.contiguous()
 
@@ -291,132 +300,3 @@ def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
     return y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype).copy_(y)
 
 
-class Pointer(ctypes.c_void_p):
-    """An argument of the library that is a tensor, or None for null."""
-
-    @classmethod
-    def from_param(cls, tensor: Tensor | None) -> ctypes.c_void_p:
-        if tensor is None:
-            return ctypes.c_void_p()
-        assert tensor.dtype in (torch.float32, torch.bfloat16, torch.int32, torch.int64)
-        return ctypes.c_void_p(tensor.data_ptr())
-
-
-SIGNATURES = {  # p pointer, i integer, f float
-    "rms_norm_forward": "ppppiifiii", "rms_norm_backward": "ppppppiiiii", "rope": "ppppiiiifii",
-    "short_conv_forward": "pppppiiiiii", "short_conv_backward": "pppppppiiiiii",
-    "activation_forward": "ipppiii", "activation_backward": "ipppppiii",
-    "weighted_sum_forward": "ppppii", "weighted_sum_backward": "pppppppii", "cross_entropy": "pppiifii",
-    "selective_scan_forward": "ppppppppiiiiii", "selective_scan_backward": "pppppppppppppiiiiii",
-}  # fmt: skip
-KINDS = {"p": Pointer, "i": ctypes.c_int64, "f": ctypes.c_float}
-
-
-@cache
-def build() -> ctypes.CDLL:
-    """Compiles the kernels unless the cache folder has it for this compiler and CPU, and loads it.  Raises BuildError."""
-    recipe = choose_recipe()
-    path = library_path(digest(recipe))
-    if not path.exists():
-        compile_to(path, recipe)
-    try:
-        if recipe.runtime is not None:
-            ctypes.CDLL(str(recipe.runtime), mode=ctypes.RTLD_GLOBAL)
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        reason = first_line(error)
-        raise BuildError(f"the kernel cannot be loaded ({reason}): delete {path}, or take attention='sdpa'") from error
-    for function in (library.attention_forward, library.attention_backward):
-        function.argtypes, function.restype = [ctypes.c_char_p], None
-    for name, signature in SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = [KINDS[kind] for kind in signature], None
-    return library
-
-
-def library_path(fingerprint: str) -> Path:
-    """Where the machine code of that fingerprint is kept once it is compiled."""
-    from data.dataset import default_cache_dir  # not on top: it takes a while to import, and most models do without the kernel
-
-    return default_cache_dir() / f"kernels-{fingerprint}.so"
-
-
-def fingerprint() -> str:
-    """Equal where the same machine code would be built; "none" where there is no compiler."""
-    try:
-        return digest(choose_recipe())
-    except BuildError:
-        return "none"
-
-
-class Recipe(NamedTuple):
-    command: list[str]  # all but the name of the output
-    version: str  # what the compiler says about itself
-    runtime: Path | None  # of OpenMP, where it has to be loaded before what the command makes
-
-
-def choose_recipe() -> Recipe:
-    """How to compile here.  Raises BuildError where there is no compiler.
-
-    torch has an OpenMP runtime of its own. A second one in the same process would wait for work at the expense of the first,
-    so the kernel takes torch's: GCC is given that file to link with, Apple's clang leaves the names open until they are loaded.
-    Other compilers leave OpenMP out, and the kernel runs on one thread.
-    """
-    compiler = find_compiler()
-    version = compiler_says([*compiler, "--version"])
-    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    command = [*compiler, *FLAGS, native, *(str(source) for source in SOURCES if source.suffix == ".cpp")]
-    libraries = Path(torch.__file__).parent / "lib"
-    if "clang" not in version:
-        runtimes = sorted(libraries.glob("libgomp*.so*"))
-        return Recipe([*command, "-fopenmp", "-Wl,--as-needed", *map(str, runtimes)], version, None)
-    if sys.platform == "darwin" and (libraries / "libomp.dylib").exists():
-        openmp = ["-Xpreprocessor", "-fopenmp", "-Wl,-undefined,dynamic_lookup"]
-        return Recipe([*command, *openmp], version, libraries / "libomp.dylib")
-    return Recipe([*command, "-fopenmp-simd"], version, None)
-
-
-def find_compiler() -> list[str]:
-    wanted = os.environ.get("CXX")
-    for compiler in [shlex.split(wanted)] if wanted else [["g++"], ["clang++"]]:
-        if path := shutil.which(compiler[0]):
-            return [path, *compiler[1:]]
-    missing = f"$CXX={wanted!r} is not" if wanted else "neither g++ nor clang++ is"
-    raise BuildError(f"attention='kernel' needs a C++ compiler, but {missing} here: install g++, or take attention='sdpa'")
-
-
-def compile_to(path: Path, recipe: Recipe):
-    """Built beside its place and moved there in one step, so that two processes may do it at the same time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent, ignore_cleanup_errors=True) as folder:
-            draft = Path(folder, path.name)
-            compiler_says([*recipe.command, "-o", str(draft)])
-            os.replace(draft, path)
-    except OSError as error:
-        reason = first_line(error)
-        raise BuildError(f"the kernel cannot be kept ({reason}): set $BASEGPT_CACHE, or take attention='sdpa'") from error
-
-
-def compiler_says(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        raise BuildError(f"{command[0]} cannot be run ({first_line(error)}): set $CXX, or take attention='sdpa'") from error
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        reason = next((line for line in lines if "error" in line), lines[0])
-        raise BuildError(f"{command[0]} cannot compile the kernels ({reason}): set $CXX, or take attention='sdpa'")
-    return done.stdout
-
-
-def digest(recipe: Recipe) -> str:
-    """Of all that the machine code depends on: source, compiler, flags, CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}) or platform.processor()
-    return hashlib.sha256(repr(([source.read_bytes() for source in SOURCES], recipe, cpu)).encode()).hexdigest()[:16]
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -21,6 +21,7 @@ import argparse
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +29,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import ModelConfig, TrainConfig, did_you_mean, layer_steps
-from model import Cache, Steps
+import fast
+from config import ModelConfig, TrainConfig, did_you_mean, format_step, init_parameters, layer_steps
+from model import GPT, Attention, Branch, Cache
 from modules.contract import layers_to_try
-from modules.registry import block_menu, build_model, init_parameters, needs_of
+from modules.registry import accepted_kwargs, all_blocks, build_model
+from modules.windows import mean_visible
 from runs.folder import Run, group_members, group_names, run_names
 from runs.presets import PRESETS, preset
 from tokenizer import load_tokenizer
@@ -130,7 +133,7 @@ def model_cost(model: nn.Module, T: int | None = None) -> Cost:
     tokens = torch.arange(T, device=device)[None] % model.vocab_size  # (1, T)
     needs = {}
     for place in places:
-        if place.module is not model and needs_of(place.module, memory=None):
+        if place.module is not model and accepted_kwargs(place.module, memory=None):
             needs["memory"] = torch.ones(1, T, getattr(place.module, "memory_dim", model.config.dim), device=device)
     with torch.no_grad(), as_torch_does_it(model):
         flops = count_flops(model, [place.module for place in places], tokens, needs)
@@ -146,7 +149,7 @@ def model_cost(model: nn.Module, T: int | None = None) -> Cost:
             wanted = init_parameters(type(module)) if is_block else ()
             parts.append(Part(
                 place, step, signs, kind=type(module).__name__ if is_block else step,
-                settings={name: value for name, value in (model.config.block_values | options).items() if name in wanted},
+                settings={name: value for name, value in model.config.block_values(options).items() if name in wanted},
                 shapes={name: tuple(weight.shape) for name, weight in weights.items()}, parameters=sum(new.values()),
                 flops=flops[module] / T, cache_per_token=per_token, cache_fixed=whole[module] - per_token * T,
             ))  # fmt: skip
@@ -164,12 +167,12 @@ def find_parts(model: nn.Module) -> list[Place]:
         places[module] = Place(place, step, signs, options, module, opened, dict(module.named_parameters(recurse=not opened)))
         if not opened:
             return
-        if isinstance(module, Steps):
+        if isinstance(module, Branch):
             steps = zip(module.blocks, steps_with_signs(module.layer), strict=True)
             for number, (block, (name, options, signs)) in enumerate(steps):
-                walk(block, f"{place}.blocks.{number}".lstrip("."), written(name, options), signs, **options)
+                walk(block, f"{place}.blocks.{number}".lstrip("."), format_step(name, options), signs, **options)
         for name, child in module.named_children():
-            if not (isinstance(module, Steps) and child is module.blocks):
+            if not (isinstance(module, Branch) and child is module.blocks):
                 walk(child, f"{place}.{name}".lstrip("."), name)
 
     walk(model, "", type(model).__name__)
@@ -177,7 +180,7 @@ def find_parts(model: nn.Module) -> list[Place]:
 
 
 def is_opened(module: nn.Module) -> bool:
-    holds_others = isinstance(module, nn.ModuleList | nn.ModuleDict) or any(isinstance(m, Steps) for m in module.modules())
+    holds_others = isinstance(module, nn.ModuleList | nn.ModuleDict) or any(isinstance(m, Branch) for m in module.modules())
     return holds_others and not hasattr(module, "flops_per_token")
 
 
@@ -193,26 +196,17 @@ def steps_with_signs(layer: str) -> list[tuple[str, dict[str, Any], tuple[str, .
     return steps
 
 
-def written(name: str, options: dict[str, Any]) -> str:
-    """('Attn', {'window': 64})  becomes  'Attn(window=64)'"""
-    return f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())})" if options else name
-
-
 @contextmanager
 def as_torch_does_it(model: nn.Module):
     """In eval, with formulas of torch that its counter sees, in place of fused kernels."""
-    was_training, backends = model.training, {m: m.backend for m in model.modules() if hasattr(m, "backend")}
-    for module in backends:
-        module.backend = "plain"
+    was_training = model.training
     fuses_recurrence, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with fast.undone(model), sdpa_kernel(SDPBackend.MATH):
             yield model.eval()
     finally:
         torch.backends.mkldnn.enabled = fuses_recurrence
         model.train(was_training)
-        for module, backend in backends.items():
-            module.backend = backend
 
 
 def count_flops(model: nn.Module, parts: list[nn.Module], tokens: Tensor, needs: dict[str, Tensor]) -> dict[nn.Module, float]:
@@ -226,9 +220,10 @@ def count_flops(model: nn.Module, parts: list[nn.Module], tokens: Tensor, needs:
     def after(module, inputs, output):
         begin, inside = under_way.pop()
         taken = counter.get_total_flops() - begin
-        if hasattr(module, "flops_per_token"):
+        if hasattr(module, "flops_per_token") or isinstance(module, Attention):
             B, T = inputs[0].shape[:2]
-            flops[module] += B * T * module.flops_per_token(T)
+            per_token = module.flops_per_token if hasattr(module, "flops_per_token") else partial(attention_flops, module)
+            flops[module] += B * T * per_token(T)
         else:
             flops[module] += taken - inside
         if under_way:
@@ -244,10 +239,22 @@ def count_flops(model: nn.Module, parts: list[nn.Module], tokens: Tensor, needs:
     return flops
 
 
+def attention_flops(attention: Attention, T: int) -> float:
+    """FLOPs per token: matrices, and the scores and weighted sums of the tokens that it sees.
+
+    torch would count all T keys of each query; visible_per_token(T) of a block says how many there are, if not its window.
+    """
+    matrices = sum(layer.weight.numel() for layer in attention.modules() if isinstance(layer, nn.Linear))
+    visible = mean_visible(T, attention.window)
+    if hasattr(attention, "visible_per_token"):
+        visible = attention.visible_per_token(T)
+    return 2 * matrices + 4 * attention.num_heads * attention.head_dim * visible
+
+
 def weigh_cache(model: nn.Module, tokens: Tensor, needs: dict[str, Tensor]) -> tuple[Counter, Counter]:
     """Bytes that each block keeps after half of the tokens (B, T), and after all of them; what no block keeps is the model's."""
     cache, weights = Cache(), [Counter(), Counter()]
-    if not needs_of(model, cache=cache):
+    if not accepted_kwargs(model, cache=cache):
         return weights[0], weights[1]
     half = tokens.shape[1] // 2
     for piece in (tokens[:, :half], tokens[:, half:]):
@@ -297,6 +304,17 @@ def cost_of(spec: str | ModelConfig, T: int | None = None) -> Cost:
         return model_cost(build_model(config, vocab_size), T)
 
 
+def num_parameters(model, embeddings: bool = True) -> int:
+    """Number of parameters, with or without embeddings and head; a model may count its own."""
+    if hasattr(model, "num_parameters"):
+        return model.num_parameters(embeddings)
+    tables = [table for table in model.modules() if isinstance(table, nn.Embedding)]
+    if isinstance(model, GPT):  # the tables of its blocks are theirs
+        tables = [table for table in (model.embedding, model.position_embedding) if table is not None]
+    excluded = {id(weight) for table in (*tables, getattr(model, "head", nn.Identity())) for weight in table.parameters()}
+    return sum(weight.numel() for weight in model.parameters() if embeddings or id(weight) not in excluded)
+
+
 def comparison(*specs: str, T: int | None = None):
     """A pandas DataFrame with a column for each run or preset: every cost, kind by kind and in all."""
     import pandas as pd
@@ -319,7 +337,7 @@ def block_costs(config: ModelConfig | None = None, T: int | None = None):
     import pandas as pd
 
     config, rows = config or ModelConfig(), {}
-    for name, block in block_menu(config).items():
+    for name, block in all_blocks(config).items():
         layer = layers_to_try(name, block)[0]
         part = block_cost(name, layer, config, T)
         rows[name] = {"in": layer} | {label: getattr(part, quantity) for label, quantity in QUANTITIES.items()}

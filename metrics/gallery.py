@@ -16,7 +16,7 @@ from config import ModelConfig
 from metrics.cost import Part, model_cost
 from model import Cache
 from modules.contract import layers_to_try
-from modules.registry import block_menu, build_model
+from modules.registry import all_blocks, build_model
 from shapes.comments import tensors_in
 from tools import show_shapes
 
@@ -41,14 +41,14 @@ def show_blocks(config: ModelConfig, tokens: Tensor, vocab_size: int):
         family = inspect.getdoc(sys.modules[module]).splitlines()[0]
         display(Markdown(f"### {module.replace('.', '/')}.py\n\n{family}"))
         for name in names:
-            shown = watch(name, layers_to_try(name, block_menu(config)[name])[0], config, tokens, vocab_size)
+            shown = watch(name, layers_to_try(name, all_blocks(config)[name])[0], config, tokens, vocab_size)
             display(Markdown(f"#### {name}\n\n{shown.says}"), HTML(as_html(shown)))
 
 
 def families(config: ModelConfig) -> dict[str, list[str]]:
     """The names of the blocks in the menu, by the Python module that they come from. `Norm` is another name, and no block."""
     found: dict[str, list[str]] = {}
-    for name, block in block_menu(config).items():
+    for name, block in all_blocks(config).items():
         if name != "Norm":
             found.setdefault(block.__module__, []).append(name)
     return found

@@ -8,19 +8,16 @@ B batch, T time, V vocabulary.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.sources import say
-from fast import ops as kernels
+import fast
 from model import GPT, IGNORE
 
 MAX_LOGITS = 2**22  # that exist at once
-MANY_STORIES = 1000  # for which it is worth to compile
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def evaluate(model: GPT, tokenizer, stories: list[str], batch_size: int = 32, to
     hits = {k: torch.zeros(len(stories), dtype=torch.int64) for k in top_k}
     was_training = model.training
     model.eval()
-    with by_kernels(model, len(stories)):
+    with fast.for_evaluation(model, len(stories)):
         for batch, logits, targets in predictions(model, tokenizer, tokenised, batch_size):
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
             story = torch.tensor([piece.story for piece in batch])
@@ -139,33 +136,3 @@ def ranks_of(logits: Tensor, targets: Tensor) -> Tensor:
     lower = torch.lt(logits, own, out=torch.empty_like(logits))  # (B, T, V) of 0 and 1, which sum faster as floats
     ranks = vocab_size - 1 - lower.sum(dim=-1).long()  # (B, T)
     return ranks.masked_fill((targets == IGNORE) | own[..., 0].isnan(), vocab_size)
-
-
-@contextmanager
-def by_kernels(model: GPT, num_stories: int):
-    """Blocks of which nobody has said how they compute do so by our kernels, a third faster, where those are compiled already.
-
-    For a whole validation set they are compiled first, which is soon paid back. Torch's own stay where there is no compiler.
-    """
-    undecided = [block for block in model.modules() if getattr(block, "backend", None) == "auto"]
-    if undecided and next(model.parameters()).device.type == "cpu" and kernels_are_there(compiling=num_stories >= MANY_STORIES):
-        for block in undecided:
-            block.backend = "kernel"
-    try:
-        yield
-    finally:
-        for block in undecided:
-            block.backend = "auto"
-
-
-def kernels_are_there(compiling: bool) -> bool:
-    """Whether our kernels can be called: at once, or after compiling them. Why that failed is said."""
-    machine_code = kernels.fingerprint()
-    if machine_code == "none" or not (compiling or kernels.library_path(machine_code).exists()):
-        return False
-    try:
-        kernels.build()
-    except kernels.BuildError as error:
-        say(str(error))
-        return False
-    return True

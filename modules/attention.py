@@ -1,37 +1,54 @@
-"""Attention with more to its positions, its softmax or its output than the base model's has. All take its options, too.
+"""Attention variants: own RoPE, gates, ALiBi, sinks, differential. All take the options of the base model's attention, too.
 
-B batch, T time, S time with what the cache remembers in front, D model dim, K head dim.
+B batch, T time, S time including cached tokens, D model dim, H query heads, G key/value heads, K head dim.
 """
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from model import Attention, linear, rope_table, soft_cap
-from modules.norms import RMSNorm
-from modules.windows import attend_blocks, blocks_needed, visible
+from model import Attention, RMSNorm, append_to_cache, causal_mask, linear, masked_attention, rope_table
+from modules.windows import attend_blocks, attend_spans, block_plan, mean_visible, span_mask
+
+
+def narrowest(*windows: int | None) -> int | None:
+    """The smallest of the windows that are given; None if none is."""
+    return min((window for window in windows if window is not None), default=None)
+
+
+def attention_scores(q: Tensor, k: Tensor, soft_cap: float | None = None, scale: float | None = None) -> Tensor:
+    """scale q k, soft-capped; scale is by default 1 / sqrt(K).  q (B, H, T, K), k (B, G, S, K) -> (B, H, T, S)"""
+    B, H, T, K = q.shape
+    scores = ((q.reshape(B, k.shape[1], -1, K) * (scale or K**-0.5)) @ k.mT).view(B, H, T, -1)
+    return scores if soft_cap is None else soft_cap * torch.tanh(scores / soft_cap)
+
+
+def average(weights: Tensor, v: Tensor) -> Tensor:
+    """Weighted sums of the values.  weights (B, H, T, S), v (B, G, S, K) -> (B, H, T, K)"""
+    B, H, T, S = weights.shape
+    return (weights.reshape(B, v.shape[1], -1, S) @ v).view(B, H, T, -1)
 
 
 class RopeTable(nn.Module):
-    """The angles of a block that has a RoPE of its own, and where in them the next tokens stand.
+    """The rotation angles of a block with its own RoPE, and the position in them of the next tokens.
 
-    Of head_dim / 2 pairs of channels, as `apply_rope` takes them, the first share is turned as by RoPE, and the others by 0.
+    rope_share of the head_dim / 2 pairs of channels, the first ones, are rotated; the others keep an angle of 0.
     """
 
-    def __init__(self, max_seq_len: int, head_dim: int, rope_theta: float, share: float = 1.0):
+    def __init__(self, max_seq_len: int, head_dim: int, rope_theta: float, rope_share: float = 1.0):
         super().__init__()
-        turned = round(share * head_dim / 2)
-        cos, sin = rope_table(max_seq_len, 2 * turned, rope_theta)
-        still = head_dim // 2 - turned
-        self.register_buffer("cos", F.pad(cos, (0, still), value=1.0), persistent=False)
-        self.register_buffer("sin", F.pad(sin, (0, still), value=0.0), persistent=False)
+        num_rotated = round(rope_share * head_dim / 2)
+        cos, sin = rope_table(max_seq_len, 2 * num_rotated, rope_theta)
+        num_fixed = head_dim // 2 - num_rotated
+        self.register_buffer("cos", F.pad(cos, (0, num_fixed), value=1.0), persistent=False)
+        self.register_buffer("sin", F.pad(sin, (0, num_fixed), value=0.0), persistent=False)
 
     def next(self, T: int, cache: dict | None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the next T tokens, each (1, T, head_dim / 2); the cache counts those that were read."""
+        """Cosines and sines of the next T tokens, each (1, T, head_dim / 2); the cache counts the tokens read."""
         start = 0 if cache is None else cache.get("num_tokens", 0)
         if cache is not None:
             cache["num_tokens"] = start + T
@@ -39,12 +56,12 @@ class RopeTable(nn.Module):
 
 
 class RotaryAttention(Attention):
-    """Attention with a RoPE of its own, where the model has RoPE.  (B, T, D) → (B, T, D)
+    """Attention with its own RoPE, if the model has positions="rope".  (B, T, D) -> (B, T, D)
 
-    rope_theta is the base of its wavelengths: Gemma 3 takes 10,000 in windows and 1,000,000 without (arXiv 2503.19786, section
-    2). rope_share is the share of channels that are turned, as in GPT-J and GPT-NeoX (Black et al. 2022, arXiv 2204.06745,
-    section 2.1.1), 0 for none (Yang et al. 2025, arXiv 2501.18795, take that in every fourth layer): channel k turns with
-    channel k + head_dim / 2, for all k below rope_share head_dim / 2, by rope_theta^(-2 k / (rope_share head_dim)) a token.
+    rope_theta is the base of its wavelengths: Gemma 3 uses 10,000 in windows and 1,000,000 without (arXiv 2503.19786, section
+    2). rope_share is the share of channels that are rotated, as in GPT-J and GPT-NeoX (Black et al. 2022, arXiv 2204.06745,
+    section 2.1.1), 0 for none (in every fourth layer of Yang et al. 2025, arXiv 2501.18795): channel k is paired with channel
+    k + head_dim / 2, for all k below rope_share head_dim / 2, and rotates by rope_theta^(-2 k / (rope_share head_dim)) a token.
     """
 
     examples = ("RopeAttn(rope_theta=100.0)", "RopeAttn(rope_share=0.5, window=5)", "RopeAttn(rope_share=0.0)")
@@ -55,21 +72,22 @@ class RotaryAttention(Attention):
     ):  # fmt: skip
         super().__init__(dim, head_dim=head_dim, **attention)
         if not 0 <= rope_share <= 1:
-            raise ValueError(f"rope_share={rope_share}: give the share of channels that are turned, from 0 to 1")
+            raise ValueError(f"rope_share={rope_share}: give the share of channels that are rotated, from 0 to 1")
         self.rope_table = RopeTable(max_seq_len, head_dim, rope_theta, rope_share) if positions == "rope" else None
 
-    def forward(self, x, *, first=None, cache=None):
-        return super().forward(x, first=first, rope=self.next_rope(x.shape[1], cache), cache=cache)
+    def forward(self, x, *, story_start=None, window=None, cache=None):
+        rope = self.next_rope(x.shape[1], cache)
+        return super().forward(x, rope=rope, story_start=story_start, window=window, cache=cache)
 
     def next_rope(self, T, cache):
         return None if self.rope_table is None else self.rope_table.next(T, cache)
 
 
 class GatedAttention(RotaryAttention):
-    """Attention whose output is multiplied by a sigmoid of the input, before the last matrix.  (B, T, D) → (B, T, D)
+    """Attention with a sigmoid output gate, before the output projection.  (B, T, D) -> (B, T, D)
 
-    gate="channel" is a gate for each channel of each head, "head" one for each head (Qiu et al. 2025, arXiv 2505.06708, section
-    2.2, position G1). With "channel" it is that of Qwen3-Next.
+    gate="channel" has a gate for each channel of each head, as Qwen3-Next, "head" one for each head (Qiu et al. 2025, arXiv
+    2505.06708, section 2.2, position G1).
     """
 
     examples = ("GatedAttn", "GatedAttn(gate='head', qk_norm=True, rope_share=0.25)")
@@ -81,20 +99,19 @@ class GatedAttention(RotaryAttention):
         super().__init__(dim, num_heads=num_heads, head_dim=head_dim, linear_bias=linear_bias, **attention)
         self.w_gate = linear(dim, num_heads * (head_dim if gate == "channel" else 1), bias=linear_bias)
 
-    def forward(self, x, *, first=None, cache=None):
+    def forward(self, x, *, story_start=None, window=None, cache=None):
         B, T, D = x.shape
         q, k, v = self.project(x, self.next_rope(T, cache))
-        mixed = self.mix(q, k, v, first, cache).transpose(1, 2)  # (B, T, num_heads, head_dim)
+        y = self.attend(q, k, v, story_start, window, cache).transpose(1, 2)  # (B, T, num_heads, head_dim)
         gate = self.w_gate(x).sigmoid().view(B, T, self.num_heads, -1)
-        return self.w_out((gate * mixed).reshape(B, T, -1))  # (B, T, D)
+        return self.w_out((gate * y).reshape(B, T, -1))  # (B, T, D)
 
 
 class AlibiAttention(Attention):
-    """Attention with linear biases: a score falls with the distance, in each head by a slope of its own.  (B, T, D) → (B, T, D)
+    """Attention with linear biases: each head subtracts its own slope times the distance from the scores.  (B, T, D) -> (B, T, D)
 
-    Press et al. 2021, arXiv 2108.12409, section 3. It takes no other positions: RoPE is left out, and positions="none" fits.
-    The biases are those of a mask, which torch's kernel adds to every score, and ours does not know: so it takes more time and
-    memory than Attn, which leaves out what no token sees.
+    Press et al. 2021, arXiv 2108.12409, section 3. It uses no other positions: RoPE is left out, and positions="none" fits. The
+    biases are added to every score, also to those that are masked, so it takes more time and memory than Attn.
     """
 
     examples = ("AlibiAttn", "AlibiAttn(window=5, num_heads=6)")
@@ -103,27 +120,25 @@ class AlibiAttention(Attention):
         super().__init__(dim, num_heads=num_heads, **attention)
         self.register_buffer("slopes", alibi_slopes(num_heads), persistent=False)
 
-    def forward(self, x, *, first=None, cache=None):
-        return super().forward(x, first=first, cache=cache)
+    def forward(self, x, *, story_start=None, window=None, cache=None):
+        return super().forward(x, story_start=story_start, window=window, cache=cache)
 
-    def fits_kernel(self, T, S):
-        return False
-
-    def weigh(self, q, k, v, mask):
+    def attend(self, q, k, v, story_start, window, cache):
+        if cache is not None:
+            k, v = append_to_cache(cache, k, v, self.window)
         T, S = q.shape[2], k.shape[2]
-        mask = visible(T, S, device=q.device) if mask is None else mask
-        if self.backend == "plain" or self.soft_cap is not None:
-            return self.attend(q, k, v, mask)
-        biases = self.biases(T, S).type_as(q).masked_fill(~mask, -math.inf)
-        return F.scaled_dot_product_attention(q, k, v, biases, self.dropout if self.training else 0.0, enable_gqa=True)
+        window = narrowest(self.window, window)
+        if window is None or window >= S:
+            return self.with_biases(q, k, v, causal_mask(T, S, story_start, device=q.device))
+        return attend_spans(self.with_biases, q, k, v, ((0, window - 1),), story_start)
 
-    def softmax(self, scores):
-        return (scores + self.biases(*scores.shape[-2:])).softmax(dim=-1)
-
-    def biases(self, T, S):
-        """Minus slope times distance; the queries are the last T of S tokens.  (num_heads, T, S)"""
-        places = torch.arange(S, device=self.slopes.device)
-        return self.slopes[:, None, None] * (places - places[S - T :, None])
+    def with_biases(self, q, k, v, mask):
+        """Attention restricted to mask (..., T, S), with a bias of minus slope times distance.  (B, H, T, K)"""
+        T, S = q.shape[2], k.shape[2]
+        positions = torch.arange(S, device=q.device)
+        biases = self.slopes[:, None, None] * (positions - positions[S - T :, None])  # (H, T, S)
+        biases = biases.type_as(q).masked_fill(~mask, -math.inf)
+        return masked_attention(q, k, v, biases, self.soft_cap, self.dropout if self.training else 0.0)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -135,21 +150,53 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.cat([slopes, between])[:num_heads]
 
 
+def attention_with_sinks(q, k, v, sinks, story_start=None, window=None, soft_cap=None, dropout=0.0) -> Tensor:
+    """causal_attention of model.py with one more score for each head, sinks (H), which has no value.  (B, H, T, K)"""
+    weigh = partial(masked_attention_with_sinks, sinks=sinks, soft_cap=soft_cap, dropout=dropout)
+    T, S = q.shape[2], k.shape[2]
+    if window is None or window >= S:
+        return weigh(q, k, v, causal_mask(T, S, story_start, device=q.device))
+    return attend_spans(weigh, q, k, v, ((0, window - 1),), story_start)
+
+
+def masked_attention_with_sinks(q, k, v, mask, sinks, soft_cap=None, dropout=0.0) -> Tensor:
+    """Attention restricted to mask (..., T, S), with the scores of sinks (H) in the softmax.  (B, H, T, K)"""
+    B, H, T, K = q.shape
+    if soft_cap is not None:
+        scores = attention_scores(q, k, soft_cap).masked_fill(~mask, -math.inf)
+        return average(F.dropout(softmax_with_sinks(scores, sinks), dropout), v)
+    # PyTorch's fused attention knows no sinks: one more key, of zeros and a 1 in one more channel, in which each query has the
+    # score of its head's sink.
+    G = k.shape[1]
+    q = torch.cat([q, (sinks * K**0.5).type_as(q)[:, None, None].expand(B, H, T, 1)], dim=-1)
+    sink = F.one_hot(torch.tensor(K, device=q.device), K + 1).type_as(k)
+    k = torch.cat([sink.expand(B, G, 1, K + 1), F.pad(k, (0, 1))], dim=2)  # (B, G, 1 + S, K + 1)
+    v, mask = F.pad(v, (0, 1, 1, 0)), F.pad(mask, (1, 0), value=True)  # v: (B, G, 1 + S, K + 1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=K**-0.5, enable_gqa=True)[..., :K]
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the keys and a sink (H) for each head, without the weight of the sink.  (B, H, T, S) -> the same"""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    sinks = sinks[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+
+
 class SinkAttention(RotaryAttention):
-    """Attention with sinks, which take the weight that a token has no use for.  (B, T, D) → (B, T, D)
+    """Attention with sinks, which take the weight that a token has no use for.  (B, T, D) -> (B, T, D)
 
-    learned: each head has a number that stands among the scores of every query, and has no value, so that the weights of the
-    keys need not sum to 1. As in gpt-oss (2025, arXiv 2508.10925, section 2.2); it begins at 0, the softmax off by one of Xiao
-    et al. 2023, arXiv 2309.17453, section 3.3. keep: with a window, so many tokens from the first on that a token may look at
-    stay visible beside it, as sinks that the model has made itself (StreamingLLM, the same paper, section 3.2). Positions are
-    those in the text, not in the cache.
+    learned: each head has a score that takes part in every softmax but has no value, so the weights of the keys need not sum
+    to 1. As in gpt-oss (2025, arXiv 2508.10925, section 2.2); it starts at 0, the softmax off by one of Xiao et al. 2023, arXiv
+    2309.17453, section 3.3. keep: the first tokens of the story, this many, stay visible beside the window, as sinks that the
+    model has made itself (StreamingLLM, the same paper, section 3.2). Positions are those in the text, not in the cache.
 
-    Torch's kernel knows no sinks: here one more key and one more channel stand for them, and no causal half is left out. Kept
-    tokens take a mask, and in long sequences they are written out in blocks, since each query may have others of its own:
-    per FLOP that takes longer than Attn. Our own kernel is for learned sinks alone.
+    The kept tokens need a mask, and long sequences are computed in blocks, since each query may have other ones: per FLOP that
+    takes longer than Attn.
     """
 
     examples = ("SinkAttn", "SinkAttn(keep=2, window=5)", "SinkAttn(learned=False, keep=3, window=7)", "SinkAttn(window=5)")
+    attention_with_sinks = staticmethod(attention_with_sinks)
 
     def __init__(self, dim: int, num_heads: int, window: int | None = None, learned: bool = True, keep: int = 0, **attention):
         super().__init__(dim, num_heads=num_heads, window=window, **attention)
@@ -162,7 +209,19 @@ class SinkAttention(RotaryAttention):
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if learned else None
         self.keep = keep
 
-    def remember(self, k, v, cache):
+    def attend(self, q, k, v, story_start, window, cache):
+        if cache is not None:
+            k, v = self.append_to_cache(cache, k, v)
+        S, window = k.shape[2], narrowest(self.window, window)
+        dropout = self.dropout if self.training else 0.0
+        if self.keep and window < S:
+            return self.with_kept(q, k, v, story_start, window, dropout)
+        if self.sinks is None:
+            return self.causal_attention(q, k, v, story_start, window, self.soft_cap, dropout)
+        return self.attention_with_sinks(q, k, v, self.sinks, story_start, window, self.soft_cap, dropout)
+
+    def append_to_cache(self, cache, k, v):
+        """Append keys and values; the cache keeps those of the first `keep` tokens and of the window."""
         k, v = (torch.cat([cache[name], x], dim=2) if name in cache else x for name, x in (("k", k), ("v", v)))
         S = k.shape[2]
         if self.window is None or S < self.keep + self.window:
@@ -172,106 +231,59 @@ class SinkAttention(RotaryAttention):
             cache["k"], cache["v"] = (torch.cat([x[:, :, : self.keep], x[:, :, recent:]], dim=2) for x in (k, v))
         return k, v
 
-    def blend(self, q, k, v, first, window):
+    def with_kept(self, q, k, v, story_start, window, dropout):
+        """Attention to the window and to the first `keep` tokens of the story.  (B, H, T, K)"""
         T, S = q.shape[2], k.shape[2]
-        if not self.keep or S <= window:
-            return super().blend(q, k, v, first, window)
         spans = ((0, window - 1),)
-        L, back = blocks_needed(spans)
-        if T == S and T > 4 * L * len(back):  # below that, the mask's fused kernel is faster
-            return self.with_kept(q, k, v, first, window)
-        near, all_before = visible(T, S, first, q.device, spans), visible(T, S, first, q.device)
-        begins = 0 if first is None else first[:, None, :, None]
-        return self.weigh(q, k, v, near | (all_before & (torch.arange(S, device=q.device) < begins + self.keep)))
+        L, back = block_plan(spans)
+        if T == S and T > 4 * L * len(back):  # below that, the fused version with a mask is faster
+            return self.with_kept_in_blocks(q, k, v, story_start, window, dropout)
+        near, visible = span_mask(T, S, spans, story_start, q.device), causal_mask(T, S, story_start, device=q.device)
+        start = 0 if story_start is None else story_start[:, None, :, None]
+        mask = near | (visible & (torch.arange(S, device=q.device) < start + self.keep))
+        if self.sinks is None:
+            return masked_attention(q, k, v, mask, self.soft_cap, dropout)
+        return masked_attention_with_sinks(q, k, v, mask, self.sinks, self.soft_cap, dropout)
 
-    def with_kept(self, q, k, v, first, window):
-        """The same in blocks, linear in T: the scores of the kept tokens go along with the queries, their weights come back."""
+    def with_kept_in_blocks(self, q, k, v, story_start, window, dropout):
+        """The same, linear in T: the scores of the kept tokens travel with the queries through the blocks of the window."""
         B, H, T, K = q.shape
         G, times = k.shape[1], torch.arange(T, device=q.device)
-        begins = torch.zeros_like(times).expand(B, T) if first is None else first
-        places = begins[..., None] + torch.arange(self.keep, device=q.device)  # (B, T, self.keep)
-        outside = places <= times[:, None] - window  # (B, T, self.keep), of the window
-        index = places.clamp(max=T - 1).long().view(B, 1, -1, 1).expand(B, G, -1, K)
+        start = torch.zeros_like(times).expand(B, T) if story_start is None else story_start
+        positions = start[..., None] + torch.arange(self.keep, device=q.device)  # (B, T, self.keep)
+        is_outside = positions <= times[:, None] - window  # (B, T, self.keep), of the window
+        index = positions.clamp(max=T - 1).long().view(B, 1, -1, 1).expand(B, G, -1, K)
         kept_k, kept_v = (x.gather(2, index).view(B, G, T, self.keep, K) for x in (k, v))
-        kept = torch.einsum("bghtk,bgtjk->bghtj", q.reshape(B, G, -1, T, K), kept_k * self.head_dim**-0.5)
-        kept = soft_cap(kept, self.soft_cap).reshape(B, H, T, -1).masked_fill(~outside[:, None], -math.inf)
+        kept = torch.einsum("bghtk,bgtjk->bghtj", q.reshape(B, G, -1, T, K), kept_k * K**-0.5)
+        kept = kept if self.soft_cap is None else self.soft_cap * torch.tanh(kept / self.soft_cap)
+        kept = kept.reshape(B, H, T, -1).masked_fill(~is_outside[:, None], -math.inf)
 
         def weigh(q_and_kept, k, v, mask):
             q, kept = q_and_kept.split([K, self.keep], dim=-1)
-            weights = self.softmax(torch.cat([self.scores(q, k, mask), kept], dim=-1))
-            weights = F.dropout(weights, self.dropout, self.training)
-            return torch.cat([self.average(weights[..., : -self.keep], v), weights[..., -self.keep :]], dim=-1)
+            scores = attention_scores(q, k, self.soft_cap).masked_fill(~mask, -math.inf)
+            weights = F.dropout(softmax_with_sinks(torch.cat([scores, kept], dim=-1), self.sinks), dropout)
+            return torch.cat([average(weights[..., : -self.keep], v), weights[..., -self.keep :]], dim=-1)
 
-        mixed = attend_blocks(weigh, torch.cat([q, kept], dim=-1), k, v, ((0, window - 1),), first)
-        mixed, weights = mixed.split([K, self.keep], dim=-1)
+        y = attend_blocks(weigh, torch.cat([q, kept], dim=-1), k, v, ((0, window - 1),), story_start)
+        y, weights = y.split([K, self.keep], dim=-1)
         of_kept = torch.einsum("bghtj,bgtjk->bghtk", weights.reshape(B, G, -1, T, self.keep), kept_v)
-        return mixed + of_kept.reshape(B, H, T, K)
+        return y + of_kept.reshape(B, H, T, K)
 
-    def softmax(self, scores):
-        if self.sinks is None:
-            return super().softmax(scores)
-        sinks = self.sinks[:, None, None].expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
-
-    def weigh(self, q, k, v, mask):
-        if self.sinks is None or self.backend == "plain" or self.soft_cap is not None:
-            return super().weigh(q, k, v, mask)
-        B, H, T, K = q.shape
-        G, S = k.shape[1:3]
-        mask = visible(T, S, device=q.device) if mask is None else mask
-        # One more key, of zeros and a 1 in one more channel, where each head's queries have the score that it is to get.
-        scores = (self.sinks * self.head_dim**0.5).type_as(q)
-        q = torch.cat([q, scores[:, None, None].expand(B, H, T, 1)], dim=-1)
-        sink = F.one_hot(torch.tensor(K, device=q.device), K + 1).type_as(k)
-        k = torch.cat([sink.expand(B, G, 1, K + 1), F.pad(k, (0, 1))], dim=2)  # (B, G, 1 + S, K + 1)
-        v, mask = F.pad(v, (0, 1, 1, 0)), F.pad(mask, (1, 0), value=True)  # v: (B, G, 1 + S, K + 1)
-        dropout, scale = self.dropout if self.training else 0.0, self.head_dim**-0.5
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=True)[..., :K]
-
-    def fits_kernel(self, T, S):
-        return not self.keep and super().fits_kernel(T, S)
-
-    def by_kernel(self, q, k, v, first):
-        first = None if first is None else first.to(torch.int32).contiguous()
-        return KernelWithSinks.apply(q.float(), k.float(), v.float(), first, self.sinks).to(q.dtype)
-
-    def seen_per_token(self, T):
+    def visible_per_token(self, T):
+        visible = mean_visible(T, self.window)
         if not self.keep or self.window >= T:
-            return super().seen_per_token(T)
+            return visible
         outside = sum(min(self.keep, t - self.window) for t in range(self.window + 1, min(T, self.window + self.keep) + 1))
-        return super().seen_per_token(T) + (outside + self.keep * max(0, T - self.window - self.keep)) / T
-
-
-class KernelWithSinks(torch.autograd.Function):
-    """Our kernel's attention with a sink's score for each head, (H): the sink is one more part of what the weights sum up to.
-
-    The kernel keeps the logarithms of these sums, in base 2, and its gradients are right for whatever they are.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, first, sinks):
-        out, sums = torch.ops.basegpt.attention(q, k, v, first)  # sums: (B, H, T)
-        sinks = sinks.float()[:, None] / math.log(2)
-        with_sinks = torch.logaddexp2(sums, sinks)
-        out = out * torch.exp2(sums - with_sinks)[..., None]
-        ctx.save_for_backward(q, k, v, first, out, with_sinks, torch.exp2(sinks - with_sinks))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        *saved, of_sinks = ctx.saved_tensors
-        d_sinks = -(of_sinks * (d_out * saved[4]).sum(dim=-1)).sum(dim=(0, 2))
-        return *torch.ops.basegpt.attention_backward(d_out, *saved), None, d_sinks
+        return visible + (outside + self.keep * max(0, T - self.window - self.keep)) / T
 
 
 class DifferentialAttention(RotaryAttention):
-    """Attention whose weights are the difference of two softmaxes, so that noise in both is lost.  (B, T, D) → (B, T, D)
+    """Differential attention: the difference of two softmaxes, which cancels common noise.  (B, T, D) -> (B, T, D)
 
-    Ye et al. 2024, arXiv 2410.05258, equations 1 to 3: heads h and h + num_heads / 2 make a pair, that shares the values of
-    both; what it gives is normalised, and the second softmax counts lambda, which is learned and begins at lambda_init. The
-    paper takes 0.8 - 0.6 exp(-0.3 l) in layer l from 0 on: layers of a tuple may each say their own. 0.8 for all was as good
-    (table 6). Each of the two halves of the values needs a pass through the fused kernels, so the scores are made twice.
+    Ye et al. 2024, arXiv 2410.05258, equations 1 to 3: heads h and h + num_heads / 2 are a pair that shares the values of both;
+    its output is normalised, and the second softmax is weighted by lambda, which is learned and starts at lambda_init. The paper
+    uses 0.8 - 0.6 exp(-0.3 l) in layer l, counted from 0: the layers of a tuple may have different values. 0.8 for all was as
+    good (table 6). The scores are computed twice, once for each half of the values.
     """
 
     examples = ("DiffAttn", "DiffAttn(lambda_init=0.2, window=5)")
@@ -290,23 +302,22 @@ class DifferentialAttention(RotaryAttention):
             setattr(self, name, nn.Parameter(torch.randn(head_dim) * 0.1))
         self.norm = RMSNorm(2 * head_dim, norm_eps=norm_eps)
 
-    def forward(self, x, *, first=None, cache=None):
+    def forward(self, x, *, story_start=None, window=None, cache=None):
         B, T, D = x.shape
         q, k, v = self.project(x, self.next_rope(T, cache))
         if cache is not None:
-            k, v = self.remember(k, v, cache)
-        halves = [half.repeat(1, 2, 1, 1) for half in v.chunk(2, dim=1)]
-        mixed = torch.cat([self.blend(q, k, half, first, self.window) for half in halves], dim=-1)
-        one, other = mixed.chunk(2, dim=1)  # (B, num_heads // 2, T, 2 * head_dim)
-        mixed = self.norm(one - self.share_of_other() * other) * (1 - self.lambda_init)
-        return self.w_out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+            k, v = append_to_cache(cache, k, v, self.window)
+        window, dropout = narrowest(self.window, window), self.dropout if self.training else 0.0
+        halves = [half.repeat(1, 2, 1, 1) for half in v.chunk(2, dim=1)]  # the pair shares the values of both
+        halves = [self.causal_attention(q, k, half, story_start, window, self.soft_cap, dropout) for half in halves]
+        one, other = torch.cat(halves, dim=-1).chunk(2, dim=1)  # (B, num_heads // 2, T, 2 * head_dim)
+        weight = (self.lambda_q1 @ self.lambda_k1).exp() - (self.lambda_q2 @ self.lambda_k2).exp() + self.lambda_init
+        y = self.norm(one - weight * other) * (1 - self.lambda_init)
+        return self.w_out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
-    def share_of_other(self):
-        """The paper's lambda."""
-        return (self.lambda_q1 @ self.lambda_k1).exp() - (self.lambda_q2 @ self.lambda_k2).exp() + self.lambda_init
-
-    def flops_per_token(self, T):
-        return super().flops_per_token(T) + 4 * self.num_heads * self.head_dim * self.seen_per_token(T)
+    def visible_per_token(self, T):
+        """Twice, once for each softmax."""
+        return 2 * mean_visible(T, self.window)
 
 
 BLOCKS = {

@@ -1,21 +1,37 @@
-"""Short convolutions: each token sees the few before it, cheaper and sooner than attention can learn to.
+"""Short convolutions over time.
 
 B batch, T time, D model dim.
 """
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from fast import ops as kernels
 from tools import LoggingModule
 
 
-class ShortConv(LoggingModule):
-    """Adds to each channel a learned mix of its last `width` values: the Canon layer (Allen-Zhu 2025, arXiv 2512.17351).
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, story_start: Tensor | None = None) -> Tensor:
+    """x[t] + bias + the sum over i of x[t - i] weight[i], within the story.  x (B, T, D), weight (width, D), bias (D)"""
+    B, T, D = x.shape
+    width = len(weight)
+    padded, positions = F.pad(x, (0, 0, width - 1, 0)), torch.arange(T, device=x.device)
+    y = x * (1 + weight[0])
+    for i in range(1, width):
+        earlier = padded[:, width - 1 - i : width - 1 - i + T]  # (B, T, D)
+        if story_start is not None:
+            earlier = earlier * (positions - i >= story_start)[..., None]
+        y = y + earlier * weight[i]
+    return y if bias is None else y + bias
 
-    A causal depthwise convolution with a skip, that begins as the identity; bias adds a learned number to each channel. It is
-    elementwise work, cheap, but far slower for its few FLOPs than products of matrices.  (B, T, D) → (B, T, D)
+
+class ShortConv(LoggingModule):
+    """Causal depthwise convolution with a skip, over `width` tokens: the Canon layer (Allen-Zhu 2025, arXiv 2512.17351).
+
+    (B, T, D) -> (B, T, D). Starts as the identity; bias adds a learned number to each channel. It is elementwise work: cheap,
+    but far slower for its few FLOPs than a matrix product.
     """
+
+    short_conv = staticmethod(short_conv)
 
     def __init__(self, dim: int, width: int = 4, bias: bool = False):
         super().__init__()
@@ -23,29 +39,18 @@ class ShortConv(LoggingModule):
             raise ValueError(f"layers: ShortConv(width={width}): give a whole number of at least 1")
         self.weight = nn.Parameter(torch.zeros(width, dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
-        self.backend = "auto"
 
-    def forward(self, x, *, first=None, cache=None):
-        """first (B, T) is the first token that each one may look at; None is the first of the row."""
-        if cache is None and kernels.fit(self.backend, x):
-            return kernels.short_conv(x, self.weight, self.bias, first)
+    def forward(self, x, *, story_start=None, cache=None):
         B, T, D = x.shape
-        width = len(self.weight)
-        past = cache["past"] if cache else x.new_zeros(B, width - 1, D)
-        seen = torch.cat([past, x], dim=1)  # (B, width - 1 + T, D)
-        if cache is not None:
-            cache["past"] = seen[:, T:]
-        places = torch.arange(T, device=x.device)
-        mixed = x * (1 + self.weight[0])
-        for back in range(1, width):
-            earlier = seen[:, width - 1 - back : width - 1 - back + T]  # (B, T, D)
-            if first is not None:
-                earlier = earlier * (places - back >= first)[..., None]
-            mixed = mixed + earlier * self.weight[back]
-        return mixed if self.bias is None else mixed + self.bias
+        if cache is None:
+            return self.short_conv(x, self.weight, self.bias, story_start)
+        past = cache["past"] if cache else x.new_zeros(B, len(self.weight) - 1, D)
+        extended = torch.cat([past, x], dim=1)  # (B, width - 1 + T, D)
+        cache["past"] = extended[:, T:]
+        return short_conv(extended, self.weight, self.bias)[:, -T:].contiguous()  # (B, T, D)
 
     def flops_per_token(self, T: int) -> float:
-        """A multiply-add for each of the width values of a channel."""
+        """One multiply-add for each of the width values of a channel."""
         return 2.0 * self.weight.numel()
 
 

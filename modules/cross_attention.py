@@ -1,20 +1,21 @@
-"""Attention to something else than the tokens before: a memory.
+"""Cross-attention to a memory, such as the output of an encoder.
 
 B batch, T time, M tokens of memory, D model dim.
 """
 
 import torch
+from torch import nn
 
-from model import SoftmaxAttention, linear
-from modules.norms import NORMS
+from model import Norm, RMSNorm, linear, masked_attention
+from tools import LoggingModule
 
 
-class CrossAttention(SoftmaxAttention):
-    """Attention of every token to all of the memory, as to an encoder's output.  (B, T, D) → (B, T, D)
+class CrossAttention(LoggingModule):
+    """Attention of every token to the whole memory, as to an encoder's output.  (B, T, D) -> (B, T, D)
 
-    Vaswani et al. 2017, arXiv 1706.03762, section 3.2.3. The memory (B, M, memory_dim), whose width is by default that of the
-    model, is what `model(tokens, memory=...)` was given. Nothing of it is hidden: neither the future, nor from other stories of
-    a row. At decoding, keys and values are made once and kept. Our own kernel is causal, so torch's does this.
+    Vaswani et al. 2017, arXiv 1706.03762, section 3.2.3. The memory (B, M, memory_dim) comes from `model(tokens, memory=...)`;
+    memory_dim is by default that of the model. No part of it is masked, whatever the position or the story of a token. While
+    decoding, keys and values are computed once and cached.
     """
 
     examples = ("CrossAttn", "Norm->Attn->+->Norm->CrossAttn(num_kv_heads=1, qk_norm=True)->+")
@@ -28,25 +29,26 @@ class CrossAttention(SoftmaxAttention):
         memory_dim: int | None = None,
         linear_bias: bool = False,
         qk_norm: bool = False,
-        norm: str = "RMSNorm",
+        norm: type[Norm] = RMSNorm,
         norm_eps: float = 1e-5,
-        attention: str = "auto",
         attention_soft_cap: float | None = None,
         dropout: float = 0.0,
     ):
         if memory_dim is not None and memory_dim < 1:
             raise ValueError(f"memory_dim={memory_dim}: give the width of the memory, or None for that of the model")
-        super().__init__(num_heads, num_kv_heads, head_dim, None, attention, attention_soft_cap, dropout)
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.soft_cap, self.dropout = attention_soft_cap, dropout
         self.memory_dim = memory_dim or dim
         self.w_q = linear(dim, num_heads * head_dim, bias=linear_bias)
         self.w_k = linear(self.memory_dim, num_kv_heads * head_dim, bias=linear_bias)
         self.w_v = linear(self.memory_dim, num_kv_heads * head_dim, bias=linear_bias)
         self.w_out = linear(num_heads * head_dim, dim, bias=linear_bias)
-        self.q_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
-        self.k_norm = NORMS[norm](head_dim, norm_eps=norm_eps) if qk_norm else None
+        self.q_norm = norm(head_dim, norm_eps=norm_eps) if qk_norm else None
+        self.k_norm = norm(head_dim, norm_eps=norm_eps) if qk_norm else None
 
     def forward(self, x, *, memory=None, cache=None):
-        """Raises ValueError where the memory is missing, or of another width or number of rows."""
+        """Raises ValueError if the memory is missing, or has another width or number of rows."""
         B, T, D = x.shape
         q = self.w_q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, num_heads, T, head_dim)
         q = q if self.q_norm is None else self.q_norm(q)
@@ -56,9 +58,9 @@ class CrossAttention(SoftmaxAttention):
             k, v = self.read(memory, B)  # k: (B, num_kv_heads, M, head_dim)
         if cache is not None:
             cache["k"], cache["v"] = k, v
-        everything = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device)
-        mixed = self.weigh(q, k, v, everything)  # (B, num_heads, T, head_dim)
-        return self.w_out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+        mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device)
+        y = masked_attention(q, k, v, mask, self.soft_cap, self.dropout if self.training else 0.0)
+        return self.w_out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
     def read(self, memory, B):
         """Keys and values of the memory, each (B, num_kv_heads, M, head_dim)."""
@@ -71,9 +73,10 @@ class CrossAttention(SoftmaxAttention):
         v = self.w_v(memory).view(B, M, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, num_kv_heads, M, head_dim)
         return (k if self.k_norm is None else self.k_norm(k)), v
 
-    def seen_per_token(self, T):
-        """Counted with a memory as long as the sequence."""
-        return T
+    def flops_per_token(self, T: int) -> float:
+        """Matrices, scores and weighted sums, with a memory as long as the sequence."""
+        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        return 2 * matrices + 4 * self.num_heads * self.head_dim * T
 
 
 BLOCKS = {"CrossAttn": CrossAttention}

@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import linear
+from model import RMSNorm, activate, linear
 from modules.chunks import FromChunkToChunk, check_sizes, in_chunks, masked, remembered, sight
 from modules.convolution import ShortConv
-from modules.mamba import activate, first_step_biases
-from modules.norms import RMSNorm, rms_norm
-from modules.scan import story_starts
+from modules.mamba import first_step_biases
+from modules.norms import rms_norm
 from tools import LoggingModule
 
 
@@ -39,9 +38,10 @@ class DeltaNet(LoggingModule):
     v_dim is the width of a value, None is head_dim. conv_width is how many tokens the convolution sees. The sequence is read in
     chunks of so many tokens; the result does not depend on it. Stories of a row do not see each other, but a growing window has
     no effect. Small triangular systems, norms, convolutions and gates are not as fast as the products of large matrices: per
-    FLOP this takes about twice as long as Attn.  (B, T, D) → (B, T, D)
+    FLOP this takes about twice as long as Attn.  (B, T, D) -> (B, T, D)
     """
 
+    activate, rms_norm = staticmethod(activate), staticmethod(rms_norm)
     examples = ("DeltaNet", "DeltaNet(num_heads=2, v_heads=6, v_dim=5, conv_width=1, chunk=100)")
 
     def __init__(
@@ -60,33 +60,31 @@ class DeltaNet(LoggingModule):
         self.w_beta = linear(dim, v_heads)
         self.norm = RMSNorm(v_dim, norm_eps=norm_eps)
         self.w_out = linear(v_heads * v_dim, dim)
-        self.backend = "auto"
 
-    def forward(self, x, *, first=None, cache=None):
-        """first (B, T) is the first token that each one may look at; None is the first of all."""
+    def forward(self, x, *, story_start=None, cache=None):
         B, T, D = x.shape
         state = remembered(cache, (B, self.v_heads, self.head_dim, self.v_dim), x)
-        starts = None if first is None else story_starts(first)
-        q, k, v = self.project(x, starts, cache)
+        q, k, v = self.project(x, story_start, cache)
         with torch.autocast(x.device.type, enabled=False):
             beta = self.w_beta(x.float()).sigmoid().transpose(1, 2)  # (B, v_heads, T)
             log_decay = self.log_decay(x.float())
             if cache is not None and T == 1:
                 mixed, state = self.step_by_step(q, k, v, beta, log_decay, state)
             else:
-                mixed, state = self.in_parallel(q, k, v, beta, log_decay, state, starts)
+                mixed, state = self.in_parallel(q, k, v, beta, log_decay, state, story_start)
         if cache is not None:
             cache["state"] = state
         mixed = self.finish(mixed.transpose(1, 2), x)  # (B, T, v_heads, v_dim)
         return self.w_out(mixed.flatten(2))
 
-    def project(self, x, starts, cache):
+    def project(self, x, story_start, cache):
         """Queries and keys (B, v_heads, T, head_dim), values (B, v_heads, T, v_dim), in float32.
 
         Keys have the length 1, queries 1 / sqrt(head_dim).
         """
-        mixed = self.conv(self.w_qkv(x), first=starts, cache=None if cache is None else cache.setdefault("conv", {}))
-        q, k, v = activate(self.backend, mixed.float()).split(self.widths, dim=-1)
+        conv_cache = None if cache is None else cache.setdefault("conv", {})
+        mixed = self.conv(self.w_qkv(x), story_start=story_start, cache=conv_cache)
+        q, k, v = self.activate("SiLU", mixed.float()).split(self.widths, dim=-1)
         q, k = (part.unflatten(2, (self.num_heads, -1)) for part in (q, k))
         q, k = (part.transpose(1, 2) for part in (self.with_length(q, self.head_dim**-0.5), self.with_length(k, 1.0)))
         if self.v_heads > self.num_heads:
@@ -96,14 +94,14 @@ class DeltaNet(LoggingModule):
     def with_length(self, x, length: float):
         """x length / |x|, with 1e-6 added to |x|²: the norm that comes to sqrt(K), and a gain that is not learned.  (..., K)"""
         K = x.shape[-1]
-        return rms_norm(x, x.new_full((K,), length / math.sqrt(K)), 1e-6 / K, self.backend)
+        return self.rms_norm(x, x.new_full((K,), length / math.sqrt(K)), 1e-6 / K)
 
     def log_decay(self, x):
         """None: nothing fades."""
         return None
 
     def finish(self, answers, x):
-        """What is made of the heads' answers.  (B, T, v_heads, v_dim) → the same"""
+        """What is made of the heads' answers.  (B, T, v_heads, v_dim) -> the same"""
         return self.norm(answers)
 
     def step_by_step(self, q, k, v, beta, log_decay, state):
@@ -180,7 +178,7 @@ class DeltaNet(LoggingModule):
 
 
 class GatedDeltaNet(DeltaNet):
-    """The delta rule with a state that fades, and a gate on what is read from it.  (B, T, D) → (B, T, D)
+    """The delta rule with a state that fades, and a gate on what is read from it.  (B, T, D) -> (B, T, D)
 
     Yang et al. 2024, arXiv 2412.06464, section 3; the block is that of Qwen3-Next and Qwen3.5. How much is kept of the state is a
     number from 0 to 1 that each token says for each head, by Mamba 2's formula. The normed answer of a head is multiplied by SiLU
@@ -198,12 +196,12 @@ class GatedDeltaNet(DeltaNet):
         self.step_bias = nn.Parameter(first_step_biases(self.v_heads))
 
     def log_decay(self, x):
-        """(B, T, D) → (B, v_heads, T)"""
+        """(B, T, D) -> (B, v_heads, T)"""
         step = F.softplus(self.w_step(x) + self.step_bias)
         return -(self.log_rate.exp() * step).transpose(1, 2)
 
     def finish(self, answers, x):
-        return activate(self.backend, self.w_gate(x).view_as(answers), self.norm(answers))
+        return self.activate("SiLU", self.w_gate(x).view_as(answers), self.norm(answers))
 
 
 BLOCKS = {"DeltaNet": DeltaNet, "GatedDeltaNet": GatedDeltaNet}

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fast import ops as kernels
-from model import ACTIVATIONS, linear
+from model import activate, linear
 from modules.chunks import check_sizes
 from modules.convolution import ShortConv
 from modules.scan import check_rows, recurrence, scan
@@ -32,7 +31,7 @@ LEAST_ROOT = 2.5e-7  # below it sqrt(1 - a²) has no gradient, which would be in
 
 
 class RGLRU(LoggingModule):
-    """The recurrent block with the real-gated linear recurrent unit (arXiv 2402.19427, section 2.3).  (B, T, D) → (B, T, D)
+    """The recurrent block with the real-gated linear recurrent unit (arXiv 2402.19427, section 2.3).  (B, T, D) -> (B, T, D)
 
     Two branches of `width` channels, by default D (the paper takes about 4 D / 3): one goes through GELU, the other through a
     convolution over conv_width tokens and the recurrence; their product goes through the last matrix. The gates' matrices are
@@ -41,6 +40,7 @@ class RGLRU(LoggingModule):
     beginning of the story. Much of it is elementwise and no product of matrices, so per FLOP it takes longer than Attn.
     """
 
+    activate = staticmethod(activate)
     examples = ("RGLRU", "Norm->RGLRU(width=36, blocks=6, conv_width=2, linear_bias=True)->+")
 
     def __init__(
@@ -67,40 +67,34 @@ class RGLRU(LoggingModule):
         a = torch.empty(width).uniform_(0.9, 0.999) ** (1 / SHARPNESS)
         self.forgetting = nn.Parameter(torch.logit(a))
         self.w_out = linear(width, dim, bias=linear_bias)
-        self.backend = "auto"
 
-    def forward(self, x, *, first=None, cache=None):
-        """first (B, T): the recurrence begins anew where first[b, t] is t. The cache keeps the state and the last few inputs."""
+    def forward(self, x, *, story_start=None, cache=None):
+        """The cache keeps the state and the last few inputs of the convolution."""
         B, T, D = x.shape
         state = None if cache is None else cache.get("state")
         if state is not None:
             check_rows(state, B)
         conv_cache = None if cache is None else cache.setdefault("conv", {})
-        inner = self.conv(self.w_in(x), first=first, cache=conv_cache)
-        decay, update = self.gated(inner.float(), self.begins(first, state, T, x.device))
+        inner = self.conv(self.w_in(x), story_start=story_start, cache=conv_cache)
+        positions = torch.arange(T, device=x.device)
+        is_start = (positions == 0)[None] & (state is None) if story_start is None else story_start == positions  # (1 or B, T)
+        decay, update = self.gated(inner.float(), is_start)
         states = (recurrence if T == 1 else scan)(decay, update, state)
         if cache is not None:
             cache["state"] = states[:, -1]
-        return self.w_out(self.gate(self.w_gate(x), states))
+        return self.w_out(self.activate("GELU", self.w_gate(x), states))
 
-    def begins(self, first, state, T, device):
-        """(B, T) or (1, T), True where a story begins."""
-        places = torch.arange(T, device=device)
-        if first is not None:
-            return first == places
-        return (places == 0)[None] & (state is None)
-
-    def gated(self, inner, begins):
-        """Equations 1 to 4: the decay and the update of each step, in float32.  (B, T, W), (B, T) → twice (B, T, W)"""
+    def gated(self, inner, is_start):
+        """Equations 1 to 4: the decay and the update of each step, in float32.  (B, T, W), (B, T) -> twice (B, T, W)"""
         B, T, W = inner.shape
         remember, admit = self.gates(inner)
         log_decay = -SHARPNESS * F.softplus(-self.forgetting) * remember  # log sigmoid(Λ) is -softplus(-Λ)
-        log_decay = log_decay.masked_fill(begins[..., None], -math.inf)  # (B, T, W)
+        log_decay = log_decay.masked_fill(is_start[..., None], -math.inf)  # (B, T, W)
         rest = -torch.expm1(2 * log_decay)  # 1 - a_t², exact near 0, too
         return log_decay.exp(), rest.clamp(min=LEAST_ROOT).sqrt() * admit * inner
 
     def gates(self, inner):
-        """Both gates by one product with all blocks.  (B, T, W) → twice (B, T, W)"""
+        """Both gates by one product with all blocks.  (B, T, W) -> twice (B, T, W)"""
         B, T, W = inner.shape
         H = self.blocks
         weights = torch.cat([self.w_remember, self.w_admit], dim=2)  # (H, W // H, 2 * W // H)
@@ -109,12 +103,6 @@ class RGLRU(LoggingModule):
             gates = torch.baddbmm(biases, inner.view(B * T, H, -1).transpose(0, 1), weights).sigmoid()
         gates = gates.view(H, B, T, 2, -1).permute(3, 1, 2, 0, 4)  # (2, B, T, H, W // H)
         return gates.reshape(2, B, T, W).unbind()
-
-    def gate(self, gate, states):
-        """The product of both branches.  Twice (B, T, W) → (B, T, W)"""
-        if kernels.fit(self.backend, gate):
-            return kernels.activate("GELU", gate, states)
-        return ACTIVATIONS["GELU"](gate) * states.type_as(gate)
 
     def flops_per_token(self, T: int) -> float:
         """The matrices, the convolution, and the recurrence: a multiply-add for a channel, thrice where it is a scan."""

@@ -1,6 +1,6 @@
-"""Attention whose keys and values are made from a small latent vector of each token, which is all that the cache keeps.
+"""Multi-head latent attention: keys and values come from a small latent vector of each token, which is all that is cached.
 
-B batch, T time, S time with what the cache remembers in front, D model dim.
+B batch, T time, S time including cached tokens, D model dim.
 The paper's symbols: c^KV is `latent`, k^R `rope_key`, W^DKV and W^KR together are `w_kv_down`, W^UK and W^UV together `w_kv_up`,
 W^DQ is `w_q_down`, W^UQ and W^QR together are `w_q_up`.
 """
@@ -9,26 +9,27 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from fast import ops as kernels
-from model import SoftmaxAttention, apply_rope, linear
-from modules.attention import RopeTable
-from modules.norms import NORMS
-from modules.windows import visible
+from model import Norm, RMSNorm, apply_rope, causal_attention, causal_mask, linear
+from modules.attention import RopeTable, attention_scores, average, narrowest
+from modules.windows import mean_visible
+from tools import LoggingModule
 
 
-class LatentAttention(SoftmaxAttention):
-    """Multi-head latent attention (DeepSeek-V2, 2024, arXiv 2405.04434, section 2.1 and appendix C).  (B, T, D) → (B, T, D)
+class LatentAttention(LoggingModule):
+    """Multi-head latent attention (DeepSeek-V2, 2024, arXiv 2405.04434, section 2.1 and appendix C).  (B, T, D) -> (B, T, D)
 
-    A latent of kv_rank numbers (None is 2 head_dim) holds a token's keys and values for all heads. Beside the head_dim channels
-    from there, a query and a key have rope_dim that RoPE turns (None is head_dim / 2); the key's are shared by all heads. v_dim
-    is the width of a value, None is head_dim. q_rank makes queries from a latent, too; None from the token itself.
+    A latent of kv_rank numbers (None is 2 head_dim) holds a token's keys and values for all heads. Queries and keys have
+    head_dim channels without RoPE and rope_dim channels with it (None is head_dim / 2); those of the key are shared by all
+    heads. v_dim is the width of a value, None is head_dim. With q_rank the queries come from a latent, too.
 
-    The cache keeps latent and turned key. A sequence at once makes keys and values of them, for the same kernels that Attn
-    takes. What comes behind a cache reads the latents themselves: w_kv_up is multiplied into queries and output instead.
+    The cache keeps the latent and the rotated key. Without a cache, keys and values are expanded from the latents, and
+    attention is that of Attn. With one, w_kv_up is multiplied into queries and output instead, and the latents are attended to.
     """
 
     examples = ("LatentAttn", "LatentAttn(q_rank=12, kv_rank=10, rope_dim=6, v_dim=4, window=5)")
+    causal_attention, apply_rope = staticmethod(causal_attention), staticmethod(apply_rope)
 
     def __init__(
         self,
@@ -44,13 +45,14 @@ class LatentAttention(SoftmaxAttention):
         v_dim: int | None = None,
         window: int | None = None,
         linear_bias: bool = False,
-        norm: str = "RMSNorm",
+        norm: type[Norm] = RMSNorm,
         norm_eps: float = 1e-5,
-        attention: str = "auto",
         attention_soft_cap: float | None = None,
         dropout: float = 0.0,
     ):
-        for option, value in {"q_rank": q_rank, "kv_rank": kv_rank, "rope_dim": rope_dim, "v_dim": v_dim}.items():
+        super().__init__()
+        sizes = {"q_rank": q_rank, "kv_rank": kv_rank, "rope_dim": rope_dim, "v_dim": v_dim, "window": window}
+        for option, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"{option}={value}: give a whole number of at least 1, or None")
         kv_rank, v_dim = kv_rank or 2 * head_dim, v_dim or head_dim
@@ -59,35 +61,38 @@ class LatentAttention(SoftmaxAttention):
             raise ValueError(f"rope_dim={rope_dim}: RoPE turns pairs of channels, so give an even number")
         if v_dim > head_dim + rope_dim:
             raise ValueError(f"v_dim={v_dim}: a value is no wider than a key, here head_dim + rope_dim = {head_dim + rope_dim}")
-        super().__init__(num_heads, num_heads, head_dim + rope_dim, window, attention, attention_soft_cap, dropout)
+        self.num_heads, self.head_dim, self.window = num_heads, head_dim + rope_dim, window
+        self.soft_cap, self.dropout = attention_soft_cap, dropout
         self.latent_head_dim, self.rope_dim, self.v_dim, self.kv_rank = head_dim, rope_dim, v_dim, kv_rank
         if q_rank is None:
             self.w_q = linear(dim, num_heads * (head_dim + rope_dim), bias=linear_bias)
         else:
             self.w_q_down = linear(dim, q_rank, bias=linear_bias)
-            self.q_norm = NORMS[norm](q_rank, norm_eps=norm_eps)
+            self.q_norm = norm(q_rank, norm_eps=norm_eps)
             self.w_q_up = linear(q_rank, num_heads * (head_dim + rope_dim))
         self.q_rank = q_rank
         self.w_kv_down = linear(dim, kv_rank + rope_dim, bias=linear_bias)
-        self.kv_norm = NORMS[norm](kv_rank, norm_eps=norm_eps)
+        self.kv_norm = norm(kv_rank, norm_eps=norm_eps)
         self.w_kv_up = linear(kv_rank, num_heads * (head_dim + v_dim))
         self.w_out = linear(num_heads * v_dim, dim, bias=linear_bias)
         self.rope_table = RopeTable(max_seq_len, rope_dim, rope_theta) if positions == "rope" else None
 
-    def forward(self, x, *, first=None, cache=None):
+    def forward(self, x, *, story_start=None, window=None, cache=None):
         B, T, D = x.shape
         q, latent, rope_key = self.compress(x, cache)
         if cache is not None:
-            latent, rope_key = self.remember(latent, rope_key, cache)
+            latent, rope_key = self.append_to_cache(cache, latent, rope_key)
+        dropout = self.dropout if self.training else 0.0
         if latent.shape[1] > T:
-            mixed = self.blend_latents(q, latent, rope_key)
+            y = self.attend_latents(q, latent, rope_key, dropout)
         else:
             k, v = self.expand(latent, rope_key)
-            mixed = self.blend(q, k, v, first, self.window)[..., : self.v_dim]
-        return self.w_out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+            y = self.causal_attention(q, k, v, story_start, narrowest(self.window, window), self.soft_cap, dropout)
+            y = y[..., : self.v_dim]
+        return self.w_out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
     def compress(self, x, cache):
-        """Queries (B, num_heads, T, head_dim), latents (B, T, kv_rank) and turned keys (B, T, rope_dim)."""
+        """Queries (B, num_heads, T, head_dim), latents (B, T, kv_rank) and rotated keys (B, T, rope_dim)."""
         B, T, D = x.shape
         q = self.w_q(x) if self.q_rank is None else self.w_q_up(self.q_norm(self.w_q_down(x)))
         q = q.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, num_heads, T, head_dim)
@@ -95,23 +100,22 @@ class LatentAttention(SoftmaxAttention):
         latent = self.kv_norm(latent)  # (B, T, kv_rank)
         if self.rope_table is not None:
             rope = self.rope_table.next(T, cache)
-            turn = kernels.apply_rope if kernels.fit(self.backend, q) else apply_rope
             plain_q, rope_q = q.split([self.latent_head_dim, self.rope_dim], dim=-1)
-            q = torch.cat([plain_q, turn(rope_q, rope)], dim=-1)  # (B, num_heads, T, head_dim)
-            rope_key = turn(rope_key[:, None], rope)[:, 0]  # (B, T, rope_dim)
+            q = torch.cat([plain_q, self.apply_rope(rope_q, rope)], dim=-1)  # (B, num_heads, T, head_dim)
+            rope_key = self.apply_rope(rope_key[:, None], rope)[:, 0]  # (B, T, rope_dim)
         return q, latent, rope_key
 
-    def remember(self, latent, rope_key, cache):
-        """Both with those of the tokens before in front; the cache keeps what the next token sees of them."""
+    def append_to_cache(self, cache, latent, rope_key):
+        """Append latents (B, S, kv_rank) and rotated keys (B, S, rope_dim); keep those that the next token can see."""
         if "latent" in cache:
             latent = torch.cat([cache["latent"], latent], dim=1)
             rope_key = torch.cat([cache["rope_key"], rope_key], dim=1)
-        outside = 0 if self.window is None else max(0, latent.shape[1] - self.window + 1)
-        cache["latent"], cache["rope_key"] = latent[:, outside:], rope_key[:, outside:]
+        dropped = 0 if self.window is None else max(0, latent.shape[1] - self.window + 1)
+        cache["latent"], cache["rope_key"] = latent[:, dropped:], rope_key[:, dropped:]
         return latent, rope_key
 
     def expand(self, latent, rope_key):
-        """Keys, and values with zeros behind as wide as these, which fused kernels ask for.  (B, num_heads, S, head_dim)"""
+        """Keys, and values padded to the same width, as fused attention wants them.  (B, num_heads, S, head_dim)"""
         B, S, _ = latent.shape
         k_and_v = self.w_kv_up(latent).view(B, S, self.num_heads, -1).transpose(1, 2)
         k, v = k_and_v.split([self.latent_head_dim, self.v_dim], dim=-1)
@@ -119,8 +123,8 @@ class LatentAttention(SoftmaxAttention):
         k = torch.cat([k, rope_key], dim=-1)  # (B, num_heads, S, head_dim)
         return k, F.pad(v, (0, self.head_dim - self.v_dim))
 
-    def blend_latents(self, q, latent, rope_key):
-        """Scores, softmax and weighted sum over the latents.  (B, num_heads, T, v_dim)"""
+    def attend_latents(self, q, latent, rope_key, dropout):
+        """Attention to the latents themselves.  (B, num_heads, T, v_dim)"""
         B, _, T, _ = q.shape
         S = latent.shape[1]
         up = self.w_kv_up.weight.view(self.num_heads, -1, self.kv_rank)
@@ -128,16 +132,16 @@ class LatentAttention(SoftmaxAttention):
         plain_q, rope_q = q.split([self.latent_head_dim, self.rope_dim], dim=-1)
         latent_q = torch.einsum("bhtk,hkr->bhtr", plain_q, k_up)  # (B, num_heads, T, kv_rank)
         keys = torch.cat([latent, rope_key], dim=-1)[:, None]
-        spans = None if self.window is None else ((0, self.window - 1),)
-        mask = visible(T, S, device=q.device, spans=spans)
-        scores = self.scores(torch.cat([latent_q, rope_q], dim=-1), keys, mask)  # (B, num_heads, T, S)
-        weights = F.dropout(self.softmax(scores), self.dropout, self.training)
-        return torch.einsum("bhtr,hvr->bhtv", self.average(weights, latent[:, None]), v_up)
+        latent_q = torch.cat([latent_q, rope_q], dim=-1)
+        scores = attention_scores(latent_q, keys, self.soft_cap, scale=self.head_dim**-0.5)  # (B, num_heads, T, S)
+        scores = scores.masked_fill(~causal_mask(T, S, window=self.window, device=q.device), -math.inf)
+        weights = F.dropout(scores.softmax(dim=-1), dropout)
+        return torch.einsum("bhtr,hvr->bhtv", average(weights, latent[:, None]), v_up)
 
-    def flops_per_token(self, T):
-        """As Attn, but values are narrower than keys. Those of a sequence at once, as in training."""
-        unused = 2 * self.num_heads * (self.head_dim - self.v_dim) * self.seen_per_token(T)
-        return super().flops_per_token(T) - unused
+    def flops_per_token(self, T: int) -> float:
+        """Matrices, scores and weighted sums of a sequence at once, as in training."""
+        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        return 2 * matrices + 2 * self.num_heads * (self.head_dim + self.v_dim) * mean_visible(T, self.window)
 
 
 BLOCKS = {"LatentAttn": LatentAttention}

@@ -18,11 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import apply_rope, linear
+from model import RMSNorm, activate, apply_rope, linear
 from modules.chunks import FromChunkToChunk, check_sizes, in_chunks, masked, remembered, sight
-from modules.mamba import activate
-from modules.norms import RMSNorm
-from modules.scan import story_starts
 from tools import LoggingModule
 
 TEMPERATURE = 16  # of learned decays, so that they begin as slow ones (GLA, section 4.4)
@@ -31,7 +28,7 @@ LONGEST = 32  # the longest chunk that this holds for
 
 
 class LinearAttention(LoggingModule):
-    """Linear attention with a decay: a state of constant size, time and memory linear in T.  (B, T, D) → (B, T, D)
+    """Linear attention with a decay: a state of constant size, time and memory linear in T.  (B, T, D) -> (B, T, D)
 
     decay="learned" is gated linear attention: each token says for each channel of the keys how much is kept of the state, by a
     matrix of rank decay_rank (Yang et al. 2023, arXiv 2312.06635, section 4). "fixed" is retention: head h keeps a share of
@@ -45,6 +42,7 @@ class LinearAttention(LoggingModule):
     FLOP a learned one takes half as long again as Attn.
     """
 
+    activate = staticmethod(activate)
     examples = ("LinearAttn", "LinearAttn(decay='fixed', v_dim=12)", "LinearAttn(decay='none', chunk=100)")
 
     def __init__(
@@ -62,7 +60,6 @@ class LinearAttention(LoggingModule):
         self.w_gate = linear(dim, num_heads * self.v_dim)
         self.norm = RMSNorm(self.v_dim, norm_eps=norm_eps)
         self.w_out = linear(num_heads * self.v_dim, dim)
-        self.backend = "auto"
         if decay == "learned":
             self.w_decay_down = linear(dim, decay_rank)
             self.w_decay_up = linear(decay_rank, num_heads * head_dim, bias=True)
@@ -71,8 +68,7 @@ class LinearAttention(LoggingModule):
             log_decay = torch.tensor([math.log(share) for share in kept]).view(1, num_heads, 1, 1)
             self.register_buffer("fixed_log_decay", log_decay, persistent=False)
 
-    def forward(self, x, *, first=None, rope=None, cache=None):
-        """first (B, T): the first token that each one may look at, None is the first of all; rope: what `apply_rope` takes."""
+    def forward(self, x, *, rope=None, story_start=None, cache=None):
         B, T, D = x.shape
         q, k, v = self.project(x, rope)
         state = remembered(cache, (B, self.num_heads, self.head_dim, self.v_dim), x)
@@ -81,11 +77,11 @@ class LinearAttention(LoggingModule):
             if cache is not None and T == 1:
                 mixed, state = self.step_by_step(q, k, v, log_decay, state)
             else:
-                mixed, state = self.in_parallel(q, k, v, log_decay, state, None if first is None else story_starts(first))
+                mixed, state = self.in_parallel(q, k, v, log_decay, state, story_start)
         if cache is not None:
             cache["state"] = state
         gate = self.w_gate(x).view(B, T, self.num_heads, self.v_dim)
-        gated = activate(self.backend, gate, self.norm(mixed.transpose(1, 2)))  # (B, T, num_heads, v_dim)
+        gated = self.activate("SiLU", gate, self.norm(mixed.transpose(1, 2)))  # (B, T, num_heads, v_dim)
         return self.w_out(gated.flatten(2))
 
     def project(self, x, rope):

@@ -22,20 +22,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fast import ops as kernels
+from model import activate
 from modules.chunks import check_sizes
 from modules.convolution import ShortConv
 from modules.scan import check_rows, recurrence
 from tools import LoggingModule
 
-FIRST_STEPS = (0.001, 0.1)  # the step sizes that a model begins with, evenly in their logarithms (section 3.6)
+FIRST_STEPS = (0.001, 0.1)  # the step sizes that a model is_start with, evenly in their logarithms (section 3.6)
 ROWS = 4  # of a batch that are in a piece of in_pieces
-KEPT_EVERY = 16  # tokens, of which the kernel keeps one state for the way back
-BLOCK = 64  # channels that it takes at a time: WIDTH of kernels_scan.cpp
+
+
+def selective_scan(u, step, rates, write, read, story_start, chunk) -> Tensor:
+    """The outputs of the state space (section 3.3).  u and step (B, T, W), rates (W, N), write and read (B, T, N) -> (B, T, W)
+
+    The state is empty where a story starts; story_start (B, T) or None.
+    """
+    is_start = None if story_start is None else story_start == torch.arange(u.shape[1], device=u.device)
+    return in_pieces(u, step, rates, write, read, is_start, None, chunk)[0]
 
 
 class Mamba(LoggingModule):
-    """The Mamba block: gate, short convolution and selective state space (arXiv 2312.00752, section 3.4).  (B, T, D) → (B, T, D)
+    """The Mamba block: gate, short convolution and selective state space (arXiv 2312.00752, section 3.4).  (B, T, D) -> (B, T, D)
 
     It takes the place of attention and MLP: "Norm->Mamba->+" is a whole layer. The width inside is expand x D, a channel has
     state_dim numbers of state, step sizes come from step_rank numbers of each token (None is D / 16, rounded up), and
@@ -45,6 +52,7 @@ class Mamba(LoggingModule):
     is read and written several times: a model of it trains 3 times as slowly as one of Attn, unless our kernel can be had.
     """
 
+    activate, selective_scan = staticmethod(activate), staticmethod(selective_scan)
     examples = ("Mamba", "Norm->Mamba(state_dim=3, expand=3, conv_width=1, step_rank=1, chunk=13, linear_bias=True)->+")
 
     def __init__(
@@ -73,30 +81,29 @@ class Mamba(LoggingModule):
         self.log_rates = nn.Parameter(torch.arange(1.0, state_dim + 1).log().repeat(width))
         self.skip = nn.Parameter(torch.ones(width))
         self.w_out = projection(width, dim, linear_bias)
-        self.backend = "auto"
 
-    def forward(self, x, *, first=None, cache=None):
-        """first (B, T): the state is empty where first[b, t] is t. The cache keeps the state and the last few inputs."""
+    def forward(self, x, *, story_start=None, cache=None):
+        """The cache keeps the state and the last few inputs of the convolution."""
         B, T, D = x.shape
         state = None if cache is None else cache.get("state")
         if state is not None:
             check_rows(state, B)
-        u = self.conv(self.w_in(x), first=first, cache=None if cache is None else cache.setdefault("conv", {}))
-        u = activate(self.backend, u)  # (B, T, width)
+        u = self.conv(self.w_in(x), story_start=story_start, cache=None if cache is None else cache.setdefault("conv", {}))
+        u = self.activate("SiLU", u)  # (B, T, width)
         step, write, read = self.select(u)
         with torch.autocast(x.device.type, enabled=False):
             rates = -self.log_rates.float().exp().view(-1, self.state_dim)  # (width, state_dim)
             u, step, write, read = u.float(), step.float(), write.float(), read.float()
-            if cache is None and self.backend == "kernel" and u.device.type == "cpu":
-                y = SelectiveScan.apply(u, step, rates, write, read, None if first is None else first.int().contiguous())
-            elif T == 1 and cache is not None:
+            if cache is None:
+                y = self.selective_scan(u, step, rates, write, read, story_start, self.chunk)
+            elif T == 1:
                 y, state = step_by_step(u, step, rates, write, read, state)
             else:
-                y, state = in_pieces(u, step, rates, write, read, story_begins(first), state, self.chunk)
+                y, state = in_pieces(u, step, rates, write, read, None, state, self.chunk)
             y = torch.addcmul(y, u, self.skip)
         if cache is not None:
             cache["state"] = state
-        return self.w_out(activate(self.backend, self.w_gate(x), y))
+        return self.w_out(self.activate("SiLU", self.w_gate(x), y))
 
     def select(self, u):
         """Step sizes (B, T, W), what to write and what to read (B, T, N): the selection, algorithm 2."""
@@ -119,23 +126,23 @@ def step_by_step(u, step, rates, write, read, state=None):
     return read_out(states, read), states[:, -1]
 
 
-def in_pieces(u, step, rates, write, read, begins, state, chunk):
-    """The same, a few rows and tokens at a time: all that is done with their states is done while these are in the cache.
+def in_pieces(u, step, rates, write, read, is_start, state, chunk):
+    """The same recurrence, a few rows and tokens at a time, while their states are in the processor's cache.
 
-    begins (B, T) is True where a story begins anew; None is nowhere. Else as step_by_step.
+    is_start (B, T) is True where a story starts; None is nowhere. Returns y (B, T, W) and the last state (B, N, W).
     """
     if state is None:
         state = u.new_zeros(u.shape[0], rates.shape[1], u.shape[2])
-    return InPieces.apply(u, step, rates, write, read, begins, state, chunk)
+    return InPieces.apply(u, step, rates, write, read, is_start, state, chunk)
 
 
 class InPieces(torch.autograd.Function):
     """The states in front of each piece are kept, those inside computed again for the gradients (section 3.3.2)."""
 
     @staticmethod
-    def forward(ctx, u, step, rates, write, read, begins, state, chunk):
-        y, last, kept = torch.ops.basegpt.scan_in_pieces(u, step, rates, write, read, begins, state, chunk)
-        ctx.save_for_backward(u, step, rates, write, read, begins, kept)
+    def forward(ctx, u, step, rates, write, read, is_start, state, chunk):
+        y, last, kept = torch.ops.basegpt.scan_in_pieces(u, step, rates, write, read, is_start, state, chunk)
+        ctx.save_for_backward(u, step, rates, write, read, is_start, kept)
         ctx.chunk = chunk
         return y, last
 
@@ -146,12 +153,12 @@ class InPieces(torch.autograd.Function):
         return *others, None, d_state if ctx.needs_input_grad[6] else None, None
 
 
-def pieces_forward(u, step, rates, write, read, begins, state, chunk):
+def pieces_forward(u, step, rates, write, read, is_start, state, chunk):
     B, T, W = u.shape
-    y, last, kept = empty_pieces(u, step, rates, write, read, begins, state, chunk)
+    y, last, kept = empty_pieces(u, step, rates, write, read, is_start, state, chunk)
     rates = rates.T.contiguous()
     for rows in spans(B, ROWS):
-        tokens = time_first(step[rows], step[rows] * u[rows], write[rows], begins[rows] if begins is not None else None)
+        tokens = time_first(step[rows], step[rows] * u[rows], write[rows], is_start[rows] if is_start is not None else None)
         state_now, reading = state[rows], read[rows].transpose(0, 1)
         for number, times in enumerate(spans(T, chunk)):
             kept[number, rows] = state_now
@@ -162,14 +169,14 @@ def pieces_forward(u, step, rates, write, read, begins, state, chunk):
     return y, last, kept
 
 
-def pieces_backward(u, step, rates, write, read, begins, kept, d_y, d_last, chunk):
+def pieces_backward(u, step, rates, write, read, is_start, kept, d_y, d_last, chunk):
     (B, T, W), N = u.shape, rates.shape[1]
     d_u, d_step, d_write, d_read, d_state = (torch.empty_like(x) for x in (u, step, write, read, d_last))
     rates = rates.T.contiguous()  # (N, W)
     d_rates = rates.new_zeros(N, W)
     for rows in spans(B, ROWS):
         flow = d_last[rows].clone()  # the gradient of the state behind a piece
-        tokens = time_first(step[rows], step[rows] * u[rows], write[rows], begins[rows] if begins is not None else None)
+        tokens = time_first(step[rows], step[rows] * u[rows], write[rows], is_start[rows] if is_start is not None else None)
         read_d_y = time_first(read[rows], d_y[rows])
         for number, times in reversed(list(enumerate(spans(T, chunk)))):
             steps, inputs, writing, new = (part if part is None else part[times] for part in tokens)
@@ -194,16 +201,16 @@ def pieces_backward(u, step, rates, write, read, begins, kept, d_y, d_last, chun
     return d_u, d_step, d_rates.T.contiguous(), d_write, d_read, d_state
 
 
-def unroll(step, inputs, write, begins, rates, state):
+def unroll(step, inputs, write, is_start, rates, state):
     """Decays (C, B, N, W) and states (C + 1, B, N, W) of C tokens, the state in front of them first.
 
-    step and inputs = step u (C, B, W), write (C, B, N), begins (C, B) or None, rates (N, W), state (B, N, W)
+    step and inputs = step u (C, B, W), write (C, B, N), is_start (C, B) or None, rates (N, W), state (B, N, W)
     """
     C, B, W = step.shape
     N = len(rates)
     decay = (step[:, :, None] * rates).exp_()  # (C, B, N, W)
-    if begins is not None:
-        decay[begins] = 0.0
+    if is_start is not None:
+        decay[is_start] = 0.0
     states = decay.new_empty(C + 1, B, N, W)
     states[0] = state
     torch.mul(inputs[:, :, None], write[..., None], out=states[1:])
@@ -219,93 +226,31 @@ def spans(length: int, size: int) -> list[slice]:
 
 
 def time_first(*tensors: Tensor | None) -> list[Tensor | None]:
-    """(B, T, ...) → (T, B, ...)"""
+    """(B, T, ...) -> (T, B, ...)"""
     return [x if x is None else x.transpose(0, 1).contiguous() for x in tensors]
 
 
-def empty_pieces(u, step, rates, write, read, begins, state, chunk):
+def empty_pieces(u, step, rates, write, read, is_start, state, chunk):
     """y (B, T, W), the last state, and those in front of each piece (pieces, B, N, W)."""
     return torch.empty_like(u), torch.empty_like(state), u.new_empty(math.ceil(u.shape[1] / chunk), *state.shape)
 
 
-def empty_pieces_gradients(u, step, rates, write, read, begins, kept, d_y, d_last, chunk):
+def empty_pieces_gradients(u, step, rates, write, read, is_start, kept, d_y, d_last, chunk):
     return [torch.empty_like(x) for x in (u, step, rates, write, read, d_last)]
 
 
 def discretise(u: Tensor, step: Tensor, rates: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
-    """Decay and update of every number of the state.  (B, T, W), (B, T, W), (W, N), (B, T, N) → twice (B, T, N, W)"""
+    """Decay and update of every number of the state.  (B, T, W), (B, T, W), (W, N), (B, T, N) -> twice (B, T, N, W)"""
     return torch.exp(step[:, :, None] * rates.T.contiguous()), (step * u)[:, :, None] * write[..., None]
 
 
 def read_out(states: Tensor, read: Tensor) -> Tensor:
-    """(B, T, N, W), (B, T, N) → (B, T, W)"""
+    """(B, T, N, W), (B, T, N) -> (B, T, W)"""
     return (read[:, :, None] @ states).squeeze(2)
 
 
-class SelectiveScan(torch.autograd.Function):
-    """The same in one pass over time and all numbers of the state, by kernels_scan.cpp. Its inputs are float32 on a CPU."""
-
-    @staticmethod
-    def forward(ctx, u, step, rates, write, read, first):
-        inputs = *(x.contiguous() for x in (u, step, rates, write, read)), first
-        y, states = torch.ops.basegpt.selective_scan(*inputs)
-        ctx.save_for_backward(*inputs, states)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y):
-        d_u, d_step, d_rates, d_write, d_read = torch.ops.basegpt.selective_scan_backward(*ctx.saved_tensors, d_y.contiguous())
-        return d_u, d_step, d_rates.sum(dim=0), d_write.sum(dim=0), d_read.sum(dim=0), None
-
-
-def run_forward(u, step, rates, write, read, first):
-    y, states = empty_outputs(u, step, rates, write, read, first)
-    kernels.build().selective_scan_forward(u, step, rates, write, read, first, y, states, *sizes(u, rates))
-    return y, states
-
-
-def run_backward(u, step, rates, write, read, first, states, d_y):
-    gradients = empty_gradients(u, step, rates, write, read, first, states, d_y)
-    pointers = u, step, rates, write, read, first, states, d_y, *gradients
-    kernels.build().selective_scan_backward(*pointers, *sizes(u, rates))
-    return gradients
-
-
-def sizes(u: Tensor, rates: Tensor) -> tuple[int, ...]:
-    return *u.shape, rates.shape[1], KEPT_EVERY, torch.get_num_threads()
-
-
-def empty_outputs(u, step, rates, write, read, first):
-    """y (B, T, W), and the states that are kept for the way back, in an order of the kernel's own."""
-    (B, T, W), N = u.shape, rates.shape[1]
-    assert step.shape == u.shape and rates.shape == (W, N) and write.shape == read.shape == (B, T, N)
-    assert first is None or (first.shape == (B, T) and first.dtype == torch.int32)
-    return torch.empty_like(u), u.new_empty(B, math.ceil(T / KEPT_EVERY), math.ceil(W / BLOCK), N, BLOCK)
-
-
-def empty_gradients(u, step, rates, write, read, first, states, d_y):
-    """Those of u, step, rates, write and read; of the last three, what each row or block of channels adds to the sum."""
-    B, T, N = write.shape
-    blocks = states.shape[2]
-    parts = rates.new_empty(B, *rates.shape), write.new_empty(blocks, B, T, N), read.new_empty(blocks, B, T, N)
-    return torch.empty_like(u), torch.empty_like(u), *parts
-
-
-def story_begins(first: Tensor | None) -> Tensor | None:
-    """(B, T), True where a token sees nothing before itself; None is nowhere."""
-    return None if first is None else first == torch.arange(first.shape[1], device=first.device)
-
-
-def activate(backend: str, x: Tensor, factor: Tensor | None = None) -> Tensor:
-    """SiLU(x), times the factor where there is one.  Any shape → the same"""
-    if kernels.fit(backend, x):
-        return kernels.activate("SiLU", x, factor)
-    return F.silu(x) if factor is None else F.silu(x) * factor
-
-
 def projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    """A matrix with torch's own first weights, as in the published models, and a bias that begins at zero."""
+    """A matrix with torch's own first weights, as in the published models, and a bias that is_start at zero."""
     layer = nn.Linear(in_features, out_features, bias=bias)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -313,9 +258,9 @@ def projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
 
 
 def first_convolution(channels: int, width: int) -> ShortConv:
-    """A convolution that begins as torch's own do: all its weights, the skip's 1 included, evenly from -1 / sqrt(width) on.
+    """A convolution that is_start as torch's own do: all its weights, the skip's 1 included, evenly from -1 / sqrt(width) on.
 
-    Its bias begins at zero.
+    Its bias is_start at zero.
     """
     conv = ShortConv(channels, width, bias=True)
     nn.init.uniform_(conv.weight, -(width**-0.5), width**-0.5)
@@ -330,21 +275,14 @@ def first_step_biases(count: int) -> Tensor:
     return steps + torch.log(-torch.expm1(-steps))
 
 
-INPUTS = "Tensor u, Tensor step, Tensor rates, Tensor write, Tensor read, Tensor? first"
-PIECES = INPUTS.replace("first", "begins")
+PIECES = "Tensor u, Tensor step, Tensor rates, Tensor write, Tensor read, Tensor? is_start"
 LIBRARY = torch.library.Library("basegpt", "FRAGMENT")  # so that torch.compile takes a scan as one operation
-LIBRARY.define(f"selective_scan({INPUTS}) -> (Tensor, Tensor)")
-LIBRARY.define(f"selective_scan_backward({INPUTS}, Tensor states, Tensor d_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(f"scan_in_pieces({PIECES}, Tensor state, int chunk) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(f"scan_in_pieces_backward({PIECES}, Tensor kept, Tensor d_y, Tensor d_last, int chunk) -> "
                "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
 LIBRARY.impl("scan_in_pieces", pieces_forward, "CompositeExplicitAutograd")
 LIBRARY.impl("scan_in_pieces_backward", pieces_backward, "CompositeExplicitAutograd")
-LIBRARY.impl("selective_scan", run_forward, "CPU")
-LIBRARY.impl("selective_scan_backward", run_backward, "CPU")
 torch.library.register_fake("basegpt::scan_in_pieces", empty_pieces, lib=LIBRARY)
 torch.library.register_fake("basegpt::scan_in_pieces_backward", empty_pieces_gradients, lib=LIBRARY)
-torch.library.register_fake("basegpt::selective_scan", empty_outputs, lib=LIBRARY)
-torch.library.register_fake("basegpt::selective_scan_backward", empty_gradients, lib=LIBRARY)
 
 BLOCKS = {"Mamba": Mamba}

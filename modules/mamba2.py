@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model import activate
 from modules.chunks import FromChunkToChunk, check_sizes, in_chunks, masked, remembered, sight
 from modules.convolution import ShortConv
-from modules.mamba import activate, first_convolution, first_step_biases, projection
+from modules.mamba import first_convolution, first_step_biases, projection
 from modules.norms import rms_norm
-from modules.scan import story_starts
 from tools import LoggingModule
 
 FIRST_RATES = (1.0, 16.0)  # the rates -A that heads begin with, evenly between these, as in the published code
@@ -34,7 +34,7 @@ SMALLEST_STEP = 1e-20  # whose logarithm is taken
 
 
 class Mamba2(LoggingModule):
-    """The Mamba-2 block: gate, short convolution, state space, norm (arXiv 2405.21060, section 7.1).  (B, T, D) → (B, T, D)
+    """The Mamba-2 block: gate, short convolution, state space, norm (arXiv 2405.21060, section 7.1).  (B, T, D) -> (B, T, D)
 
     It takes the place of attention and MLP: "Norm->Mamba2->+" is a whole layer. The width inside is expand x D, in heads of
     head_dim channels that have state_dim numbers of state each. Heads of a group write and read alike; groups must divide the
@@ -43,6 +43,7 @@ class Mamba2(LoggingModule):
     between the tokens of a chunk, the norm and the gates are elementwise: per FLOP it takes nearly twice as long as Attn.
     """
 
+    activate, rms_norm = staticmethod(activate), staticmethod(rms_norm)
     examples = ("Mamba2", "Norm->Mamba2(state_dim=3, head_dim=4, groups=3, conv_width=1, chunk=13)->+")
 
     def __init__(
@@ -76,31 +77,29 @@ class Mamba2(LoggingModule):
         self.skip = nn.Parameter(torch.ones(heads))
         self.norm_weight = nn.Parameter(torch.ones(width))
         self.w_out = projection(width, dim, linear_bias)
-        self.backend = "auto"
 
-    def forward(self, x, *, first=None, cache=None):
-        """first (B, T): the state is empty where first[b, t] is t. The cache keeps the state and the last few inputs."""
+    def forward(self, x, *, story_start=None, cache=None):
+        """The cache keeps the state and the last few inputs of the convolution."""
         B, T, D = x.shape
         state = remembered(cache, (B, self.num_heads, self.head_dim, self.state_dim), x)
         step = F.softplus(self.w_step(x).float().transpose(1, 2).contiguous())  # (B, num_heads, T)
-        inner, write, read = self.project(x, first, cache)
+        inner, write, read = self.project(x, story_start, cache)
         with torch.autocast(x.device.type, enabled=False):
             log_decay = -self.log_rates.float().exp()[:, None] * step  # (B, num_heads, T)
             if cache is not None and T == 1:
                 y, state = self.step_by_step(inner, step, log_decay, write, read, state)
             else:
-                starts = None if first is None else story_starts(first)
-                y, state = self.in_parallel(inner, step, log_decay, write, read, state, starts)
+                y, state = self.in_parallel(inner, step, log_decay, write, read, state, story_start)
         if cache is not None:
             cache["state"] = state
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, width)
-        return self.w_out(self.norm(activate(self.backend, self.w_gate(x), y)))
+        return self.w_out(self.norm(self.activate("SiLU", self.w_gate(x), y)))
 
-    def project(self, x, first, cache):
+    def project(self, x, story_start, cache):
         """What goes into the state space (B, num_heads, T, head_dim), is written and is read (B, groups, T, state_dim)."""
         B, T, D = x.shape
-        u = self.conv(self.w_in(x), first=first, cache=None if cache is None else cache.setdefault("conv", {}))
-        u = activate(self.backend, u).float()
+        u = self.conv(self.w_in(x), story_start=story_start, cache=None if cache is None else cache.setdefault("conv", {}))
+        u = self.activate("SiLU", u).float()
         inner, write, read = u.split([self.width, self.groups * self.state_dim, self.groups * self.state_dim], dim=-1)
         inner = inner.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, num_heads, T, head_dim)
         write, read = (x.view(B, T, self.groups, self.state_dim).transpose(1, 2) for x in (write, read))
@@ -109,7 +108,7 @@ class Mamba2(LoggingModule):
     def step_by_step(self, x, step, log_decay, write, read, state):
         """The recurrence as the paper writes it (equation 1, with the skip): fade, write, read.
 
-        x (B, H, T, K), step and log_decay (B, H, T), write and read (B, G, T, N), state (B, H, K, N) → as x, and the last state
+        x (B, H, T, K), step and log_decay (B, H, T), write and read (B, G, T, N), state (B, H, K, N) -> as x, and the last state
         """
         write, read = (x.repeat_interleave(self.num_heads // self.groups, dim=1) for x in (write, read))
         outputs, inputs = [], x * step[..., None]
@@ -148,12 +147,12 @@ class Mamba2(LoggingModule):
         return torch.addcmul(y, carried, since_begin).flatten(2, 3)[:, :, :T], last_state.view_as(state)
 
     def norm(self, y):
-        """RMSNorm of each group (section 7.1 and 7.2).  (B, T, D) → (B, T, D), where D is the width inside"""
+        """RMSNorm of each group (section 7.1 and 7.2).  (B, T, D) -> (B, T, D), where D is the width inside"""
         B, T, D = y.shape
         if self.groups == 1:
-            return rms_norm(y, self.norm_weight.type_as(y), self.eps, self.backend)
+            return self.rms_norm(y, self.norm_weight.type_as(y), self.eps)
         y = y.view(B, T, self.groups, -1)
-        return rms_norm(y, None, self.eps, self.backend).view(B, T, D) * self.norm_weight
+        return self.rms_norm(y, None, self.eps).view(B, T, D) * self.norm_weight
 
     def flops_per_token(self, T: int) -> float:
         """Matrices, convolution, and the products of in_parallel, which are those of whole chunks."""
@@ -167,7 +166,7 @@ class WithinChunks(torch.autograd.Function):
     """Attention inside of each chunk by scores that fade, and the skip; its gradient takes less memory and time than torch's.
 
     out_t = sum over s of exp(faded_t - log_weight_s) scores_ts x_s, where within is True, + skip x_t. scores (B, G, n, C, C),
-    faded and log_weight (B, H, n, C, 1), x (B, H, n, C, K), skip (H), within as that of Sight → as x.
+    faded and log_weight (B, H, n, C, 1), x (B, H, n, C, K), skip (H), within as that of Sight -> as x.
     """
 
     @staticmethod
@@ -196,12 +195,12 @@ class WithinChunks(torch.autograd.Function):
 
 
 def beside_each_other(x: Tensor, G: int) -> Tensor:
-    """The heads of each of G groups as columns of one matrix.  (B, H, n, C, K) → (B, G, n, C, R * K)"""
+    """The heads of each of G groups as columns of one matrix.  (B, H, n, C, K) -> (B, G, n, C, R * K)"""
     return x.unflatten(1, (G, -1)).permute(0, 1, 3, 4, 2, 5).flatten(4)
 
 
 def of_groups(x: Tensor, scores: Tensor) -> Tensor:
-    """(B, H, ...) → (B, G, R, ...), with as many groups as the scores have."""
+    """(B, H, ...) -> (B, G, R, ...), with as many groups as the scores have."""
     return x.unflatten(1, (scores.shape[1], -1))
 
 

@@ -16,7 +16,7 @@ from tools import LoggingModule
 
 
 class MoE(LoggingModule):
-    """Mixture of experts: a router sends each token through top_k of num_experts MLPs.  (B, T, D) → (B, T, D)
+    """Mixture of experts: a router sends each token through top_k of num_experts MLPs.  (B, T, D) -> (B, T, D)
 
     As in Mixtral (Jiang et al. 2024, arXiv 2401.04088, section 2.1) unless the options say otherwise:
 
@@ -76,8 +76,7 @@ class MoE(LoggingModule):
         if self.w_noise is not None:
             nn.init.zeros_(self.w_noise.weight)
         self.experts = Experts(num_experts, dim, mlp_dim, activation, gated, linear_bias)
-        width = shared_experts * self.experts.hidden_dim
-        self.shared_mlp = MLP(dim, width * 3 // 2 if gated else width, activation, gated, linear_bias) if width else None
+        self.shared_mlp = MLP(dim, shared_experts * mlp_dim, activation, gated, linear_bias) if shared_experts else None
         self.w_shared_gate = linear(dim, 1) if shared_gate else None
         self.register_buffer("selection_bias", None if bias_rate is None else torch.zeros(num_experts))
         for counts in ("chosen", "chosen_in_step"):
@@ -119,7 +118,7 @@ class MoE(LoggingModule):
         return logits
 
     def within_capacity(self, chosen) -> Tensor | None:
-        """True where an expert has a place left when a token's turn comes; None is everywhere.  (B, T, top_k) → the same"""
+        """True where an expert has a place left when a token's turn comes; None is everywhere.  (B, T, top_k) -> the same"""
         if self.capacity is None:
             return None
         B, T, top_k = chosen.shape
@@ -132,7 +131,7 @@ class MoE(LoggingModule):
     def mix(self, x, chosen, weights, kept) -> Tensor:
         """The weighted sum of what the chosen experts make of each token.
 
-        x (B, T, D), chosen, weights and kept (B, T, top_k) → (B, T, D). The rows of an expert are brought together, so that
+        x (B, T, D), chosen, weights and kept (B, T, top_k) -> (B, T, D). The rows of an expert are brought together, so that
         the work is that of a few large matrix products.
         """
         B, T, D = x.shape
@@ -194,13 +193,13 @@ class MoE(LoggingModule):
 
 
 def uses(chosen: Tensor, num_experts: int) -> Tensor:
-    """How often each expert is among the chosen.  Any shape → (E)"""
+    """How often each expert is among the chosen.  Any shape -> (E)"""
     chosen = chosen.flatten()
     return torch.zeros(num_experts, dtype=torch.long, device=chosen.device).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 class Experts(MLP):
-    """num_experts MLPs of one shape: rows that are sorted by expert go each through its own.  (R, D) → (R, D)"""
+    """num_experts MLPs of one shape: rows that are sorted by expert go each through its own.  (R, D) -> (R, D)"""
 
     def __init__(self, num_experts: int, dim: int, mlp_dim: int, activation: str, gated: bool, linear_bias: bool):
         super().__init__(dim, mlp_dim, activation, gated, linear_bias)
@@ -211,14 +210,14 @@ class Experts(MLP):
         """num_rows (E) of each expert; rows behind these belong to none, and their result is not to be used; experts (R)."""
         hidden = self.w_in(x, num_rows, experts)
         if self.w_gate is None:
-            hidden = self.activate(hidden)
+            hidden = self.activate(self.activation, hidden)
         else:
-            hidden = self.activate(self.w_gate(x, num_rows, experts), hidden)
+            hidden = self.activate(self.activation, self.w_gate(x, num_rows, experts), hidden)
         return self.w_out(hidden, num_rows, experts)
 
 
 class ExpertLinear(nn.Linear):
-    """An nn.Linear for each expert, that begins as ours: weight (E, out, in), bias (E, out).  (R, in) → (R, out)"""
+    """An nn.Linear for each expert, that begins as ours: weight (E, out, in), bias (E, out).  (R, in) -> (R, out)"""
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias=False)
@@ -235,7 +234,7 @@ class ExpertLinear(nn.Linear):
 
 
 class ExpertProducts(torch.autograd.Function):
-    """x @ weight.T with the weight of each row's expert.  x (R, in), weights (E, out, in), num_rows (E) → (R, out)
+    """x @ weight.T with the weight of each row's expert.  x (R, in), weights (E, out, in), num_rows (E) -> (R, out)
 
     The rows stand in the order of the experts, and those that are left have none: they become 0.
     """

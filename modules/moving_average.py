@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.chunks import check_sizes
-from modules.scan import check_rows, recurrence, scan, story_starts
+from modules.scan import check_rows, recurrence, scan
 from tools import LoggingModule
 
 
 class CEMA(LoggingModule):
-    """The complex exponential moving average of each channel (arXiv 2404.08801, section 3.1).  (B, T, D) → (B, T, D)
+    """The complex exponential moving average of each channel (arXiv 2404.08801, section 3.1).  (B, T, D) -> (B, T, D)
 
     h_t = α (cos θ + i sin θ) x_t + (1 - α δ) (cos θ + i sin θ) h_{t-1} and y_t = Re(η h_t) + skip x_t, with state_dim complex
     numbers h for each channel. What came before fades and swings, but by nothing that depends on the input: so a chunk of
@@ -52,8 +52,8 @@ class CEMA(LoggingModule):
         self.eta = nn.Parameter(torch.stack([torch.randn(dim, state_dim), torch.zeros(dim, state_dim)], dim=-1) * state_dim**-0.5)
         self.skip = nn.Parameter(nn.init.trunc_normal_(torch.empty(dim), std=0.25, a=-1.0, b=1.0))
 
-    def forward(self, x, *, first=None, cache=None):
-        """first (B, T): it begins anew where first[b, t] is t. The cache keeps the state, two numbers for each complex one."""
+    def forward(self, x, *, story_start=None, cache=None):
+        """The cache keeps the state, two numbers for each complex one."""
         B, T, D = x.shape
         state = None
         if cache:
@@ -63,8 +63,7 @@ class CEMA(LoggingModule):
             if T == 1:
                 mixed, state = self.step_by_step(x.float(), state)
             else:
-                starts = None if first is None else story_starts(first)
-                mixed, state = self.in_chunks(x.float(), state, starts, keep=cache is not None)
+                mixed, state = self.in_chunks(x.float(), state, story_start, keep=cache is not None)
         if cache is not None:
             cache["state"] = torch.view_as_real(state)
         return mixed.type_as(x)
@@ -134,7 +133,7 @@ class CEMA(LoggingModule):
         return within, entry, leave, powers[:, -1], scale
 
     def within_chunks(self, chunks, within, stories):
-        """What the tokens of a chunk tell those behind them in it, story by story.  (D, B * C, L) → the same"""
+        """What the tokens of a chunk tell those behind them in it, story by story.  (D, B * C, L) -> the same"""
         if stories is None:
             return chunks @ within
         columns = torch.cat([chunks, chunks.index_select(1, stories.chunks)], dim=1) * stories.columns
@@ -183,7 +182,7 @@ class Stories:
 class Permuted(torch.autograd.Function):
     """x.permute(order), written out in memory, as its gradient is: batched products copy matrix by matrix what is not.
 
-    (B, T, D) → the same axes in another order
+    (B, T, D) -> the same axes in another order
     """
 
     @staticmethod
@@ -197,7 +196,7 @@ class Permuted(torch.autograd.Function):
 
 
 class TimestepNorm(LoggingModule):
-    """(x - mean) / std over all that a group of channels has been so far, with a gain and a shift.  (B, T, D) → (B, T, D)
+    """(x - mean) / std over all that a group of channels has been so far, with a gain and a shift.  (B, T, D) -> (B, T, D)
 
     arXiv 2404.08801, section 3.2: group normalisation whose mean and variance are those of the tokens up to each one, of its
     story. The cache keeps both and the number of tokens. Both are kept up to date as by Welford: what is new counts 1 / n of n
@@ -214,22 +213,21 @@ class TimestepNorm(LoggingModule):
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x, *, first=None, cache=None):
-        """first (B, T): it begins anew where first[b, t] is t."""
+    def forward(self, x, *, story_start=None, cache=None):
         B, T, D = x.shape
         if cache:
             check_rows(cache["mean"], B)
         G = self.groups
         groups = x.float().view(B, T, G, -1)  # (B, T, G, D // G)
-        places = torch.arange(T, device=x.device) + (cache["num_tokens"] if cache else 0)
-        number = 1 + (places if first is None else places - story_starts(first))
+        positions = torch.arange(T, device=x.device) + (cache["num_tokens"] if cache else 0)
+        number = 1 + (positions if story_start is None else positions - story_start)
         new_mean = groups.mean(dim=-1)  # (B, T, G)
         away = groups - new_mean[..., None]  # (B, T, G, D // G)
         new_variance = away.square().mean(dim=-1)
         share = (1 / number)[..., None].expand_as(new_mean)
         mean, variance = self.running(new_mean, new_variance, share, cache)
         if cache is not None:
-            cache["mean"], cache["variance"], cache["num_tokens"] = mean[:, -1], variance[:, -1], int(places[-1]) + 1
+            cache["mean"], cache["variance"], cache["num_tokens"] = mean[:, -1], variance[:, -1], int(positions[-1]) + 1
         normed = (away + (new_mean - mean)[..., None]) * torch.rsqrt(variance + self.eps)[..., None]
         return (normed.view(B, T, D) * self.weight + self.bias).type_as(x)
 
@@ -238,14 +236,14 @@ class TimestepNorm(LoggingModule):
         accumulate = recurrence if share.shape[1] == 1 else scan
         last_mean, last_variance = (cache["mean"], cache["variance"]) if cache else (None, None)
         mean = accumulate(1 - share, share * new_mean, last_mean)
-        first = torch.zeros_like(mean[:, :1]) if last_mean is None else last_mean[:, None]
-        away = new_mean - torch.cat([first, mean[:, :-1]], dim=1)
+        mean_before = torch.zeros_like(mean[:, :1]) if last_mean is None else last_mean[:, None]
+        away = new_mean - torch.cat([mean_before, mean[:, :-1]], dim=1)
         variance = accumulate(1 - share, share * (new_variance + (1 - share) * away.square()), last_variance)
         return mean, variance
 
 
 def as_complex(pairs: Tensor) -> Tensor:
-    """(..., 2) → (...)"""
+    """(..., 2) -> (...)"""
     return torch.view_as_complex(pairs.float().contiguous())
 
 

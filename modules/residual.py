@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modules.norms import NORMS
+from model import Norm, RMSNorm
 from tools import LoggingModule
 
 
 class SkipOut(LoggingModule):
-    """Leaves x for a SkipIn further up, and changes nothing.  (B, T, D) → (B, T, D)
+    """Leaves x for a SkipIn further up, and changes nothing.  (B, T, D) -> (B, T, D)
 
     The last that was left is the first that is taken, so that the second half of the layers meets the first half mirrored, as
     in U-ViT (Bao et al. 2022, arXiv 2209.12152, section 3) and modded-nanogpt (Jordan et al. 2024).
@@ -26,7 +26,7 @@ class SkipOut(LoggingModule):
 
 
 class SkipIn(LoggingModule):
-    """x + a skip, with what the SkipOut that belongs to it has left and a learned number a.  (B, T, D) → (B, T, D)
+    """x + a skip, with what the SkipOut that belongs to it has left and a learned number a.  (B, T, D) -> (B, T, D)
 
     As modded-nanogpt has it (Jordan et al. 2024). `weight` is what a begins with, and stays without learned. In a layer string
     write `SkipIn->|->` where what follows adds to the sum. Raises ValueError where nothing is left that no other SkipIn took.
@@ -45,7 +45,7 @@ class SkipIn(LoggingModule):
 
 
 class HyperRead(LoggingModule):
-    """Hyper-connections: S residual streams; what comes next reads a mix of them, until HyperWrite.  (B, T, D) → (B, T, D)
+    """Hyper-connections: S residual streams; what comes next reads a mix of them, until HyperWrite.  (B, T, D) -> (B, T, D)
 
     From Zhu et al. 2024, arXiv 2409.19606. Each pair of HyperRead and HyperWrite has a matrix of its own (equation 1) of what is
     read (A_m), how the streams mix (A_r) and what is written to each (B). With dynamic=True a learned function of each stream
@@ -63,7 +63,7 @@ class HyperRead(LoggingModule):
     )
 
     def __init__(
-        self, dim: int, streams: int = 4, dynamic: bool = True, stream: int | None = None, norm: str = "RMSNorm",
+        self, dim: int, streams: int = 4, dynamic: bool = True, stream: int | None = None, norm: type[Norm] = RMSNorm,
         norm_eps: float = 1e-5,
     ):  # fmt: skip
         super().__init__()
@@ -76,7 +76,7 @@ class HyperRead(LoggingModule):
         read[torch.randint(streams, ()) if stream is None else stream] = 1
         # A row for each stream: A_m, A_r, B. By the name of what it is to the dynamic part, weight decay leaves it alone.
         self.bias = nn.Parameter(torch.cat([read, torch.eye(streams), torch.ones(streams, 1)], dim=1))
-        self.norm = NORMS[norm](dim, norm_eps=norm_eps) if dynamic else None
+        self.norm = norm(dim, norm_eps=norm_eps) if dynamic else None
         self.w_dynamic = nn.Linear(dim, streams + 2, bias=False) if dynamic else None
         self.scale = nn.Parameter(torch.tensor([0.01, 0.01])) if dynamic else None
         if dynamic:
@@ -103,7 +103,7 @@ class HyperRead(LoggingModule):
 
 
 class HyperWrite(LoggingModule):
-    """Adds what was made of a HyperRead to its streams, and gives their mean.  (B, T, D) → (B, T, D)
+    """Adds what was made of a HyperRead to its streams, and gives their mean.  (B, T, D) -> (B, T, D)
 
     Equation 2 of Zhu et al. 2024, arXiv 2409.19606. The paper ends with the sum of the streams, which the norm
     before the head takes for the same; their mean is as large as a residual stream, for whatever reads it. Dropout is as in `+`.

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 def recurrence(decay: Tensor, update: Tensor, state: Tensor | None = None) -> Tensor:
-    """Every h_t = decay_t h_{t-1} + update_t, one after the other.  decay and update (B, T, ...) → (B, T, ...)
+    """Every h_t = decay_t h_{t-1} + update_t, one after the other.  decay and update (B, T, ...) -> (B, T, ...)
 
     state (B, ...) is h before the first step, None is zero. All may be complex.
     """
@@ -106,21 +106,11 @@ def chunk_length(T: int) -> int:
 
 
 def cut(x: Tensor, L: int) -> Tensor:
-    """(B, T, ...) → (B, C, L, ...), with zeros behind what fills the last chunk."""
+    """(B, T, ...) -> (B, C, L, ...), with zeros behind what fills the last chunk."""
     behind = -x.shape[1] % L
     if behind:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, behind))
     return x.contiguous().unflatten(1, (-1, L))
-
-
-def story_starts(first: Tensor) -> Tensor:
-    """Where the story of each token begins in its row: the last place before it, or its own, that sees nothing before itself.
-
-    first (B, T): the first token that each one may look at. A window that is narrower than the story begins none.
-    (B, T) → (B, T)
-    """
-    places = torch.arange(first.shape[1], device=first.device)
-    return torch.where(first == places, places, 0).cummax(dim=1).values
 
 
 def check_rows(state: Tensor, B: int):

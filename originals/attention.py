@@ -190,12 +190,6 @@ def rope_theta(theirs, parameters: dict | None = None) -> float:
     return float(parameters["rope_theta"])
 
 
-def gated_mlp_dim(theirs, name: str = "intermediate_size") -> int:
-    """The mlp_dim that makes a gated MLP so wide."""
-    require(getattr(theirs, name) % 8 == 0, theirs, name, "a gated MLP is a multiple of 8 wide")
-    return getattr(theirs, name) * 3 // 2
-
-
 def block(name: str, **options) -> str:
     """'Attn(window=64)': the step of a layer string, with those options that are not None."""
     given = ", ".join(f"{option}={value!r}" for option, value in options.items() if value is not None)
@@ -229,7 +223,7 @@ def llama_config(theirs, **differences) -> ModelConfig:
         "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
         "max_seq_len": theirs.max_position_embeddings,
         "norm_eps": theirs.rms_norm_eps,
-        "mlp_dim": gated_mlp_dim(theirs),
+        "mlp_dim": theirs.intermediate_size,
         "tied_embeddings": theirs.tie_word_embeddings,
     }
     if "rope_theta" not in differences:
@@ -288,7 +282,7 @@ def deepseek_config(theirs) -> ModelConfig:
     )  # fmt: skip
     dense = PRE_NORM.replace("Attn", attention)
     experts = block(
-        "MoE", mlp_dim=gated_mlp_dim(theirs, "moe_intermediate_size"), num_experts=theirs.n_routed_experts,
+        "MoE", mlp_dim=theirs.moe_intermediate_size, num_experts=theirs.n_routed_experts,
         top_k=theirs.num_experts_per_tok, shared_experts=theirs.n_shared_experts, scores="sigmoid",
         renormalise=theirs.norm_topk_prob, routed_scale=theirs.routed_scaling_factor, balance_loss=0.0001, bias_rate=0.001,
     )  # fmt: skip

@@ -12,7 +12,6 @@ from originals.attention import (
     Table,
     Transform,
     block,
-    gated_mlp_dim,
     llama_config,
     plus_one,
     require,
@@ -129,7 +128,7 @@ def qwen3_next_config(theirs) -> ModelConfig:
     cure = f"it must be a multiple of moe_intermediate_size={width}, the width of an expert"
     require(shared_width > 0 and shared_width % width == 0, theirs, "shared_expert_intermediate_size", cure)
     experts = block(
-        "MoE", mlp_dim=gated_mlp_dim(theirs, "moe_intermediate_size"), num_experts=theirs.num_experts,
+        "MoE", mlp_dim=theirs.moe_intermediate_size, num_experts=theirs.num_experts,
         top_k=theirs.num_experts_per_tok, shared_experts=shared_width // width, shared_gate=True,
         renormalise=theirs.norm_topk_prob, balance_loss=theirs.router_aux_loss_coef,
     )  # fmt: skip

@@ -67,7 +67,7 @@ def recurrent_gemma_config(theirs) -> ModelConfig:
     return ModelConfig(
         dim=dim, num_layers=theirs.num_hidden_layers, num_heads=heads, num_kv_heads=theirs.num_key_value_heads,
         max_seq_len=getattr(theirs, "max_position_embeddings", 8192), rope_theta=float(theirs.rope_parameters["rope_theta"]),
-        norm_eps=theirs.rms_norm_eps, mlp_dim=theirs.intermediate_size * 3 // 4, linear_bias=True,
+        norm_eps=theirs.rms_norm_eps, mlp_dim=theirs.intermediate_size // 2, linear_bias=True,
         activation=activation(theirs, "hidden_activation"), logit_soft_cap=theirs.logits_soft_cap,
         embedding_scale=torch.tensor(dim**0.5, dtype=torch.bfloat16).item(),  # which they keep in this format
         tied_embeddings=theirs.tie_word_embeddings,

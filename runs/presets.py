@@ -8,6 +8,7 @@ numbers allow. The context, the vocabulary and the training are ours.
 from typing import NamedTuple
 
 from config import PRE_NORM, SANDWICH_NORM, TWO_HOP, ModelConfig, TrainConfig, did_you_mean
+from runs.experiments import experiment_preset
 
 
 class Preset(NamedTuple):
@@ -20,12 +21,12 @@ DELTA = "GatedDeltaNet(num_heads=2, head_dim=32, v_heads=4, v_dim=32)"
 VALUES = "Shortcut->|->Norm->ValueAttn(residual=False, embedding=True)->+->Norm->MLP->+"
 
 PRESETS: dict[str, Preset] = {
-    "0.5m_short_and_thick": Preset(ModelConfig(dim=128, num_layers=2, mlp_dim=528)),
+    "0.5m_short_and_thick": Preset(ModelConfig(dim=128, num_layers=2, mlp_dim=352)),
     "0.5m_5foot11_and_skinnyfat": Preset(ModelConfig(dim=96, num_layers=4)),
-    "0.5m_tall_and_skinny": Preset(ModelConfig(dim=64, num_layers=10, num_heads=2, num_kv_heads=1, mlp_dim=240)),
-    "1m": Preset(ModelConfig(num_layers=5, mlp_dim=480)),
-    "2m": Preset(ModelConfig(dim=192, num_layers=4, num_heads=6, mlp_dim=864)),
-    "5m": Preset(ModelConfig(dim=256, num_layers=6, num_heads=8, mlp_dim=1152), TrainConfig(lr_max=2e-3)),
+    "0.5m_tall_and_skinny": Preset(ModelConfig(dim=64, num_layers=10, num_heads=2, num_kv_heads=1, mlp_dim=160)),
+    "1m": Preset(ModelConfig(num_layers=5, mlp_dim=320)),
+    "2m": Preset(ModelConfig(dim=192, num_layers=4, num_heads=6, mlp_dim=576)),
+    "5m": Preset(ModelConfig(dim=256, num_layers=6, num_heads=8, mlp_dim=768), TrainConfig(lr_max=2e-3)),
     # GPT-2 (Radford et al. 2019), all sizes: the MLP 4 times as wide as the stream. Fewer heads, of 32 channels instead of 64.
     "gpt2_like": Preset(
         ModelConfig(
@@ -34,22 +35,22 @@ PRESETS: dict[str, Preset] = {
         )
     ),
     # Llama 3 8B (arXiv 2407.21783, table 3): the MLP 3.5 times as wide. 2 query heads share a key, there 4.
-    "llama3_like": Preset(ModelConfig(num_layers=4, rope_theta=500_000.0, tied_embeddings=False, mlp_dim=672)),
+    "llama3_like": Preset(ModelConfig(num_layers=4, rope_theta=500_000.0, tied_embeddings=False, mlp_dim=448)),
     # Qwen3 0.6B (arXiv 2505.09388, table 1): heads together twice as wide as the stream, the MLP 3 times.
     "qwen3_like": Preset(
-        ModelConfig(num_layers=4, head_dim=64, rope_theta=1_000_000.0, norm_eps=1e-6, mlp_dim=576, qk_norm=True)
+        ModelConfig(num_layers=4, head_dim=64, rope_theta=1_000_000.0, norm_eps=1e-6, mlp_dim=384, qk_norm=True)
     ),
     # Gemma 2B (arXiv 2403.08295, table 1): one key head for all queries, the MLP 8 times as wide. 4 heads instead of 8.
     "gemma1_like": Preset(
         ModelConfig(
-            dim=96, num_layers=4, num_kv_heads=1, mlp_dim=1152, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6,
+            dim=96, num_layers=4, num_kv_heads=1, mlp_dim=768, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6,
         )
     ),
     # Gemma 2 27B (arXiv 2408.00118, table 1): heads together 8/9 as wide as the stream, the MLP 8 times; scores divided by
     # sqrt(dim / num_heads); every other layer sees half of the context.
     "gemma2_like": Preset(
         ModelConfig(
-            dim=108, num_layers=4, head_dim=24, mlp_dim=1296, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6,
+            dim=108, num_layers=4, head_dim=24, mlp_dim=864, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6,
             attention_soft_cap=50.0, logit_soft_cap=30.0, layers=(
                 SANDWICH_NORM.replace("Attn", f"Attn(window=256, query_scale={27**-0.5})"),
                 SANDWICH_NORM.replace("Attn", f"Attn(query_scale={27**-0.5})"),
@@ -61,7 +62,7 @@ PRESETS: dict[str, Preset] = {
     # there 1/128.
     "gemma3_like": Preset(
         ModelConfig(
-            dim=120, num_layers=6, head_dim=24, mlp_dim=720, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6,
+            dim=120, num_layers=6, head_dim=24, mlp_dim=480, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6,
             qk_norm=True, layers=(
                 *[SANDWICH_NORM.replace("Attn", "Attn(window=64)")] * 5,
                 SANDWICH_NORM.replace("Attn", "RopeAttn(rope_theta=1000000.0)"),
@@ -72,7 +73,7 @@ PRESETS: dict[str, Preset] = {
     # they are; logits divided by sqrt(3). An expert is as wide as the stream, there 5 1/3 times.
     "grok_like": Preset(
         ModelConfig(
-            dim=96, num_layers=4, num_heads=6, num_kv_heads=1, mlp_dim=144, activation="GELU", attention_soft_cap=30.0,
+            dim=96, num_layers=4, num_heads=6, num_kv_heads=1, mlp_dim=96, activation="GELU", attention_soft_cap=30.0,
             embedding_scale="sqrt(dim)", logit_scale=0.5773502691896257,
             layers=SANDWICH_NORM.replace("MLP", "MoE(num_experts=8, top_k=2, renormalise=False)"),
         )
@@ -81,7 +82,7 @@ PRESETS: dict[str, Preset] = {
     # there 3.5 times.
     "mixtral_like": Preset(
         ModelConfig(
-            dim=96, num_layers=4, num_kv_heads=1, rope_theta=1_000_000.0, tied_embeddings=False, mlp_dim=144,
+            dim=96, num_layers=4, num_kv_heads=1, rope_theta=1_000_000.0, tied_embeddings=False, mlp_dim=96,
             layers=PRE_NORM.replace("MLP", "MoE(num_experts=8, top_k=2)"),
         )
     ),
@@ -91,10 +92,10 @@ PRESETS: dict[str, Preset] = {
     # token is predicted.
     "deepseek_like": Preset(
         ModelConfig(
-            dim=96, num_layers=4, num_kv_heads=4, head_dim=16, norm_eps=1e-6, tied_embeddings=False, mlp_dim=384, layers=(
+            dim=96, num_layers=4, num_kv_heads=4, head_dim=16, norm_eps=1e-6, tied_embeddings=False, mlp_dim=256, layers=(
                 f"Norm->{LATENT}->+->Norm->MLP->+",
                 *[
-                    f"Norm->{LATENT}->+->Norm->MoE(mlp_dim=72, num_experts=16, top_k=4, shared_experts=1, scores='sigmoid', "
+                    f"Norm->{LATENT}->+->Norm->MoE(mlp_dim=48, num_experts=16, top_k=4, shared_experts=1, scores='sigmoid', "
                     "renormalise=True, routed_scale=2.5, balance_loss=0.0001, bias_rate=0.001)->+"
                 ] * 3,
             ),
@@ -105,8 +106,8 @@ PRESETS: dict[str, Preset] = {
     # wide as the stream instead of 2/3.
     "arctic_like": Preset(
         ModelConfig(
-            dim=112, num_layers=3, num_heads=7, num_kv_heads=1, mlp_dim=168, tied_embeddings=False,
-            layers=[PRE_NORM, "Norm->MoE(mlp_dim=72, num_experts=16, top_k=2)->+"],
+            dim=112, num_layers=3, num_heads=7, num_kv_heads=1, mlp_dim=112, tied_embeddings=False,
+            layers=[PRE_NORM, "Norm->MoE(mlp_dim=48, num_experts=16, top_k=2)->+"],
         )
     ),
     # Mamba 130M (arXiv 2312.00752, section 3.4, and https://huggingface.co/state-spaces/mamba-130m-hf, config.json): a layer is a
@@ -126,7 +127,7 @@ PRESETS: dict[str, Preset] = {
     # mixers is attention, there one of 7.
     "mamba2_hybrid_like": Preset(
         ModelConfig(
-            num_layers=4, positions="none", mlp_dim=480, layers=(
+            num_layers=4, positions="none", mlp_dim=320, layers=(
                 *[PRE_NORM.replace("Attn", "Mamba2(head_dim=64)")] * 2, PRE_NORM,
                 PRE_NORM.replace("Attn", "Mamba2(head_dim=64)"),
             ),
@@ -137,7 +138,7 @@ PRESETS: dict[str, Preset] = {
     # context. 4 heads instead of 10, 6 layers instead of 26. sqrt(dim) as bfloat16 has it, in which theirs is kept.
     "griffin_like": Preset(
         ModelConfig(
-            dim=112, num_layers=6, num_kv_heads=1, norm_eps=1e-6, linear_bias=True, mlp_dim=504, activation="GELU",
+            dim=112, num_layers=6, num_kv_heads=1, norm_eps=1e-6, linear_bias=True, mlp_dim=336, activation="GELU",
             embedding_scale=10.5625, logit_soft_cap=30.0, layers=(
                 *[PRE_NORM.replace("Attn", "RGLRU")] * 2,
                 PRE_NORM.replace("Attn", "RopeAttn(window=128, rope_share=0.5, linear_bias=False, out_bias=True)"),
@@ -149,7 +150,7 @@ PRESETS: dict[str, Preset] = {
     # head instead of 4, groups of 32 channels instead of 64. The norm before the head is a LayerNorm, there a timestep norm.
     "megalodon_like": Preset(
         ModelConfig(
-            num_layers=3, num_heads=1, num_kv_heads=1, head_dim=32, mlp_dim=384, norm="LayerNorm", norm_bias=True,
+            num_layers=3, num_heads=1, num_kv_heads=1, head_dim=32, mlp_dim=256, norm="LayerNorm", norm_bias=True,
             tied_embeddings=False, layers=TWO_HOP.replace("Norm->Attn", "Megalodon(chunk=64)"),
         )
     ),
@@ -157,7 +158,7 @@ PRESETS: dict[str, Preset] = {
     # values 3/2.
     "gated_deltanet_like": Preset(
         ModelConfig(
-            num_layers=4, num_heads=3, num_kv_heads=3, head_dim=32, positions="none", mlp_dim=444,
+            num_layers=4, num_heads=3, num_kv_heads=3, head_dim=32, positions="none", mlp_dim=296,
             layers=PRE_NORM.replace("Attn", "GatedDeltaNet"),
         )
     ),
@@ -166,7 +167,7 @@ PRESETS: dict[str, Preset] = {
     # channels turned; the MLP 3 times as wide. The head is tied.
     "qwen3.5_like": Preset(
         ModelConfig(
-            num_layers=4, num_kv_heads=1, rope_theta=10_000_000.0, norm_eps=1e-6, qk_norm=True, mlp_dim=576, layers=(
+            num_layers=4, num_kv_heads=1, rope_theta=10_000_000.0, norm_eps=1e-6, qk_norm=True, mlp_dim=384, layers=(
                 *[PRE_NORM.replace("Attn", DELTA)] * 3,
                 PRE_NORM.replace("Attn", "GatedAttn(rope_share=0.25)"),
             ),
@@ -182,7 +183,7 @@ PRESETS: dict[str, Preset] = {
         ),
         TrainConfig(
             tokenizer="bpe_tokenizer_2048", batch_size=32, batch_size_start=8, optimizer="Muon", lr_max=0.009, muon_lr_scale=0.5,
-            betas=(0.4, 0.99), weight_decay=0.5, embedding_decay=0.5, warmup_steps=30, weight_averaging=0.98,
+            betas=(0.4, 0.99), weight_decay=0.5, embedding_decay=0.5, warmup_steps=30, ema_decay=0.98,
             max_minutes=10.0,
         ),
     ),
@@ -192,8 +193,6 @@ PRESETS: dict[str, Preset] = {
 def preset(name: str) -> Preset:
     """The preset of that name, EXPERIMENT/PRESET for one of an experiment. Raises ValueError with the nearest match for none."""
     if "/" in name:
-        from runs.experiments import experiment_preset
-
         return experiment_preset(name)
     if name not in PRESETS:
         raise ValueError(f"no preset is called {name!r}.{did_you_mean(name, PRESETS)} There are: {', '.join(PRESETS)}")

@@ -14,11 +14,13 @@ import pytest
 from scipy import stats
 
 from conftest import change
+from evaluation import __main__ as evaluation
 from evaluation.comparison import compare
 from evaluation.statistics import holm, over_seeds, over_stories, seeds_needed
-from metrics import scores as evaluation
-from metrics.story_losses import COLUMNS, digest, read_losses
-from runs.folder import Run, load_model
+from inference import load_model
+from metrics.story_losses import COLUMNS, read_losses
+from runs.code import digest
+from runs.folder import Run
 from training.report import write_report
 
 ROOT = Path(__file__).parents[1]
@@ -215,7 +217,7 @@ class TestCompare:
     def test_files_that_one_side_lacks_are_changed_but_not_its_plugins(self, make_run):
         make_run("a", code={"model.py": "1", "old.py": "1"})
         make_run("b", code={"model.py": "1", "new.py": "1", "experiments.mine.blocks": "1"})
-        notes = [note for note in compare("a", "b").notes if "code" in note]
+        notes = [note for note in compare("a", "b").notes if "other code" in note]
         assert notes == ["a and b were trained with other code: new.py, old.py"]
 
     @pytest.mark.parametrize("facts, said, compared", [
@@ -308,5 +310,5 @@ class TestCompare:
         for words, said in [([], "usage"), (["guess"], "usage"), unknown]:
             with pytest.raises(SystemExit, match=said):
                 evaluation.main(words)
-        code = "import sys, comparison; comparison.compare('a', 'b'); assert 'torch' not in sys.modules"
+        code = "import sys; from evaluation.comparison import compare; compare('a', 'b'); assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

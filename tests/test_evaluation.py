@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from conftest import MODEL
-from data.dataset import default_cache_dir
+from data.cache import default_cache_dir
 from fast import ops as kernels
+from inference import load_model
 from metrics import scores as evaluation
 from metrics.scores import Evaluation, evaluate, ranks_of, windows
 from model import GPT, IGNORE
-from runs.folder import load_model
 from tokenizer import load_tokenizer
 
 

@@ -20,19 +20,20 @@ import torch
 from errors import one_line_error
 from torch import nn
 
-import tools
 from conftest import MODEL
-from inference import generate
+from experiments.__main__ import main, new_experiment
+from inference import generate, load_model
+from metrics.cost import num_parameters
 from metrics.scores import evaluate
 from modules.contract import CONFIG, check_block
 from modules.registry import block_menu, build_model
 from runs import experiments as experiment
-from runs.folder import Run, load_model, run_names
+from runs.folder import Run, run_names
 from runs.presets import preset
 from tokenizer import load_tokenizer
 from train import train
 from training import autotune as probe
-from training.report import num_parameters, table
+from training.report import table
 
 REPOSITORY = Path(__file__).parents[1]
 OWN = {name: replace(MODEL, model=name, plugins=("own_models",)) for name in ("Recurrent", "Trigram")}
@@ -168,9 +169,9 @@ def run_python(folder: Path, *words: str) -> str:
 TRAIN_AND_COMPARE = """
 import runpy
 runpy.run_path("train.py", run_name="__main__")
-from inference import generate
+from inference import generate, load_model
 from training.report import table
-from runs.folder import load_model, run_names
+from runs.folder import run_names
 print(run_names(), list(table(*run_names(), num_stories=20)["bits per byte"].notna()))
 print(generate(*load_model("my_idea/first"), "Tom", max_new_tokens=3))
 """
@@ -199,7 +200,7 @@ class TestNewExperiment:
         monkeypatch.setattr(experiment, "FOLDER", folders / "experiments")
 
     def test_its_names_are_its_own(self):
-        folder = experiment.new_experiment("an_example_of_forgetting")
+        folder = new_experiment("an_example_of_forgetting")
         assert {path.name for path in folder.iterdir()} == {
             "__init__.py", ".gitignore", "README.md", "blocks.py", "config.py", "test_an_example_of_forgetting.py",
             "an_example_of_forgetting.ipynb",
@@ -213,17 +214,17 @@ class TestNewExperiment:
 
     def test_a_name_that_will_not_do_is_said(self):
         for name in ("My_idea", "my-idea", "2nd", "class", "../x", ""):
-            one_line_error(lambda name=name: experiment.new_experiment(name), repr(name), "my_idea")
-        one_line_error(lambda: experiment.new_experiment("example"), "experiments/example exists")
-        one_line_error(lambda: experiment.new_experiment("attn"), "'attn' would call its block 'Attn'", "taken")
+            one_line_error(lambda name=name: new_experiment(name), repr(name), "my_idea")
+        one_line_error(lambda: new_experiment("example"), "experiments/example exists")
+        one_line_error(lambda: new_experiment("attn"), "'attn' would call its block 'Attn'", "taken")
         assert experiment.experiment_names() == ["example"]
 
     def test_the_terminal_says_it_in_one_line(self, monkeypatch, capsys):
-        for words, told in ((["new_experiment", "example"], "error: experiments/example exists"), (["new"], 2)):
+        for words, told in ((["new", "example"], "error: experiments/example exists"), (["new"], 2)):
             with pytest.raises(SystemExit) as stop:
-                tools.main(words)
+                main(words)
             assert told == stop.value.code or told in str(stop.value.code)
-        assert "new_experiment" in capsys.readouterr().err
+        assert "python -m experiments new" in capsys.readouterr().err
 
 
 def test_the_presets_of_an_experiment_are_called_by_its_name():
@@ -262,7 +263,7 @@ MENU = "BLOCKS = {'Mine': Mine}\n"
         (BLOCK + "BLOCKS = {'Mine': Mine()}", "'Mine': that must be a class of torch modules"),
         (BLOCK + "BLOCKS = {'My-Block': Mine}", "a class 'My-Block': take a name of letters"),
         (BLOCK + "BLOCKS = {'MLP': Mine}", "calls a block 'MLP', but that name is taken: it is that of 'model'. Rename it"),
-        (BLOCK + "BLOCKS = {'ShortConv': Mine}", "'ShortConv', but that name is taken: it is that of 'modules'"),
+        (BLOCK + "BLOCKS = {'ShortConv': Mine}", "'ShortConv', but that name is taken: it is that of 'modules.blocks'"),
         (BLOCK + MENU + "MODELS = {'GPT': Mine}", "calls a model 'GPT', but that name is taken"),
     ],
 )

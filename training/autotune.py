@@ -1,7 +1,7 @@
-"""How this machine trains a model fastest: number format, attention, rows at a time, threads and compile, by measurement.
+"""Autotuning: find the fastest number format, kernels, micro-batch, number of threads and compile setting by measurement.
 
-A few seconds of training steps on made-up tokens tell. What they told is kept in the cache folder, one file for each
-machine, architecture and batch size. Whatever is chosen, by measurement or by the config, is compared with the plain way first.
+A few seconds of training steps on made-up tokens decide. The result is cached, one file for each machine, architecture and batch
+size. Whatever is chosen, by measurement or by the config, is compared with the plain model first.
 
 B batch, T time, V vocabulary.
 """
@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -25,59 +24,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fast
 from config import ModelConfig, TrainConfig, divisors, from_json, to_json
-from data.dataset import default_cache_dir
-from data.sources import say
-from fast import ops as kernels
+from data.cache import default_cache_dir, say
+from fast import build
 from metrics.scores import MAX_LOGITS as EVALUATION_LOGITS
 from model import GPT
-from modules.registry import build_model, make_ready, needs_of
-from training.machine import available_memory, check_compiler, is_out_of_memory, keep_freed_memory
+from modules.registry import accepted_kwargs, build_model
+from training.configure import CheckpointedLayer, configure_for_training
+from training.machine import available_memory, check_compiler, cpu_name, is_out_of_memory, keep_freed_memory
 
-MEASURE_SECONDS = 0.2  # for one way of doing it, after a step to warm up
+MEASURE_SECONDS = 0.2  # for one plan, after a step to warm up
 MICRO_BATCH_TOKENS = range(512, 4096 + 1)  # where a CPU's fastest is: fewer do not fill the cores, more do not fit the caches
-SHORT_RUN = 20  # seconds: a run that is over by then is not worth the measuring
+SHORT_RUN = 20  # seconds: a shorter run is not worth the measuring
 COMPILE_TAKES = 30  # seconds, at least, on a CPU
-COMPILE_SHARE = 0.04  # of a run that trying out torch.compile may take
-BUSY = 0.5  # of the peak of matrix products: a step that gets more cannot gain much by compile
+COMPILE_SHARE = 0.04  # of a run that trying torch.compile may take
+COMPILE_LIMIT = 0.5  # share of the machine's matmul peak above which torch.compile cannot help much
 STORY_TOKENS = 200  # the made-up stories are as long as those of TinyStories
 
 
 @dataclass(frozen=True)
-class Choices:
+class ExecutionPlan:
     """How a machine trains a model."""
 
     dtype: str  # of matrix products: float32 or bfloat16
-    attention: str  # kernel, sdpa or plain
+    fast: bool  # with the C++ kernels of fast/
     micro_batch_size: int  # sequences that go through the model at once
     threads: int  # of the CPU
     compile: bool  # each layer by torch.compile
 
     def __str__(self):
-        attention = {"kernel": "our attention kernel", "sdpa": "torch's attention", "plain": "attention written out"}
+        kernels = "our C++ kernels" if self.fast else "PyTorch alone"
         return (
-            f"{self.dtype}, {attention[self.attention]}, {self.micro_batch_size} rows at a time, "
+            f"{self.dtype}, {kernels}, {self.micro_batch_size} rows at a time, "
             f"{self.threads} thread{'s' * (self.threads > 1)}, {'compiled' if self.compile else 'not compiled'}"
         )
 
 
-def choose(model: GPT, config: TrainConfig, device: torch.device) -> Choices:
-    """The fastest way to train this model that fits into memory; what the configs prescribe is kept.
+def choose_plan(model: GPT, config: TrainConfig, device: torch.device) -> ExecutionPlan:
+    """Find the fastest plan that fits into memory; what the config prescribes is kept.
 
-    Says in one line what it chose and why. Raises MemoryError where nothing fits, ValueError for a prescribed way that is not
-    to be had here.
+    Prints one line with the plan and the reasons. Raises MemoryError if nothing fits, ValueError for a prescribed choice that is
+    not available here.
     """
     if config.compile is True:
         check_compiler(device)
-    if model.config.attention == "kernel":
-        kernels.build()
-    path = default_cache_dir() / f"probe-{key(model, config, device)}.json"
+    if config.fast is True and device.type == "cpu":
+        build.build()
+    path = default_cache_dir() / f"plan-{key(model, config, device)}.json"
     known = remembered(path)
     model = copy.deepcopy(model)
     with undisturbed():
         sizes = micro_batch_sizes(model, config, device)
         if "eager" not in known:
-            first = first_guess(model, config, sizes)
+            first = first_guess(config, sizes, device)
             seconds = seconds_per_token(model, config, first, device)
             run = expected_seconds(seconds, model, config)
             if config.compile is True and run < COMPILE_TAKES:
@@ -86,42 +86,42 @@ def choose(model: GPT, config: TrainConfig, device: torch.device) -> Choices:
                 return checked(replace(first, compile=config.compile is True), model, config, device)
             known = measure(model, config, device, first, sizes)
         elif device.type == "cpu" and config.threads == "auto":  # which changes with what else the machine is doing
-            known |= fastest_threads(model, config, Choices(**known["eager"]), device)
+            known |= fastest_threads(model, config, ExecutionPlan(**known["eager"]), device)
         if compile_is_worth_trying(known, model, config, device):
             known["compiled"] = measure_compiled(model, config, known, trial_seconds(known, model, config), device)
-        chosen = within(sizes, decide(known, model, config))
+        plan = within(sizes, decide(known, model, config))
         if config.compile is True:
-            chosen = checked(chosen, model, config, device)
-    if not known["notes"] or kernels.fingerprint() == "none":  # a compiler that failed, on a full disk perhaps, may do tomorrow
+            plan = checked(plan, model, config, device)
+    if not known["notes"] or build.fingerprint() == "none":  # a compiler that failed, on a full disk perhaps, may do tomorrow
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(known), encoding="utf-8")
         os.replace(partial, path)
-    return chosen
+    return plan
 
 
-def as_before(choices: Choices, model: GPT, config: TrainConfig, device: torch.device) -> Choices:
-    """What a run that is resumed began with; where this machine does not have it any more, the nearest, and a line that says so.
+def resumed_plan(plan: ExecutionPlan, model: GPT, config: TrainConfig, device: torch.device) -> ExecutionPlan:
+    """The plan of a run that is resumed; if this machine no longer supports it, the nearest one, and a line that says so.
 
-    Raises MemoryError where nothing fits into memory.
+    Raises MemoryError if nothing fits into memory.
     """
-    if choices.attention == "kernel" and model.config.attention == "auto":
+    if plan.fast and config.fast == "auto":
         try:
-            kernels.build()
-        except kernels.BuildError as error:
-            choices = replace(choices, attention="sdpa")
-            say(f"going on with torch's attention, so not to the last bit as without a break: {error}")
+            build.build()
+        except build.BuildError as error:
+            plan = replace(plan, fast=False)
+            say(f"going on without the C++ kernels, so not to the last bit as without a break: {error}")
     with undisturbed():
-        return within(micro_batch_sizes(copy.deepcopy(model), config, device), choices)
+        return within(micro_batch_sizes(copy.deepcopy(model), config, device), plan)
 
 
-def within(sizes: list[int], choices: Choices) -> Choices:
-    """The choices, with fewer rows at a time where memory has become scarcer than when they were made."""
-    rows = choices.micro_batch_size
+def within(sizes: list[int], plan: ExecutionPlan) -> ExecutionPlan:
+    """The plan, with fewer rows at a time where memory has become scarcer than when they were made."""
+    rows = plan.micro_batch_size
     if rows <= sizes[0]:
-        return choices
+        return plan
     say(f"{sizes[0]} rows at a time instead of {rows}, as there is less memory than when that was measured")
-    return replace(choices, micro_batch_size=sizes[0])
+    return replace(plan, micro_batch_size=sizes[0])
 
 
 def remembered(path: Path) -> dict[str, Any]:
@@ -136,16 +136,10 @@ def key(model: GPT, config: TrainConfig, device: torch.device) -> str:
     """Equal for what is measured alike."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     prescribed = [getattr(config, field) for field in ("batch_size", "mask_stories", "loss_chunk", "gradient_checkpointing",
-                                                       "dtype", "micro_batch_size", "threads")]  # fmt: skip
-    machine = [torch.__version__, device.type, name, most_threads(), kernels.fingerprint(), os.environ.get("CXX")]
+                                                       "dtype", "micro_batch_size", "threads", "fast")]  # fmt: skip
+    machine = [torch.__version__, device.type, name, most_threads(), build.fingerprint(), os.environ.get("CXX")]
     what = json.dumps([machine, to_json(model.config), model.vocab_size, prescribed])
     return hashlib.sha256(what.encode()).hexdigest()[:16]
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else f"{platform.processor()} {platform.machine()}"
 
 
 @cache
@@ -165,31 +159,28 @@ def undisturbed():
             torch.set_num_threads(threads)
 
 
-def with_backend(model: GPT) -> list:
-    return [block for block in model.modules() if hasattr(block, "backend")]
-
-
-def apply(choices: Choices, model: GPT):
-    """Train the model in this way from now on."""
-    torch.set_num_threads(choices.threads)
+def apply_plan(plan: ExecutionPlan, model: GPT, config: TrainConfig):
+    """Train the model by this plan from now on."""
+    torch.set_num_threads(plan.threads)
     keep_freed_memory()
-    for block in with_backend(model):
-        block.backend = choices.attention
-    if choices.compile:
+    fast.use(model, plan.fast, config.loss_chunk)
+    if plan.compile:
         compile_parts(model)
 
 
 def compile_parts(model: nn.Module):
-    """The layers of GPT one by one, as all that are alike share what is compiled; another model as a whole."""
+    """Compile the layers of GPT one by one, as equal ones share the compiled code; another model as a whole."""
     for part in model.layers if isinstance(model, GPT) else [model]:
-        part.compile(dynamic=False)
+        parts = part.branches if type(part) is CheckpointedLayer else [part]  # recomputed as a whole, from outside
+        for compiled in parts:
+            compiled.compile(dynamic=False)
 
 
-def first_guess(model: GPT, config: TrainConfig, sizes: list[int]) -> Choices:
-    """What does well on most machines, with the most rows at a time that fit into memory, up to 8."""
-    return Choices(
+def first_guess(config: TrainConfig, sizes: list[int], device: torch.device) -> ExecutionPlan:
+    """A plan that does well on most machines, with as many rows at a time as fit into memory, up to 8."""
+    return ExecutionPlan(
         dtype="float32" if config.dtype == "auto" else config.dtype,
-        attention="sdpa" if model.config.attention == "auto" else model.config.attention,
+        fast=config.fast is True and device.type == "cpu",
         micro_batch_size=next((size for size in sizes if size <= 8), sizes[-1]),
         threads=most_threads() if config.threads == "auto" else config.threads, compile=False,
     )  # fmt: skip
@@ -212,24 +203,24 @@ def micro_batch_sizes(model: GPT, config: TrainConfig, device: torch.device) -> 
     return fitting
 
 
-def measure(model: GPT, config: TrainConfig, device: torch.device, best: Choices, sizes: list[int]) -> dict[str, Any]:
+def measure(model: GPT, config: TrainConfig, device: torch.device, best: ExecutionPlan, sizes: list[int]) -> dict[str, Any]:
     """The fastest way without compile, found one choice after the other, and all that was timed on the way."""
-    timed: dict[Choices, float] = {}
+    timed: dict[ExecutionPlan, float] = {}
 
-    def fastest(candidates: list[Choices]) -> Choices:
-        for choices in candidates:
-            if choices not in timed:
-                timed[choices] = seconds_per_token(model, config, choices, device)
+    def fastest(candidates: list[ExecutionPlan]) -> ExecutionPlan:
+        for plan in candidates:
+            if plan not in timed:
+                timed[plan] = seconds_per_token(model, config, plan, device)
         return min(candidates, key=timed.__getitem__)
 
     notes = []
     if device.type == "cpu" and config.threads == "auto":
-        best = Choices(**fastest_threads(model, config, best, device)["eager"])
-    if device.type == "cpu" and model.config.attention == "auto":
+        best = ExecutionPlan(**fastest_threads(model, config, best, device)["eager"])
+    if device.type == "cpu" and config.fast == "auto":
         try:
-            kernels.build()
-            best = fastest([replace(best, attention=attention) for attention in ("sdpa", "kernel")])
-        except kernels.BuildError as error:
+            build.build()
+            best = fastest([replace(best, fast=is_fast) for is_fast in (False, True)])
+        except build.BuildError as error:
             notes.append(str(error))
     peaks = matmul_peaks(device)
     if config.dtype == "auto" and peaks["bfloat16"] > peaks["float32"]:
@@ -240,15 +231,15 @@ def measure(model: GPT, config: TrainConfig, device: torch.device, best: Choices
     best = fastest([checked(best, model, config, device)])
     return {
         "eager": asdict(best), "seconds_per_token": timed[best], "notes": notes, "peaks": peaks,
-        "timed": [[asdict(choices), seconds] for choices, seconds in timed.items()],
+        "timed": [[asdict(plan), seconds] for plan, seconds in timed.items()],
     }  # fmt: skip
 
 
-def fastest_threads(model: GPT, config: TrainConfig, choices: Choices, device: torch.device) -> dict[str, Any]:
+def fastest_threads(model: GPT, config: TrainConfig, plan: ExecutionPlan, device: torch.device) -> dict[str, Any]:
     """As many threads as torch takes by itself, or half of them, which is more where another process keeps a core busy."""
     timed = {}
     for threads in {most_threads(), max(1, most_threads() // 2)}:
-        way = replace(choices, threads=threads)
+        way = replace(plan, threads=threads)
         timed[way] = seconds_per_token(model, config, way, device)
     best = min(timed, key=timed.__getitem__)
     return {"eager": asdict(best), "seconds_per_token": timed[best]}
@@ -262,23 +253,23 @@ def steps_of(model: GPT, config: TrainConfig, rows: int, device: torch.device):
 
     def step(dtype: str) -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            _, loss = model(tokens[:, :-1], tokens[:, 1:], **needs_of(model, story_ids=stories))
+            _, loss = model(tokens[:, :-1], tokens[:, 1:], **accepted_kwargs(model, story_ids=stories))
         loss.backward()
         return loss.item()  # waits for the device
 
     return step
 
 
-def seconds_per_token(model: GPT, config: TrainConfig, choices: Choices, device: torch.device) -> float:
+def seconds_per_token(model: GPT, config: TrainConfig, plan: ExecutionPlan, device: torch.device) -> float:
     """The best of a few micro-batches forward and back; of a single one, where that takes long enough to be told apart."""
-    apply(replace(choices, compile=False), model)
-    step = steps_of(model, config, choices.micro_batch_size, device)
+    apply_plan(replace(plan, compile=False), model, config)
+    step = steps_of(model, config, plan.micro_batch_size, device)
     times, until = [], time.perf_counter() + 1.5 * MEASURE_SECONDS
     while not times or (len(times) < 3 and time.perf_counter() < until):
         began = time.perf_counter()
-        step(choices.dtype)
+        step(plan.dtype)
         times.append(time.perf_counter() - began)
-    return min(times) / (choices.micro_batch_size * model.config.max_seq_len)
+    return min(times) / (plan.micro_batch_size * model.config.max_seq_len)
 
 
 def memory_needed(model: GPT, config: TrainConfig, device: torch.device) -> tuple[float, float]:
@@ -296,67 +287,66 @@ def memory_needed(model: GPT, config: TrainConfig, device: torch.device) -> tupl
     return 4 * weights + 4 * EVALUATION_LOGITS, 1.5 * sum(kept.values())
 
 
-def checked(choices: Choices, model: GPT, config: TrainConfig, device: torch.device) -> Choices:
-    """The choices if they compute what the plain way does; else without compile, or the plain way, and a warning.
+def checked(plan: ExecutionPlan, model: GPT, config: TrainConfig, device: torch.device) -> ExecutionPlan:
+    """The plan if it gives the numbers of the plain model; else one without compile, or the plain one, and a warning.
 
-    Raises ValueError where torch.compile fails.
+    Raises ValueError if torch.compile fails.
     """
     try:
-        wrong = difference(model, config, choices, device)
+        wrong = difference(model, config, plan, device)
     except RuntimeError as error:
-        if not choices.compile or is_out_of_memory(error):
+        if not plan.compile or is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"compile=True: torch.compile fails here ({reason}). Leave it off, or mend the compiler") from error
     if not wrong:
-        return choices
-    plain = replace(choices, attention="plain", dtype="float32")
-    instead = replace(choices, compile=False) if choices.compile else plain
-    say(f"{choices}: gives other numbers than the plain way ({wrong}), so it is not taken. Please report it")
-    return checked(instead, model, config, device) if choices.compile else instead
+        return plan
+    plain = replace(plan, fast=False, dtype="float32")
+    instead = replace(plan, compile=False) if plan.compile else plain
+    say(f"{plan}: gives other numbers than the plain model ({wrong}), so it is not used. Please report it")
+    return checked(instead, model, config, device) if plan.compile else instead
 
 
-def difference(model: GPT, config: TrainConfig, choices: Choices, device: torch.device) -> str:
-    """How logits, loss and gradients differ from the plain way on a CPU in float32, or nothing where that is within rounding.
+def difference(model: GPT, config: TrainConfig, plan: ExecutionPlan, device: torch.device) -> str:
+    """How logits, loss and gradients differ from the plain model in float32 on a CPU; "" if within rounding.
 
-    What is compiled is compared at the size that is trained, so that it is not compiled twice, and with the same attention.
+    A compiled model is compared at the size that is trained, so that it is not compiled twice, with the same kernels.
     """
     rows, T = 2, min(model.config.max_seq_len, 2 * STORY_TOKENS)
-    plain_attention = "plain"
-    if choices.compile:
-        rows, T, plain_attention = choices.micro_batch_size, model.config.max_seq_len, choices.attention
+    if plan.compile:
+        rows, T = plan.micro_batch_size, model.config.max_seq_len
     tokens = torch.randint(model.vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(1))
     stories = (torch.arange(T) // (T // 2)).expand(rows, T) if config.mask_stories else None
 
-    def run(trial: GPT, dtype: str, attention: str, loss_chunk: int | None) -> dict[str, Tensor]:
+    def run(trial: GPT, dtype: str) -> dict[str, Tensor]:
         trial.load_state_dict(model.state_dict())
         with torch.no_grad():
-            for weight in trial.parameters():  # so that nothing is zero, and each block has a say
+            for weight in trial.parameters():  # so that nothing is zero, and every block matters
                 noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
                 weight.add_(noise.to(weight.device), alpha=0.02)
-        trial.loss_chunk = loss_chunk
-        for block in with_backend(trial):
-            block.backend = attention
         trial.zero_grad()
-        place = next(trial.parameters()).device
-        inputs, ids = tokens.to(place), None if stories is None else stories.to(place)
-        with torch.autocast(place.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            logits, loss = trial(inputs[:, :-1], inputs[:, 1:], **needs_of(trial, story_ids=ids))
+        device = next(trial.parameters()).device
+        inputs, ids = tokens.to(device), None if stories is None else stories.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits, loss = trial(inputs[:, :-1], inputs[:, 1:], **accepted_kwargs(trial, story_ids=ids))
         loss.backward()
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in trial.parameters()]
-        found = {"the loss": loss, "gradients": torch.cat([gradient.flatten() for gradient in gradients])}
+        results = {"the loss": loss, "gradients": torch.cat([gradient.flatten() for gradient in gradients])}
         if logits is not None:
-            found = {"logits": logits} | found
-        return {name: tensor.detach().flatten().float().cpu() for name, tensor in found.items()}
+            results = {"logits": logits} | results
+        return {name: tensor.detach().flatten().float().cpu() for name, tensor in results.items()}
 
-    reference = run(without_dropout(copy.deepcopy(model)).train().to("cpu"), "float32", plain_attention, None)
+    plain = without_dropout(copy.deepcopy(model)).train().to("cpu")
+    fast.use(plain, plan.fast) if plan.compile else fast.undo(plain)
+    reference = run(plain, "float32")
     trial = without_dropout(copy.deepcopy(model)).train()
-    if choices.compile:
-        compile_parts(trial)
     for loss_chunk in dict.fromkeys((None, config.loss_chunk)):
-        for name, mine in run(trial, choices.dtype, choices.attention, loss_chunk).items():
+        fast.use(trial, plan.fast, loss_chunk)
+        if plan.compile and loss_chunk is None:
+            compile_parts(trial)
+        for name, mine in run(trial, plan.dtype).items():
             off = ((mine - reference[name]).norm() / reference[name].norm()).item()
-            if not off < (1e-3 if choices.dtype == "float32" else 0.1):
+            if not off < (1e-3 if plan.dtype == "float32" else 0.1):
                 return f"{name} are off by {off:.1%}" if name != "the loss" else f"{name} is off by {off:.1%}"
     return ""
 
@@ -387,7 +377,7 @@ def compile_is_worth_trying(known: dict, model: GPT, config: TrainConfig, device
         return False
     operations = 6 * sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     peak = max(known["peaks"].values()) if config.dtype == "auto" else known["peaks"][config.dtype]
-    if operations / known["seconds_per_token"] > BUSY * peak:
+    if operations / known["seconds_per_token"] > COMPILE_LIMIT * peak:
         return False
     try:
         check_compiler(device)
@@ -401,7 +391,7 @@ def measure_compiled(model: GPT, config: TrainConfig, known: dict, limit: float,
     dtype = max(known["peaks"], key=known["peaks"].get) if config.dtype == "auto" else config.dtype
     question = {
         "model": to_json(model.config), "train": to_json(config), "vocab_size": model.vocab_size,
-        "eager": known["eager"], "choices": known["eager"] | {"compile": True, "dtype": dtype}, "device": str(device),
+        "eager": known["eager"], "plan": known["eager"] | {"compile": True, "dtype": dtype}, "device": str(device),
     }  # fmt: skip
     began = time.perf_counter()
     try:
@@ -435,23 +425,23 @@ def answer_question():
     """What the process of its own does: compile, take turns with what is not compiled, compare."""
     question = json.loads(sys.stdin.read())
     config = from_json(TrainConfig, question["train"])
-    choices, eager = Choices(**question["choices"]), Choices(**question["eager"])
+    plan, eager = ExecutionPlan(**question["plan"]), ExecutionPlan(**question["eager"])
     device = torch.device(question["device"])
     model = build_model(from_json(ModelConfig, question["model"]), question["vocab_size"]).to(device)
-    make_ready(model, config)
+    configure_for_training(model, config)
     as_it_is = copy.deepcopy(model)
-    apply(choices, model)
-    steps_of(model, config, choices.micro_batch_size, device)(choices.dtype)  # compiles
+    apply_plan(plan, model, config)
+    steps_of(model, config, plan.micro_batch_size, device)(plan.dtype)  # compiles
     gains = [
-        seconds_per_token(as_it_is, config, eager, device) / seconds_per_token(model, config, choices, device) for _ in range(3)
+        seconds_per_token(as_it_is, config, eager, device) / seconds_per_token(model, config, plan, device) for _ in range(3)
     ]
-    wrong = difference(as_it_is, config, choices, device)
-    print(json.dumps({"choices": asdict(choices), "gain": median(gains), "wrong": wrong}))
+    wrong = difference(as_it_is, config, plan, device)
+    print(json.dumps({"plan": asdict(plan), "gain": median(gains), "wrong": wrong}))
 
 
-def decide(known: dict, model: GPT, config: TrainConfig) -> Choices:
+def decide(known: dict, model: GPT, config: TrainConfig) -> ExecutionPlan:
     """Compile or not, by what is known and by how long the run is. Says so."""
-    eager, compiled = Choices(**known["eager"]), known.get("compiled", {})
+    eager, compiled = ExecutionPlan(**known["eager"]), known.get("compiled", {})
     chosen, speed, reasons = eager, 1 / known["seconds_per_token"], list(known["notes"])
     if config.compile is True:
         chosen = replace(eager, compile=True)
@@ -463,7 +453,7 @@ def decide(known: dict, model: GPT, config: TrainConfig) -> Choices:
         run, lost, gain = expected_seconds(1 / speed, model, config), compiled["compile_seconds"], compiled["gain"]
         reasons.append(f"compile, {lost:.0f} s, for {gain:.2f} times the speed")
         if (run - lost) * gain > run:
-            chosen, speed = Choices(**compiled["choices"]), speed * gain
+            chosen, speed = ExecutionPlan(**compiled["plan"]), speed * gain
         else:
             reasons[-1] += ", does not pay"
     say(f"this machine: {chosen}, about {speed:,.0f} tokens/s" + (f" ({'; '.join(reasons)})" if reasons else ""))

@@ -4,7 +4,6 @@ Weights, optimizers, random numbers and a handful of counts are all that is need
 the batches are a pure function of the step.
 """
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean
@@ -12,14 +11,15 @@ from statistics import fmean
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from data.dataset import Data
+from data.dataset import Data, fingerprint
+from inference import load_model, load_weights
 from metrics.scores import Evaluation, evaluate
 from metrics.world_grades import COLUMNS as GRADES
 from metrics.world_grades import grade_model
 from model import GPT
-from runs.folder import Run, load_model, load_weights
+from runs.folder import Run
 from tokenizer import Tokenizer
-from training.autotune import Choices
+from training.autotune import ExecutionPlan
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Training:
     grade_stories: int = 0  # samples that the world grades at every evaluation
     average: AveragedModel | None = None  # of the weights, where it is to be scored and kept instead of the last ones
     code: dict[str, str] = field(default_factory=dict)  # a digest of every file that has a say in the numbers
-    choices: Choices | None = None  # what was found to be the fastest way on this machine
+    plan: ExecutionPlan | None = None  # how this machine trains the model
     flops_per_token: float = 0.0  # forward and backward, of a sequence as long as the context
     continued_from: str | None = None  # the run whose weights it began with
     rows: int = 0  # of the stream of rows that are read, those of the earlier run too
@@ -95,6 +95,14 @@ class Training:
         with torch.compiler.set_stance("force_eager"):  # else every length of a story would be compiled
             return evaluate(model, self.tokenizer, stories)
 
+    def evaluated(self, record: Record) -> Record:
+        """The record with the scores of an evaluation, which keeps the weights if they are the best so far."""
+        score = self.evaluate()
+        return replace(
+            record, validation_loss=score.loss, perplexity=score.perplexity, bits_per_byte=score.bits_per_byte,
+            grades=self.grade(),
+        )  # fmt: skip
+
     def grade(self) -> dict[str, float] | None:
         """What the world says of samples of the model; None where it is not asked. The same seeds every time."""
         if not self.grade_stories:
@@ -102,7 +110,7 @@ class Training:
         with torch.compiler.set_stance("force_eager"):
             return grade_model(self.best_model, self.tokenizer, self.grade_stories).columns
 
-    def note(self, record: Record, log_every: int):
+    def log_record(self, record: Record, log_every: int):
         """Keep a record for the log, which has a row for every log_every steps and for every evaluation."""
         self.unlogged.append(record)
         if record.validation_loss is not None or record.step % log_every == 0:
@@ -149,21 +157,21 @@ class Training:
             "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "best_loss": self.best_loss,
             "unlogged": [asdict(record) for record in self.unlogged], "data": self.data.fingerprint,
-            "average": self.average and self.average.state_dict(), "choices": self.choices and asdict(self.choices),
+            "average": self.average and self.average.state_dict(), "plan": self.plan and asdict(self.plan),
             "continued_from": self.continued_from, "rows": self.rows, "random_state": random_state(), "block_log": self.block_log,
             "counts": {place: dict(block.named_buffers()) for place, block in self.reporting_blocks.items()},
         })  # fmt: skip
 
     def restore(self):
         """Take up what `save` wrote. Raises ValueError where it is damaged, or the data are no longer the same."""
-        saved = self.run.load("checkpoint.pth", {"model", "optimizers", "step", "choices", "random_state"})
+        saved = self.run.load("checkpoint.pth", {"model", "optimizers", "step", "random_state"})
         if saved["data"] != self.data.fingerprint:
             raise ValueError(f"the data of the run {self.run.name!r} have changed since: restore them, or train anew")
         load_weights(self.model, saved["model"], "checkpoint.pth", self.run.name)
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.step, self.tokens, self.seconds, self.best_loss = (saved[key] for key in ("step", "tokens", "seconds", "best_loss"))
-        self.continued_from, self.rows, self.choices = saved["continued_from"], saved["rows"], Choices(**saved["choices"])
+        self.continued_from, self.rows, self.plan = saved["continued_from"], saved["rows"], saved_plan(saved)
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
         self.unlogged = [Record(**values) for values in saved["unlogged"]]
@@ -184,9 +192,12 @@ class Training:
         )
 
 
-def fingerprint(stories: list[str]) -> str:
-    """Equal for the same stories in the same order: losses on them can be compared."""
-    return hashlib.sha256("\0".join(stories).encode(errors="surrogatepass")).hexdigest()[:16]
+def saved_plan(saved: dict) -> ExecutionPlan:
+    """The plan of a checkpoint; older ones call it choices, and its kernels an attention."""
+    if "plan" in saved:
+        return ExecutionPlan(**saved["plan"])
+    choices = dict(saved["choices"])
+    return ExecutionPlan(fast=choices.pop("attention") == "kernel", **choices)
 
 
 def random_state() -> dict[str, torch.Tensor | list[torch.Tensor]]:

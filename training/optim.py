@@ -122,10 +122,10 @@ def average_of_weights(model: torch.nn.Module, decay: float) -> AveragedModel:
 
     def blend(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor):
         forgotten = max(1 - decay, 9 / (10 + num_averaged.item()))
-        torch._foreach_lerp_(averaged, current, min(1.0, forgotten / max(average.pace, 1e-9)))
+        torch._foreach_lerp_(averaged, current, min(1.0, forgotten / max(average.lr_fraction, 1e-9)))
 
     average = AveragedModel(model, multi_avg_fn=blend, use_buffers=False)
-    average.pace = 1.0
+    average.lr_fraction = 1.0
     return average
 
 
@@ -152,6 +152,12 @@ def scheduled_learning_rate(step: int, num_steps: float, config: TrainConfig) ->
     else:
         height = min(1.0, (1 - done) / 0.2)
     return config.lr_min + (config.lr_max - config.lr_min) * height
+
+
+def expected_steps(step: int, seconds: float, config: TrainConfig) -> float:
+    """Estimate the total number of steps from the progress so far; with max_steps alone it is max_steps, up to rounding."""
+    progress = config.progress(step, seconds)
+    return step / progress if progress else config.max_steps or math.inf
 
 
 def growing_batch_size(done: float, config: TrainConfig) -> int:

@@ -1,6 +1,6 @@
 """The Forgetting Transformer (Lin et al. 2025, arXiv 2503.02130): softmax attention with the forget gate of an LSTM.
 
-B batch, T time (the new tokens), S time with what the cache remembers in front, D model dim.
+B batch, T time (new tokens), S time including cached tokens, D model dim.
 """
 
 import math
@@ -9,16 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Attention
-from modules.windows import visible
+from model import Attention, append_to_cache, causal_mask
 
 
 class ForgettingAttn(Attention):
-    """Attention to what has not been forgotten since.  (B, T, D) → (B, T, D)
+    """Attention with a forget gate: the score of a key fades with every token after it.  (B, T, D) -> (B, T, D)
 
-    Every token opens a gate f = sigmoid(w x + b) for each head, and to the score of query i and key j the logarithms of the
-    gates behind j up to i are added (section 3). What is far fades, so no positions are needed; a gate of 1 forgets nothing.
-    Each pair has a score of its own to add, which our kernel does not take, so this is slower than Attention.
+    Every token has a gate f = sigmoid(w x + b) for each head, and the score of query i and key j gets the sum of log f over the
+    tokens after j, up to i (section 3). Distant keys fade, so no positions are needed; a gate of 1 forgets nothing.
     """
 
     def __init__(
@@ -27,23 +25,23 @@ class ForgettingAttn(Attention):
         super().__init__(dim, num_heads, num_kv_heads, head_dim, qk_norm=qk_norm, dropout=dropout)
         self.w_forget = nn.Linear(dim, num_heads)
 
-    def forward(self, x, *, first=None, rope=None, cache=None):
-        """first (B, T): the first token that each one may look at, None is the first of all; rope: what `apply_rope` takes."""
+    def forward(self, x, *, rope=None, story_start=None, window=None, cache=None):
         B, T, D = x.shape
         q, k, v = self.project(x, rope)
-        gates = F.logsigmoid(self.w_forget(x).float()).transpose(1, 2)  # (B, num_heads, T)
-        forgotten = gates.cumsum(dim=2)  # since the first token
+        log_gates = F.logsigmoid(self.w_forget(x).float()).transpose(1, 2)  # (B, num_heads, T)
+        faded = log_gates.cumsum(dim=2)  # since the first token
         if cache is not None:
             if cache:
-                forgotten = torch.cat([cache["forgotten"], cache["forgotten"][..., -1:] + forgotten], dim=2)
-            cache["forgotten"] = forgotten
-            k, v = self.remember(k, v, cache)
+                faded = torch.cat([cache["faded"], cache["faded"][..., -1:] + faded], dim=2)
+            cache["faded"] = faded
+            k, v = append_to_cache(cache, k, v, window=None)
         S = k.shape[2]
-        between = forgotten[..., S - T :, None] - forgotten[..., None, :]  # (B, num_heads, T, S)
-        between = between.masked_fill(~visible(T, S, first, x.device), -math.inf).type_as(q)
+        scores = faded[..., S - T :, None] - faded[..., None, :]  # (B, num_heads, T, S)
+        mask = causal_mask(T, S, story_start, window, x.device)
+        scores = scores.masked_fill(~mask, -math.inf).type_as(q)
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, between, dropout, enable_gqa=True)
-        return self.w_out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, scores, dropout, enable_gqa=True)
+        return self.w_out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
 BLOCKS = {"ForgettingAttn": ForgettingAttn}

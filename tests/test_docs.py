@@ -1,0 +1,82 @@
+"""Promises of the pages for people: links, commands, options and code in them are real."""
+
+import ast
+import importlib.util
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from config import ModelConfig, TrainConfig
+from conftest import MODEL
+from evaluation.__main__ import COMMANDS
+from modules.registry import build_model
+from runs.command_line import read_layers
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / folder / "README.md" for folder in ("experiments", "experiments/example", "benchmarks")),
+]  # fmt: skip
+page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def code_blocks(path: Path, language: str = r"\w*") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@page
+def test_every_relative_link_exists(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@page
+def test_every_command_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert importlib.util.find_spec(module), module
+    for command in re.findall(r"python -m evaluation (\w+)", text):
+        assert command in COMMANDS
+    for script in re.findall(r"python ([\w/]+\.py)", text):
+        assert (ROOT / script).exists(), script
+
+
+@page
+def test_every_option_of_the_config_exists(page):
+    for group, config in (("model", ModelConfig), ("train", TrainConfig)):
+        names = {field.name for field in fields(config)}
+        for pair in re.findall(rf"--{group}\.(\w+)|\b{group}\.(\w+)=", page.read_text(encoding="utf-8")):
+            option = "".join(pair)
+            assert option.removeprefix("no_") in names, option
+
+
+@page
+def test_every_import_in_python_code_works(page):
+    for code in code_blocks(page, "python"):
+        for node in ast.parse(code).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                exec(ast.unparse(node), {})
+
+
+def test_every_layer_string_of_the_config_page_builds():
+    table = re.findall(r"^\| [^|]+ \| `\"(.*)\"` \|$", (ROOT / "docs" / "config.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(table) == 6
+    for layers in table:
+        changes = {"layers": read_layers(layers.replace(r"\|", "|")), "num_layers": 2}
+        build_model(ModelConfig(**{**vars(MODEL), **changes}), 50)
+
+
+def test_the_readme_is_short_and_its_code_fits_a_screen():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+    assert max(len(line) for code in code_blocks(ROOT / "README.md") for line in code.splitlines()) < 95

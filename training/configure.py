@@ -1,0 +1,42 @@
+"""Apply the training options to a model: what it must support, and activation checkpointing."""
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from config import TrainConfig
+from model import Layer
+from modules.registry import accepted_kwargs
+
+
+class CheckpointedLayer(Layer):
+    """A layer whose activations are recomputed in the backward pass (Chen et al. 2016, arXiv 1604.06174)."""
+
+    def forward(self, x, *, shared, **inputs):
+        if not self.training:
+            return super().forward(x, shared=shared, **inputs)
+        x, after = checkpoint(self.on_a_copy, x, shared.copy(), use_reentrant=False, **inputs)
+        shared.update(after)
+        return x
+
+    def on_a_copy(self, x, shared, **inputs):
+        """Run on a copy of `shared`, so that it can be run again in the backward pass."""
+        shared = {name: value.copy() if isinstance(value, list | dict) else value for name, value in shared.items()}
+        return super().forward(x, shared=shared, **inputs), shared
+
+
+def configure_for_training(model: nn.Module, config: TrainConfig):
+    """Apply gradient_checkpointing. Raises ValueError for an option that needs more of the model than it has."""
+    name = model.config.model
+    if config.mask_stories and config.packing == "packed" and not accepted_kwargs(model, story_ids=None):
+        raise ValueError(
+            f"the model {name!r} does not ask for story_ids, so the stories of a row would see each other: "
+            "--train.packing padded has one a row, --train.no_mask_stories lets them"
+        )
+    if config.window_start is not None and not accepted_kwargs(model, window=None):
+        raise ValueError(f"window_start={config.window_start}: the model {name!r} does not ask for a window: leave it out")
+    if config.gradient_checkpointing:
+        layers = [module for module in model.modules() if type(module) in (Layer, CheckpointedLayer)]
+        if not layers:
+            raise ValueError(f"gradient_checkpointing=True: the model {name!r} has no layer strings: leave it out")
+        for layer in layers:
+            layer.__class__ = CheckpointedLayer
