@@ -1,4 +1,4 @@
-"""Let a trained model tell stories.
+"""Load a trained run, and let it tell stories.
 
     python inference.py my_run "Once upon a time" "Lily saw a"
 
@@ -11,10 +11,52 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import GPT, Cache
-from modules.registry import accepted_kwargs
+from modules.registry import accepted_kwargs, build_model
+from runs.folder import Run
+from tokenizer import load_tokenizer
+
+
+def load_model(name: str, device: str = "cpu"):
+    """Load the trained model of a run, ready to use, and its tokenizer.
+
+    Parameters
+    ----------
+    name : str
+        A run in trained_models/, or EXPERIMENT/RUN.
+    device : str, default "cpu"
+        The torch device to put the model on.
+
+    Returns
+    -------
+    model : nn.Module
+        In eval mode, with its best weights.
+    tokenizer : Tokenizer
+        The one it was trained with.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Names the file and the cure where something is missing, damaged or does not fit.
+    """
+    run = Run(name)
+    config, saved = run.model_config, run.load("model.pth", {"model", "vocab_size", "tokenizer_fingerprint"})
+    tokenizer = load_tokenizer(run.train_config.tokenizer)
+    if tokenizer.fingerprint != saved["tokenizer_fingerprint"]:
+        raise ValueError(f"the tokenizer {tokenizer.name!r} has changed since the run {name!r} was trained: restore the old one")
+    model = build_model(config, saved["vocab_size"])
+    load_weights(model, saved["model"], "model.pth", name)
+    return model.to(device).eval(), tokenizer
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], file: str, name: str):
+    """Load the weights from a file of a run into a model. Raises ValueError with the name of the file where they do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{file} of the run {name!r} does not fit its model_config.json: restore both") from error
 
 
 @dataclass(frozen=True)
@@ -192,8 +234,6 @@ def main(
         min_p: draw from tokens at least p times as likely as the most likely one
         seed: another seed tells another story
     """
-    from runs.folder import load_model
-
     model, tokenizer = load_model(name)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     for number, prompt in enumerate(prompts or ["Once upon a time"]):

@@ -15,7 +15,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training import autotune as probe
+from training.machine import cpu_name
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,7 +47,7 @@ def in_new_process(function: Callable, *arguments):
 
 
 def describe_machine() -> str:
-    name = probe.cpu_name().rpartition(":")[2].strip()
+    name = cpu_name().rpartition(":")[2].strip()
     cores, threads = os.cpu_count(), torch.get_num_threads()
     return f"{name}, {cores} cores, {threads} used, {platform.system()}, PyTorch {torch.__version__}, {date.today()}"
 

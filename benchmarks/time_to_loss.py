@@ -196,8 +196,8 @@ def seconds_per_step(chosen: Preset, folder: Path) -> float:
 
 def run(chosen: Preset, folder: Path) -> dict:
     """Train and score one model: what a Result tells of it. To be called in a process of its own."""
+    from inference import load_model
     from metrics.scores import evaluate
-    from runs.folder import load_model
     from train import train
 
     records, curve, bits_per_byte = [], [], math.inf

@@ -39,15 +39,16 @@ from train_speed import Variant, list_variants, take_turn, warm_up
 from config import TrainConfig
 from evaluation.comparison import Candidate, Comparison, compare, told_p
 from evaluation.statistics import Difference, over_seeds, over_stories
+from inference import load_model
 from metrics.measures import loss_by_position, token_scores
+from metrics.story_losses import validation_stories
 from runs.command_line import Arguments as Training
-from runs.folder import Run, load_model, runs_folder
+from runs.folder import Run, runs_folder
 from runs.presets import Preset, preset
 from tokenizer import load_tokenizer
 from training import seeds
 from training.autotune import Choices
 from training.optim import growing_batch_size
-from training.report import validation_stories
 
 EVALUATIONS = 4  # of a run that is trained for a number of steps
 NO_TIME = (  # fields of the config that a step takes as long with as without, or that are not in the step that is measured

@@ -11,22 +11,17 @@ import hashlib
 import heapq
 import itertools
 import json
-import os
-import shutil
-import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from data.cache import default_cache_dir, digest, open_or_build, say
 from data.packing import pack, shuffled, story_ids
-from data.sources import SEPARATOR, Source, digest, first_line, open_source, read_stories, say
+from data.sources import SEPARATOR, Source, open_source, read_stories
 
 __all__ = ["Data", "load_data", "read_stories", "story_ids"]
 
@@ -96,7 +91,7 @@ def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packe
 
     source: see read_stories.  packing: "packed" (see packing.pack), or "padded", one story a row, cropped and padded, as
     classical loaders do.  max_stories: read so many training stories, the first of the source; None is all.
-    cache_dir: see default_cache_dir.  Raises FileNotFoundError, ConnectionError or ValueError with the cure. Data.validation
+    cache_dir: see data/cache.py.  Raises FileNotFoundError, ConnectionError or ValueError with the cure. Data.validation
     never shares a story with training: training stories with the words of one of its stories are dropped, and counted.
     """
     if packing not in ("packed", "padded"):
@@ -111,24 +106,15 @@ def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packe
     fingerprint = digest(key, max_seq_len, packing)
     stories_dir, rows_dir = cache_dir / f"stories-{key}", cache_dir / f"rows-{fingerprint}"
 
-    stories, tokenised = _entry(stories_dir, lambda folder: _tokenise(opened, tokenizer, max_stories, folder, progress))
+    stories, tokenised = open_or_build(stories_dir, lambda folder: _tokenise(opened, tokenizer, max_stories, folder, progress))
     lengths = np.memmap(stories_dir / "lengths.bin", np.uint32, "r")
-    rows, packed = _entry(rows_dir, lambda folder: _write_rows(lengths, capacity, packing, folder))
+    rows, packed = open_or_build(rows_dir, lambda folder: _write_rows(lengths, capacity, packing, folder))
     if tokenised:
         opened.say(Counter(stories["skipped"]))
     if tokenised or packed:
         say(f"{opened.name}: {stories['stories']:,} stories, {stories['tokens'] / 1e6:.1f}M tokens, "
             f"{rows['wasted']:.1%} padding, {rows['left_out']:.1%} left out")
     return Data(opened.name, fingerprint, stories_dir, rows_dir, stories | rows, capacity, tokenizer)
-
-
-def default_cache_dir() -> Path:
-    """$BASEGPT_CACHE, else basegpt in %LOCALAPPDATA% on Windows and in $XDG_CACHE_HOME or ~/.cache elsewhere."""
-    if chosen := os.environ.get("BASEGPT_CACHE"):
-        return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "basegpt"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "basegpt"
 
 
 def choose_validation(source: Source, skipped: Counter, progress: bool = False) -> list[str]:
@@ -163,6 +149,11 @@ def story_hash(story: str) -> int:
     """A hash of the words of a story: copies that differ in white space alone count as the same."""
     words = " ".join(story.split()).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "big")
+
+
+def fingerprint(stories: list[str]) -> str:
+    """16 hex digits, equal for the same stories in the same order: losses on them can be compared."""
+    return hashlib.sha256("\0".join(stories).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _tokenise(source: Source, tokenizer, max_stories: int | None, folder: Path, progress: bool) -> dict:
@@ -246,51 +237,6 @@ def _write_rows(lengths: np.ndarray, capacity: int, packing: str, folder: Path, 
             offset, num_rows, num_pieces = offset + int(sizes.sum()), num_rows + len(rows), num_pieces + len(pieces)
         first_file.write(np.array([num_pieces], "<u8"))
     return {"rows": num_rows, "wasted": 1 - filled / (num_rows * capacity), "left_out": left_out / offset}
-
-
-def _entry(folder: Path, build: Callable[[Path], dict]) -> tuple[dict, bool]:
-    """Opens a folder of the cache or builds it: (info, whether it was built). `build` fills a folder and returns the info.
-
-    Built beside its place and moved there in one step, so that a broken-off run leaves nothing that looks whole, and of two
-    processes that build at the same time the second finds the work of the first.
-    """
-    if (problem := _damage(folder)) is None:
-        return json.loads((folder / "info.json").read_text(encoding="utf-8"))["info"], False
-    if folder.exists():
-        say(f"the cache entry {folder} is damaged ({problem}): building it again")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob("building-*"):
-        with suppress(FileNotFoundError):  # another process has finished and taken its own away
-            if time.time() - left.stat().st_mtime > 24 * 60 * 60:
-                shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent, ignore_cleanup_errors=True) as name:
-        draft = Path(name, folder.name)
-        draft.mkdir()
-        info = build(draft)
-        sizes = {file.name: file.stat().st_size for file in draft.iterdir()}
-        (draft / "info.json").write_text(json.dumps({"info": info, "sizes": sizes}), encoding="utf-8")
-        if folder.exists() and _damage(folder) is not None:
-            os.replace(folder, Path(name, "damaged"))
-        try:
-            os.replace(draft, folder)
-        except OSError:
-            if _damage(folder) is not None:
-                raise
-    return info, True
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a folder of the cache: a file that is missing or of another size than it was written with."""
-    try:
-        sizes = json.loads((folder / "info.json").read_text(encoding="utf-8"))["sizes"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"info.json: {first_line(error)}"
-    for name, size in sizes.items():
-        if not (folder / name).exists():
-            return f"{name} is missing"
-        if (found := (folder / name).stat().st_size) != size:
-            return f"{name} has {found:,} bytes instead of {size:,}"
-    return None
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:

@@ -7,13 +7,14 @@ import itertools
 import json
 import os
 import re
-import sys
 import tempfile
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from data.cache import digest, first_line, say
 
 HUB_NAMES = {
     "tinystories": "roneneldan/TinyStories",
@@ -322,18 +323,3 @@ def _file_digest(path: Path, cache_dir: Path) -> str:
             draft.write(content)
         os.replace(draft.name, note)
     return content
-
-
-def say(line: str) -> None:
-    """One line to the terminal that does not break a progress bar."""
-    from tqdm import tqdm
-
-    tqdm.write(line, file=sys.stderr)
-
-
-def digest(*parts: object) -> str:
-    return hashlib.sha256(b"\0".join(part if isinstance(part, bytes) else str(part).encode() for part in parts)).hexdigest()[:24]
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,4 +1,4 @@
-"""The parts of two models, aligned: which stand in each other's place, and which only one of them has.
+"""What differs between two architectures, as data: their parts, aligned, and what is equal, changed, or only in one of them.
 
 Layers are aligned as the lines of two texts are, by the names of their blocks, and so are the blocks of two layers.
 """
@@ -9,11 +9,20 @@ from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
 from itertools import groupby, takewhile
 
+from config import ModelConfig
 from metrics.cost import Cost, Part
 from shapes.tree import joined_name
 
 SAME, CHANGED, LEFT, RIGHT = "=", "≠", "←", "→"
 SIGNS = {"+": "adds the skip", "|": "opens a skip"}
+TOTALS = {
+    "parameters": "parameters",
+    "flops": "FLOPs per token",
+    "training_flops": "FLOPs per token in training",
+    "cache_per_token": "cache bytes per token",
+    "cache_fixed": "cache bytes that do not grow",
+    "cache": "cache bytes after the context",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,60 @@ class Group:
 
     def parts(self, side: str) -> list[Part]:
         return [part for row in self.rows if (part := getattr(row, side))]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two architectures."""
+
+    title: str
+    config: ModelConfig
+    vocab_size: int
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What differs between two architectures."""
+
+    left: Side
+    right: Side
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.left, self.right
+
+    @property
+    def config_rows(self) -> list[tuple[str, str, str]]:
+        """Each field of the config that differs, and what it is here and there."""
+        names = [field.name for field in fields(ModelConfig)]
+        rows = [(name, *(shown_field(side.config, name) for side in self.sides)) for name in names]
+        rows.append(("vocabulary", *(f"{side.vocab_size:,}" for side in self.sides)))
+        return [row for row in rows if row[1] != row[2]]
+
+    @property
+    def groups(self) -> list[Group]:
+        """All parts of both, aligned, in the order of the models; pairs of layers that are alike stand at the first of them."""
+        return groups_of(self.left.cost, self.right.cost)
+
+    @property
+    def totals(self) -> list[tuple[str, float, float]]:
+        return [(label, *(getattr(side.cost, quantity) for side in self.sides)) for quantity, label in TOTALS.items()]
+
+    @property
+    def legend(self) -> str:
+        left, right = self.sides
+        read = " and ".join(dict.fromkeys(f"{side.cost.T:,}" for side in self.sides))
+        return (
+            f"{SAME} alike, {CHANGED} differs, {LEFT} only in {left.title}, {RIGHT} only in {right.title}. FLOPs are forward and "
+            f"per token, the mean over {read} tokens. Cache is the bytes that each token adds. Numbers are of one layer."
+        )
+
+
+def shown_field(config: ModelConfig, name: str) -> str:
+    """The value of a field; where that is None, also what blocks are given in its place."""
+    value, given = getattr(config, name), config.block_values()[name]
+    return str(value) if value == given else f"{value} ({given})"
 
 
 def content(part: Part) -> tuple:

@@ -8,25 +8,20 @@ A name is a run, or a group of runs that differ in the seed (see train.py --seed
 is the unit: the interval says what other seeds would give. With one seed it says only what other stories would give.
 """
 
-import argparse
 import itertools
-import shlex
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from config import ModelConfig, TrainConfig
-from evaluation.statistics import SIGNIFICANCE, Difference, holm, over_seeds, over_stories, seeds_needed
+from evaluation.statistics import BITS, SIGNIFICANCE, Difference, holm, over_seeds, over_stories, seeds_needed
 from metrics.story_losses import NOT_ITS_OWN, TOP_K, Scored, losses_of
 from runs.folder import Run, group_members
 
 AT = ("end", "parameters", "step", "tokens", "flops", "seconds")
 SAME_SIZE = 0.05  # parameters that differ by less count as equal
 SAME_BUDGET = 0.02  # and so do budgets
-BITS = "bits per byte"
 
 
 @dataclass(frozen=True)
@@ -312,35 +307,3 @@ def summary_of(candidate: Candidate) -> dict:
         **{f"top-{k}": f"{np.mean([m.losses[f'top{k}'].sum() / m.losses['tokens'].sum() for m in candidate.members]):.1%}"
            for k in TOP_K},
     }  # fmt: skip
-
-
-def main(words: list[str]):
-    """The command line. A mistake ends the program with one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation compare", description="Which run is better, and how sure is that?"
-    )
-    parser.add_argument("names", nargs="+", help="runs or groups in trained_models/; all are compared with the first")
-    parser.add_argument("--at", choices=AT, default="end", help="compare at equal cost (default: the best weights of each run)")
-    parser.add_argument("--all_pairs", action="store_true", help="compare each with each")
-    parser.add_argument("--data_if_missing", help="score runs without losses on this where their own data are not here")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report there, too: one page that can be mailed")
-    parser.add_argument("--prompts", nargs="+", help="what the stories in the report begin with")
-    arguments = parser.parse_args(words)
-    try:
-        if arguments.html is not None and not arguments.html.parent.is_dir():
-            raise FileNotFoundError(f"--html {arguments.html}: there is no folder {arguments.html.parent}: make it first")
-        if arguments.prompts and arguments.html is None:
-            raise ValueError("--prompts are for the report: name a file for it by --html")
-        options = {"at": arguments.at, "all_pairs": arguments.all_pairs, "data_if_missing": arguments.data_if_missing}
-        result = compare(*arguments.names, **options)
-        print(result, flush=True)
-        if arguments.html is not None:
-            from evaluation.page import write_page
-
-            print("\nfor the report: where the loss is, and what each model tells", file=sys.stderr)
-            given = {"prompts": tuple(arguments.prompts)} if arguments.prompts else {}
-            command = shlex.join(["python", "-m", "evaluation", "compare", *words])
-            write_page(result, arguments.html, command=command, data_if_missing=arguments.data_if_missing, **given)
-            print(f"\nthe report is in {arguments.html}")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.comparison import BITS
-from evaluation.statistics import CONFIDENCE
+from evaluation.statistics import BITS, CONFIDENCE
 from metrics.world_floor import world_floor
 from metrics.world_report import draw_entropy
 from runs.folder import Run, group_members

@@ -5,16 +5,22 @@ from collections.abc import Iterator
 from html import escape
 from itertools import zip_longest
 from textwrap import wrap
-from typing import TYPE_CHECKING
 
-from evaluation.alignment import CHANGED, LEFT, RIGHT, SAME, Group, Row
+from evaluation.alignment import CHANGED, LEFT, RIGHT, SAME, Diff, Group, Row
 from metrics.cost import Part
 from shapes.tree import joined_name
 
-if TYPE_CHECKING:
-    from evaluation.diff import Diff
-
 NUMBERS = {"parameters": "parameters", "flops": "FLOPs", "cache_per_token": "cache"}
+
+
+class DiffView(Diff):
+    """A Diff that a notebook shows as a table and `print` as text; `as_page` makes it a page."""
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_table(self)
 
 
 def weight_shapes(part: Part) -> list[str]:
@@ -46,7 +52,7 @@ def ratio(left: float, right: float) -> str:
     return "" if left == right else f"× {right / left:.2f}" if left else "new"
 
 
-def as_text(compared: "Diff") -> str:
+def as_text(compared: Diff) -> str:
     """For the terminal: a line for each part, with lines for the weights where they differ."""
     told = [f"{compared.left.title}  {CHANGED}  {compared.right.title}", "", *wrap(compared.legend, 110), ""]
     width = max((len(name) for name, _, _ in compared.config_rows), default=0)
@@ -119,7 +125,7 @@ STYLE = """
 CLASSES = {SAME: "same", CHANGED: "changed", LEFT: "left", RIGHT: "right"}
 
 
-def as_table(compared: "Diff") -> str:
+def as_table(compared: Diff) -> str:
     """For a notebook: tables of the config, the parts and the totals. Marks tell what the colours tell."""
     titles = [escape(side.title) for side in compared.sides]
     config = "".join(
@@ -189,7 +195,7 @@ def html_cells(part: Part | None, other: Part | None) -> str:
     return f'<td class="{alone}">{what}</td>{numbers}'
 
 
-def as_page(compared: "Diff") -> str:
+def as_page(compared: Diff) -> str:
     """One self-contained page, light or dark as the reader has it."""
     title = escape(f"{compared.left.title} {CHANGED} {compared.right.title}")
     return f"""<!DOCTYPE html>

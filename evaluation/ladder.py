@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from config import Layers, ModelConfig, TrainConfig
-from data.sources import open_source, say
+from data.cache import say
+from data.sources import open_source
 from metrics.cost import config_of
 from modules.registry import build_model
 from runs.command_line import Arguments

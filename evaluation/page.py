@@ -23,15 +23,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from config import ModelConfig, TrainConfig
-from evaluation.comparison import BITS, Candidate, Comparison, Member, told_p
+from evaluation.alignment import shown_field
+from evaluation.comparison import Candidate, Comparison, Member, told_p
 from evaluation.curves import AXES, plot_curves
-from evaluation.diff import diff, shown_field
-from inference import generate
+from evaluation.diff import diff
+from evaluation.statistics import BITS
+from inference import generate, load_model
 from metrics.measures import calibration, distinct, loss_by_position, loss_by_word_class, repetition, token_scores
+from metrics.story_losses import validation_stories
 from runs.command_line import command as training_command
-from runs.folder import Run, load_model
-from training.autotune import cpu_name
-from training.report import PROMPTS, samples, validation_stories
+from runs.folder import Run
+from training.machine import cpu_name
+from training.report import PROMPTS, samples
 
 NUM_STORIES = 200  # that say where the loss is
 NUM_SAMPLES = 10  # stories from the first word on, that say how often a model repeats itself

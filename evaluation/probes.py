@@ -34,13 +34,12 @@ from torch import Tensor, nn
 
 import fast
 from config import Layers, ModelConfig, TrainConfig, did_you_mean
-from data.dataset import default_cache_dir
-from data.sources import digest
+from data.cache import default_cache_dir, digest
 from evaluation.probe_tasks import TASKS, Compressor, Task
 from metrics.cost import config_of
-from metrics.story_losses import code_digests
 from model import IGNORE
 from modules.registry import build_model
+from runs.code import code_digests
 from runs.command_line import read_layers
 from training.optim import build_optimizers, scheduled_learning_rate
 

@@ -27,12 +27,11 @@ from config import TrainConfig
 from evaluation.comparison import bits_per_byte
 from evaluation.ladder import EQUAL_STEPS, FEWEST_SIZES, Budget, Plan, architecture, plan, read_size, train_all
 from evaluation.loss_law import Law, Race, fit, race
-from evaluation.statistics import SIGNIFICANCE, over_stories
+from evaluation.statistics import BITS, SIGNIFICANCE, over_stories
 from metrics.story_losses import losses_of
 from runs.folder import Run
 from training.seeds import is_over, member_names
 
-BITS = "bits per byte"
 COLUMNS = ["architecture", "size", "parameters", "seed", BITS, "error", "tokens", "minutes", "run"]
 NOISE = {"seeds": "over seeds", "stories": "from the stories alone; another seed may say otherwise"}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+BITS = "bits per byte"
 CONFIDENCE = 0.95  # of an interval
 SIGNIFICANCE = 0.05  # two-sided: the largest p-value that counts as a difference
 UNEQUAL = 1.5  # times as many seeds as the other has: above, Welch's test is too sure

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import model as plain
-from data.sources import say
+from data.cache import say
 from fast import build, ops
 from fast.loss import chunked_cross_entropy, cross_entropy_
 from fast.selective_scan import selective_scan

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fast
 from config import ModelConfig, TrainConfig, did_you_mean, format_step, init_parameters, layer_steps
-from model import Attention, Branch, Cache
+from model import GPT, Attention, Branch, Cache
 from modules.contract import layers_to_try
 from modules.registry import accepted_kwargs, all_blocks, build_model
 from modules.windows import mean_visible
@@ -302,6 +302,17 @@ def cost_of(spec: str | ModelConfig, T: int | None = None) -> Cost:
     config, vocab_size = config_of(spec)
     with torch.random.fork_rng(devices=[]):
         return model_cost(build_model(config, vocab_size), T)
+
+
+def num_parameters(model, embeddings: bool = True) -> int:
+    """Number of parameters, with or without embeddings and head; a model may count its own."""
+    if hasattr(model, "num_parameters"):
+        return model.num_parameters(embeddings)
+    tables = [table for table in model.modules() if isinstance(table, nn.Embedding)]
+    if isinstance(model, GPT):  # the tables of its blocks are theirs
+        tables = [table for table in (model.embedding, model.position_embedding) if table is not None]
+    excluded = {id(weight) for table in (*tables, getattr(model, "head", nn.Identity())) for weight in table.parameters()}
+    return sum(weight.numel() for weight in model.parameters() if embeddings or id(weight) not in excluded)
 
 
 def comparison(*specs: str, T: int | None = None):

@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from inference import generate
+from inference import generate, load_model
 from metrics.scores import predictions
+from metrics.story_losses import validation_stories
 from metrics.world_floor import floor_of
 from metrics.world_grades import is_world
 from model import GPT, IGNORE
-from runs.folder import Run, load_model
-from training.report import validation_stories
+from runs.folder import Run
 
 FUNCTION = """
 a an the this that these those and or but so if because while when then than as of to in on at by for from with into out up

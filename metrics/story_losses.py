@@ -5,22 +5,19 @@ and how many of its tokens were among the 1, 5 and 10 that the model held most l
 the weights, the stories, the data and the code that the model was trained with.
 """
 
-import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
-from runs.folder import Run, load_model
+from data.dataset import choose_validation
+from data.sources import open_source
+from runs.code import digest
+from runs.folder import Run
 
 TOP_K = (1, 5, 10)
 COLUMNS = ["story", "bytes", "tokens", "nats", *(f"top{k}" for k in TOP_K)]
 NOT_ITS_OWN = "(not its own)"  # behind the name of data that a run was scored on, but not trained on
-CODE = (
-    "model.py tokenizer.py train.py data/*.py data/storyworld/*.py fast/* metrics/scores.py modules/*.py "
-    "training/checkpoint.py training/optim.py"
-)  # the files that have a say in what a training gives
 
 
 @dataclass(frozen=True)
@@ -37,30 +34,14 @@ class Scored:
     flops_per_token: float  # of training
 
 
-def code_digests(plugins: tuple[str, ...] = ()) -> dict[str, str]:
-    """A short digest of every file that has a say in what a training gives, by its name, those of plugins too."""
-    home = Path(__file__).parents[1]
-    paths = sorted(path for pattern in CODE.split() for path in home.glob(pattern) if path.is_file())
-    files = {path.relative_to(home).as_posix(): path for path in paths}
-    for plugin in plugins:
-        spec = find_spec(plugin)
-        if spec is not None and spec.origin:
-            files[plugin] = Path(spec.origin)
-    return {name: digest(path.read_bytes()) for name, path in files.items()}
-
-
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def keep_losses(name: str, source_if_missing: str | None = None):
     """Score the best weights of a run on the whole validation set of its data, and keep what came out in its folder.
 
     Where the data are not here and source_if_missing is named, that is scored instead, which is said. Raises OSError without it.
     """
-    from metrics.cost import model_cost
+    from inference import load_model
+    from metrics.cost import model_cost, num_parameters
     from metrics.scores import evaluate
-    from training.report import num_parameters, validation_stories
 
     run = Run(name)
     model, tokenizer = load_model(name)
@@ -77,6 +58,23 @@ def keep_losses(name: str, source_if_missing: str | None = None):
         parameters=num_parameters(model), flops_per_token=model_cost(model).training_flops,
     )  # fmt: skip
     run.save_text("story_losses.json", json.dumps(asdict(scored), indent=2) + "\n")
+
+
+def validation_stories(source: str, source_if_missing: str | None) -> tuple[str, list[str]]:
+    """The name of a source and its validation stories.
+
+    Where it is not here, those of source_if_missing, with a line that says so; OSError without one.
+    """
+    try:
+        opened = open_source(source)
+        name = opened.name
+    except OSError as error:  # no such file or folder, or no way to the hub
+        if source_if_missing is None:
+            raise
+        opened = open_source(source_if_missing)
+        name = f"{opened.name} {NOT_ITS_OWN}"
+        print(f"{error}.\nRuns that were trained on {source!r} are scored on {opened.name} instead, which is not what they know.")
+    return name, choose_validation(opened, Counter())
 
 
 def read_losses(name: str):

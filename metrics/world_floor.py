@@ -9,13 +9,13 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from data.dataset import choose_validation
-from data.sources import open_source, say
+from data.cache import say
+from data.dataset import choose_validation, fingerprint
+from data.sources import open_source
 from data.storyworld.world import code_length
 from metrics.world_grades import is_world, keeps_stories
 from runs.folder import Run
 from tokenizer import load_tokenizer
-from training.checkpoint import fingerprint
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from data.storyworld.world import score, sentence_spans, stories
-from inference import generate
-from runs.folder import Run, group_members, load_model
+from inference import generate, load_model
+from runs.folder import Run, group_members
 from tokenizer import normalise
 
 WORLD = "storyworld"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from config import ModelConfig, format_step, layer_steps
-from data.sources import say
+from data.cache import say
 from model import Branch, Norm, rope_table, story_starts
 from modules.registry import accepted_kwargs, build_block, build_branch, exported, find_block
 from shapes.comments import ShapeComments

@@ -242,29 +242,3 @@ class Run:
             kept = (self.folder / "checkpoint.pth").exists()
             cure = f"go on with --name {self.name} --resume: what was saved before is still there" if kept else "start again"
             raise OSError(f"could not write {file} of the run {self.name!r} ({error.strerror}): make room and {cure}") from error
-
-
-def load_model(name: str, device: str = "cpu"):
-    """The trained model of a run, ready to use, and its tokenizer.
-
-    Raises FileNotFoundError or ValueError with the file and the cure where something is missing, damaged or does not fit.
-    """
-    from modules.registry import build_model
-    from tokenizer import load_tokenizer
-
-    run = Run(name)
-    config, saved = run.model_config, run.load("model.pth", {"model", "vocab_size", "tokenizer_fingerprint"})
-    tokenizer = load_tokenizer(run.train_config.tokenizer)
-    if tokenizer.fingerprint != saved["tokenizer_fingerprint"]:
-        raise ValueError(f"the tokenizer {tokenizer.name!r} has changed since the run {name!r} was trained: restore the old one")
-    model = build_model(config, saved["vocab_size"])
-    load_weights(model, saved["model"], "model.pth", name)
-    return model.to(device).eval(), tokenizer
-
-
-def load_weights(model, weights: dict, file: str, name: str):
-    """Put the weights of a run's file into a model. Raises ValueError that names the file where they do not fit."""
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{file} of the run {name!r} does not fit its model_config.json: restore both") from error

@@ -8,6 +8,7 @@ numbers allow. The context, the vocabulary and the training are ours.
 from typing import NamedTuple
 
 from config import PRE_NORM, SANDWICH_NORM, TWO_HOP, ModelConfig, TrainConfig, did_you_mean
+from runs.experiments import experiment_preset
 
 
 class Preset(NamedTuple):
@@ -192,8 +193,6 @@ PRESETS: dict[str, Preset] = {
 def preset(name: str) -> Preset:
     """The preset of that name, EXPERIMENT/PRESET for one of an experiment. Raises ValueError with the nearest match for none."""
     if "/" in name:
-        from runs.experiments import experiment_preset
-
         return experiment_preset(name)
     if name not in PRESETS:
         raise ValueError(f"no preset is called {name!r}.{did_you_mean(name, PRESETS)} There are: {', '.join(PRESETS)}")

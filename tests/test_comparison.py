@@ -17,8 +17,10 @@ from conftest import MODEL, change
 from evaluation import __main__ as evaluation
 from evaluation.comparison import compare
 from evaluation.statistics import holm, over_seeds, over_stories, seeds_needed
-from metrics.story_losses import COLUMNS, digest, read_losses
-from runs.folder import Run, load_model
+from inference import load_model
+from metrics.story_losses import COLUMNS, read_losses
+from runs.code import digest
+from runs.folder import Run
 from training.report import write_report
 
 ROOT = Path(__file__).parents[1]

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 
 from conftest import MODEL, change
+from evaluation import __main__ as evaluation
 from evaluation.comparison import compare
 from evaluation.page import as_page, write_page
-from metrics import scores as evaluation
+from inference import load_model
 from metrics.measures import loss_by_position, token_scores
-from metrics.story_losses import keep_losses
-from runs.folder import Run, load_model
+from metrics.scores import evaluate
+from metrics.story_losses import keep_losses, validation_stories
+from runs.folder import Run
 from train import train
-from training.report import samples, validation_stories
+from training.report import samples
 
 UNCLOSED = {"meta", "br", "wbr", "hr", "img", "input", "link"}
 FETCHES = {"src", "srcset", "href", "xlink:href", "data", "action", "poster", "background"}
@@ -114,7 +116,7 @@ class TestPage:
         bits, first = [], []
         for name in ("idea-seed0", "idea-seed1", "thin"):
             model, tokenizer = load_model(name)
-            bits.append(evaluation.evaluate(model, tokenizer, stories[:20]).bits_per_byte)
+            bits.append(evaluate(model, tokenizer, stories[:20]).bits_per_byte)
             first.append(loss_by_position(token_scores(model, tokenizer, stories[:20]))["loss"].iloc[0])
         assert bits[0] != bits[1]
         for row, (one, two, thin) in (("all", bits), ("1 to 1", first)):

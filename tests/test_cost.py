@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import ModelConfig
 from conftest import MODEL
+from inference import load_model
 from metrics import cost
 from metrics.cost import (
     as_torch_does_it,
@@ -26,7 +27,7 @@ from model import GPT, SoftmaxAttention
 from modules import mamba
 from modules.contract import CONFIG, layers_to_try
 from modules.registry import block_menu, build_model
-from runs.folder import Run, load_model
+from runs.folder import Run
 from runs.presets import PRESETS
 from train import train
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import fast
 from conftest import MODEL
 from fast import blocks, build, ops
+from inference import load_model
 from metrics.scores import Evaluation, evaluate, ranks_of, windows
 from model import GPT, IGNORE
-from runs.folder import load_model
 from tokenizer import load_tokenizer
 
 

@@ -1,6 +1,8 @@
 """Promises to those who plug in an idea of their own: blocks, whole models, experiments, and clear words where that fails."""
 
+import contextlib
 import importlib
+import io
 import itertools
 import os
 import re
@@ -18,19 +20,20 @@ import torch
 from errors import one_line_error
 from torch import nn
 
-import tools
 from conftest import MODEL
-from inference import generate
+from experiments.__main__ import main, new_experiment
+from inference import generate, load_model
+from metrics.cost import num_parameters
 from metrics.scores import evaluate
 from modules.contract import CONFIG, check_block
 from modules.registry import block_menu, build_model
 from runs import experiments as experiment
-from runs.folder import Run, load_model, run_names
+from runs.folder import Run, run_names
 from runs.presets import preset
 from tokenizer import load_tokenizer
 from train import train
 from training import autotune as probe
-from training.report import num_parameters, table
+from training.report import table
 
 REPOSITORY = Path(__file__).parents[1]
 OWN = {name: replace(MODEL, model=name, plugins=("own_models",)) for name in ("Recurrent", "Trigram")}
@@ -125,15 +128,6 @@ def test_what_an_own_model_cannot_do_is_said(make_config):
     one_line_error(lambda: build_model(unknown, 50), "no model is called 'Recurent'", "Did you mean 'Recurrent'?", "GPT, ")
 
 
-@pytest.fixture(scope="module")
-def core(tmp_path_factory):
-    """A copy of this repository, as a repository of its own, without any run."""
-    core = tmp_path_factory.mktemp("core") / "core"
-    shutil.copytree(REPOSITORY, core, ignore=shutil.ignore_patterns(".[!g]*", ".git", "__pycache__", "tests", "trained_models"))
-    commit_all(core)
-    return core
-
-
 def git(folder: Path, *words: str) -> str:
     settings = ("user.name=A", "user.email=a@b.c", "protocol.file.allow=always")
     words = ("git", *itertools.chain(*(("-c", setting) for setting in settings)), *words)
@@ -146,40 +140,52 @@ def commit_all(folder: Path):
     git(folder, "commit", "--quiet", "--message", "all")
 
 
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """A copy of this repository, as a repository of its own without runs; a new experiment, my_idea, is a submodule of it."""
+    folder = tmp_path_factory.mktemp("core")
+    core, idea = folder / "core", folder / "my_idea"
+    shutil.copytree(REPOSITORY, core, ignore=shutil.ignore_patterns(".[!g]*", ".git", "__pycache__", "tests", "trained_models"))
+    commit_all(core)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(experiment, "FOLDER", core / "experiments")
+        patch.setattr(sys, "argv", ["experiments", "new", "my_idea"])
+        runpy.run_module("experiments", run_name="__main__")
+    assert "python train.py --preset my_idea/my_idea" in printed.getvalue()
+    shutil.move(core / "experiments" / "my_idea", idea)
+    commit_all(idea)
+    git(core, "submodule", "--quiet", "add", str(idea), "experiments/my_idea")
+    return core
+
+
 def run_python(folder: Path, *words: str) -> str:
-    """What a fresh process prints, which must not fail. The runs are where they are for everybody."""
-    environment = {name: value for name, value in os.environ.items() if name != "BASEGPT_RUNS"}
+    """What a fresh process prints, which must not fail. The runs are where they are for everybody; nothing is compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "BASEGPT_RUNS"} | {"CXX": "no-such-compiler"}
     done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-COMPARE = """
-from inference import generate
+TRAIN_AND_COMPARE = """
+import runpy
+runpy.run_path("train.py", run_name="__main__")
+from inference import generate, load_model
 from training.report import table
-from runs.folder import load_model, run_names
+from runs.folder import run_names
 print(run_names(), list(table(*run_names(), num_stories=20)["bits per byte"].notna()))
 print(generate(*load_model("my_idea/first"), "Tom", max_new_tokens=3))
 """
 
 
-def test_a_new_experiment_is_a_submodule_passes_trains_loads_and_is_compared(
-    core, tiny_run, folders, corpus, monkeypatch, capsys
-):  # fmt: skip
-    monkeypatch.setattr(experiment, "FOLDER", core / "experiments")
-    monkeypatch.setattr(sys, "argv", ["experiments", "new", "my_idea"])
-    runpy.run_module("experiments", run_name="__main__")
-    assert "python train.py --preset my_idea/my_idea" in capsys.readouterr().out
-    shutil.move(core / "experiments" / "my_idea", folders / "my_idea")
-    commit_all(folders / "my_idea")
-    git(core, "submodule", "--quiet", "add", str(folders / "my_idea"), "experiments/my_idea")
+def test_a_new_experiment_passes_its_own_tests(core):
     run_python(core, "-m", "pytest", "experiments/my_idea", "-p", "no:cacheprovider")
 
+
+def test_a_new_experiment_trains_and_is_compared(core, tiny_run, folders, corpus):
+    shutil.copytree(folders / "runs" / tiny_run, core / "trained_models" / tiny_run)
     quick = f"--train.data {shlex.quote(corpus)} --train.tokenizer bpe_tokenizer_128 --train.max_steps 3 --train.warmup_steps 0"
     words = f"--preset my_idea/my_idea --name my_idea/first --model.max_seq_len 64 {quick}"
-    run_python(core, "train.py", *shlex.split(words))
-    shutil.copytree(folders / "runs" / tiny_run, core / "trained_models" / tiny_run)
-    shown = run_python(core, "-c", COMPARE)
+    shown = run_python(core, "-c", TRAIN_AND_COMPARE, *shlex.split(words))
     assert "['tiny', 'my_idea/first'] [True, True]" in shown and "\nTom" in shown
     changed = {line.split()[1] for line in git(core, "status", "--porcelain").splitlines()}
     assert changed == {".gitmodules", "experiments/my_idea", "trained_models/"}  # of the core, nothing
@@ -194,7 +200,7 @@ class TestNewExperiment:
         monkeypatch.setattr(experiment, "FOLDER", folders / "experiments")
 
     def test_its_names_are_its_own(self):
-        folder = experiment.new_experiment("an_example_of_forgetting")
+        folder = new_experiment("an_example_of_forgetting")
         assert {path.name for path in folder.iterdir()} == {
             "__init__.py", ".gitignore", "README.md", "blocks.py", "config.py", "test_an_example_of_forgetting.py",
             "an_example_of_forgetting.ipynb",
@@ -208,17 +214,17 @@ class TestNewExperiment:
 
     def test_a_name_that_will_not_do_is_said(self):
         for name in ("My_idea", "my-idea", "2nd", "class", "../x", ""):
-            one_line_error(lambda name=name: experiment.new_experiment(name), repr(name), "my_idea")
-        one_line_error(lambda: experiment.new_experiment("example"), "experiments/example exists")
-        one_line_error(lambda: experiment.new_experiment("attn"), "'attn' would call its block 'Attn'", "taken")
+            one_line_error(lambda name=name: new_experiment(name), repr(name), "my_idea")
+        one_line_error(lambda: new_experiment("example"), "experiments/example exists")
+        one_line_error(lambda: new_experiment("attn"), "'attn' would call its block 'Attn'", "taken")
         assert experiment.experiment_names() == ["example"]
 
     def test_the_terminal_says_it_in_one_line(self, monkeypatch, capsys):
-        for words, told in ((["new_experiment", "example"], "error: experiments/example exists"), (["new"], 2)):
+        for words, told in ((["new", "example"], "error: experiments/example exists"), (["new"], 2)):
             with pytest.raises(SystemExit) as stop:
-                tools.main(words)
+                main(words)
             assert told == stop.value.code or told in str(stop.value.code)
-        assert "new_experiment" in capsys.readouterr().err
+        assert "python -m experiments new" in capsys.readouterr().err
 
 
 def test_the_presets_of_an_experiment_are_called_by_its_name():
@@ -257,7 +263,7 @@ MENU = "BLOCKS = {'Mine': Mine}\n"
         (BLOCK + "BLOCKS = {'Mine': Mine()}", "'Mine': that must be a class of torch modules"),
         (BLOCK + "BLOCKS = {'My-Block': Mine}", "a class 'My-Block': take a name of letters"),
         (BLOCK + "BLOCKS = {'MLP': Mine}", "calls a block 'MLP', but that name is taken: it is that of 'model'. Rename it"),
-        (BLOCK + "BLOCKS = {'ShortConv': Mine}", "'ShortConv', but that name is taken: it is that of 'modules'"),
+        (BLOCK + "BLOCKS = {'ShortConv': Mine}", "'ShortConv', but that name is taken: it is that of 'modules.blocks'"),
         (BLOCK + MENU + "MODELS = {'GPT': Mine}", "calls a model 'GPT', but that name is taken"),
     ],
 )

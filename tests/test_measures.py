@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import scores as evaluation
+from evaluation import __main__ as evaluation
+from inference import load_model
 from metrics.measures import (
     TokenScores,
     calibration,
@@ -20,7 +21,6 @@ from metrics.measures import (
     word_classes,
 )
 from metrics.scores import evaluate
-from runs.folder import load_model
 from tokenizer import load_tokenizer
 
 STORIES = ["Tom had a red ball. One day Lily saw it! It was two big balls. " * 2, "Mia ran.", "“Hi, Ben,” said Tom. 7 cats sat."]

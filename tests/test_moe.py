@@ -13,11 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import ModelConfig
 from conftest import MODEL
+from inference import load_model
 from model import GPT, MLP, Cache, Steps
 from modules.contract import check_block
 from modules.moe import MoE
 from runs.command_line import Arguments
-from runs.folder import Run, load_model
+from runs.folder import Run
 from train import main, train
 from training.optim import Muon, build_optimizers
 from training.report import dead_experts

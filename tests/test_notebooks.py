@@ -10,8 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 from conftest import MODEL, change
-from inference import generate
-from runs.folder import load_model
+from inference import generate, load_model
 from train import train
 
 REPOSITORY = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from errors import one_line_error
 
 from config import TrainConfig
 from conftest import MODEL
-from data.dataset import default_cache_dir
+from data.cache import default_cache_dir
 from fast import ops as kernels
 from fast.loss import chunked_cross_entropy
 from metrics.scores import MAX_LOGITS

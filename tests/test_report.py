@@ -10,8 +10,9 @@ import pytest
 
 from config import ModelConfig, TrainConfig
 from conftest import MODEL
+from inference import load_model
 from runs.command_line import command, parse
-from runs.folder import Run, load_model
+from runs.folder import Run
 from runs.presets import PRESETS
 from train import train
 from training.report import PROMPTS, at_equal, plot_losses, samples, table, write_report

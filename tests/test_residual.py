@@ -265,7 +265,7 @@ class TestBothInAModel:
 
 
 def test_a_run_with_hyper_connections_learns_and_is_loaded_again(make_config):
-    from runs.folder import load_model
+    from inference import load_model
     from train import train
 
     config = ModelConfig(**{**vars(MODEL), "layers": HYPER_CONNECTIONS})

@@ -15,8 +15,9 @@ import torch
 
 from config import TrainConfig
 from conftest import MODEL
+from inference import load_model
 from runs.command_line import Arguments
-from runs.folder import Run, load_model, run_names
+from runs.folder import Run, run_names
 from tokenizer import load_tokenizer, train_tokenizer
 from train import train
 from training.seeds import members

@@ -13,12 +13,13 @@ import pytest
 
 from config import TrainConfig
 from conftest import MODEL
+from evaluation import __main__ as evaluation
 from evaluation import ladder, scaling
 from evaluation.ladder import Budget, at_width, kept_widths, plan, read_size, resumed, train_all
 from evaluation.loss_law import fit, race
-from metrics import scores as evaluation
 from metrics.cost import cost_of
-from metrics.story_losses import COLUMNS, digest, read_losses
+from metrics.story_losses import COLUMNS, read_losses
+from runs.code import digest
 from runs.folder import Run, run_names
 from runs.presets import PRESETS, Preset
 from tests.errors import one_line_error

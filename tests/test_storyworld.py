@@ -16,7 +16,7 @@ from data.storyworld import world as storyworld
 from data.storyworld.grammar import World
 from data.storyworld.nodes import Choice, Entity, Literal, Reader, Reference, Sequence, Table, Words
 
-ROOT = Path(storyworld.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

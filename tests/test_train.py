@@ -19,11 +19,11 @@ import train as module
 from config import TrainConfig, to_json
 from conftest import MODEL
 from data.dataset import load_data
-from inference import generate
+from inference import generate, load_model
 from metrics.scores import evaluate
 from model import MLP
 from runs.command_line import parse
-from runs.folder import Run, default_name, load_model
+from runs.folder import Run, default_name
 from runs.presets import PRESETS, preset
 from tokenizer import load_tokenizer
 from train import train

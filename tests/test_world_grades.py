@@ -21,8 +21,10 @@ from config import ModelConfig, TrainConfig
 from data.dataset import load_data
 from data.storyworld import world as storyworld
 from data.storyworld.nodes import Reference
-from metrics import scores as evaluation
+from evaluation import __main__ as evaluation
+from inference import load_model
 from metrics import world_grades
+from metrics.scores import evaluate
 from metrics.world_floor import floor_of, world_floor
 from metrics.world_grades import (
     BROKEN,
@@ -36,7 +38,7 @@ from metrics.world_grades import (
     write_samples,
 )
 from metrics.world_report import graded_log, log_with_excess, plot_grades
-from runs.folder import Run, load_model
+from runs.folder import Run
 from tokenizer import Tokenizer, load_tokenizer
 from train import train
 from training.report import LivePlot, plot_losses, table, write_report
@@ -235,7 +237,7 @@ class TestFloor:
         floor = world_floor(told)
         assert floor == floor_of(stories, tokenizer) and world_floor(tiny_run) is None
         log = Run(told).log().dropna(subset="validation_loss")
-        score = evaluation.evaluate(model, tokenizer, stories)
+        score = evaluate(model, tokenizer, stories)
         excess = log_with_excess(told).dropna(subset="validation_loss")
         assert excess["excess"].min() == pytest.approx(score.loss - floor.nats_per_token, abs=1e-6)
         assert excess["excess_bits_per_byte"].tolist() == (log["bits_per_byte"] - floor.bits_per_byte).tolist()

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -27,14 +26,13 @@ from torch import Tensor, nn
 
 import fast
 from config import ModelConfig, TrainConfig, divisors, from_json, to_json
-from data.dataset import default_cache_dir
-from data.sources import say
+from data.cache import default_cache_dir, say
 from fast import build
 from metrics.scores import MAX_LOGITS as EVALUATION_LOGITS
 from model import GPT
 from modules.registry import accepted_kwargs, build_model
 from training.configure import CheckpointedLayer, configure_for_training
-from training.machine import available_memory, check_compiler, is_out_of_memory, keep_freed_memory
+from training.machine import available_memory, check_compiler, cpu_name, is_out_of_memory, keep_freed_memory
 
 MEASURE_SECONDS = 0.2  # for one plan, after a step to warm up
 MICRO_BATCH_TOKENS = range(512, 4096 + 1)  # where a CPU's fastest is: fewer do not fill the cores, more do not fit the caches
@@ -142,12 +140,6 @@ def key(model: GPT, config: TrainConfig, device: torch.device) -> str:
     machine = [torch.__version__, device.type, name, most_threads(), build.fingerprint(), os.environ.get("CXX")]
     what = json.dumps([machine, to_json(model.config), model.vocab_size, prescribed])
     return hashlib.sha256(what.encode()).hexdigest()[:16]
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else f"{platform.processor()} {platform.machine()}"
 
 
 @cache

@@ -4,7 +4,6 @@ Weights, optimizers, random numbers and a handful of counts are all that is need
 the batches are a pure function of the step.
 """
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean
@@ -12,12 +11,13 @@ from statistics import fmean
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from data.dataset import Data
+from data.dataset import Data, fingerprint
+from inference import load_model, load_weights
 from metrics.scores import Evaluation, evaluate
 from metrics.world_grades import COLUMNS as GRADES
 from metrics.world_grades import grade_model
 from model import GPT
-from runs.folder import Run, load_model, load_weights
+from runs.folder import Run
 from tokenizer import Tokenizer
 from training.autotune import ExecutionPlan
 
@@ -190,11 +190,6 @@ class Training:
             f"{problem}. Lower --train.lr_max, or raise --train.warmup_steps. "
             f"The last checkpoint of {self.run.name!r} is as it was"
         )
-
-
-def fingerprint(stories: list[str]) -> str:
-    """Equal for the same stories in the same order: losses on them can be compared."""
-    return hashlib.sha256("\0".join(stories).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def saved_plan(saved: dict) -> ExecutionPlan:

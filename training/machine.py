@@ -26,6 +26,13 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def cpu_name() -> str:
+    """The model of the CPU, as a line of /proc/cpuinfo where there is one."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else f"{platform.processor()} {platform.machine()}"
+
+
 def check_compiler(device: torch.device):
     """Raises ValueError where torch.compile would need a C++ compiler that is not here."""
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")

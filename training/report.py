@@ -1,21 +1,16 @@
 """What is shown of a run and what is written about it: curves, tables, samples, the README.md in its folder."""
 
 import time
-from collections import Counter
 
-from torch import nn
-
-from data.dataset import choose_validation
-from data.sources import open_source
-from inference import generate
-from metrics.cost import cost_of, model_cost
+from inference import generate, load_model
+from metrics.cost import cost_of, model_cost, num_parameters
 from metrics.scores import evaluate
-from metrics.story_losses import NOT_ITS_OWN, keep_losses
+from metrics.story_losses import keep_losses, validation_stories
 from metrics.world_floor import floor_of, world_floor
 from metrics.world_grades import is_world
 from metrics.world_report import draw_floors, lines_of_the_world, plot_grades
 from runs.command_line import command
-from runs.folder import Run, load_model
+from runs.folder import Run
 
 PROMPTS = ("Once upon a time", "One day, Lily", "Tim was")
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds", "flops": "training FLOPs"}
@@ -161,29 +156,6 @@ def table(
         if is_world(data) and (floor := floor_of(stories[:num_stories], tokenizer)):
             rows[name] |= {"entropy": floor.bits_per_byte, "excess": score.bits_per_byte - floor.bits_per_byte}
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def num_parameters(model, embeddings: bool = True) -> int:
-    """How many numbers a model learns, in all or without embeddings and head: as it says itself, or else counted."""
-    if hasattr(model, "num_parameters"):
-        return model.num_parameters(embeddings)
-    tables = [table for table in model.modules() if isinstance(table, nn.Embedding)]
-    left_out = {id(weight) for table in (*tables, getattr(model, "head", nn.Identity())) for weight in table.parameters()}
-    return sum(weight.numel() for weight in model.parameters() if embeddings or id(weight) not in left_out)
-
-
-def validation_stories(source: str, source_if_missing: str | None) -> tuple[str, list[str]]:
-    """The name and the validation stories of a source, or of the other one where the first is not here, which is said."""
-    try:
-        opened = open_source(source)
-        name = opened.name
-    except OSError as error:  # no such file or folder, or no way to the hub
-        if source_if_missing is None:
-            raise
-        opened = open_source(source_if_missing)
-        name = f"{opened.name} {NOT_ITS_OWN}"
-        print(f"{error}.\nRuns that were trained on {source!r} are scored on {opened.name} instead, which is not what they know.")
-    return name, choose_validation(opened, Counter())
 
 
 def samples(*names: str, prompts: tuple[str, ...] = PROMPTS, seed: int = 0):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.sources import say
+from data.cache import say
 from modules.registry import build_model
 from runs.command_line import Arguments, command
 from runs.folder import Run

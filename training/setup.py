@@ -12,10 +12,10 @@ import torch
 from config import ModelConfig, TrainConfig
 from data.dataset import load_data
 from metrics.cost import model_cost
-from metrics.story_losses import code_digests
 from metrics.world_grades import check_tokenizer
 from modules.contract import try_out
 from modules.registry import build_model
+from runs.code import code_digests
 from runs.folder import Run
 from tokenizer import load_tokenizer
 from training.autotune import choose_plan, resumed_plan

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data.dataset import default_cache_dir
-from data.sources import digest, first_line, say
+from data.cache import default_cache_dir, digest, first_line, say
 from evaluation.judge.prompts import Question
 
 try:

@@ -17,8 +17,7 @@ from itertools import combinations
 from pathlib import Path
 
 from evaluation.judge.prompts import Prompt, read_prompts
-from inference import generate
-from runs.folder import load_model
+from inference import generate, load_model
 
 
 def write_stories(names: list[str], prompts: list[Prompt], rounds: int = 1, seed: int = 0, **options) -> dict[str, list[str]]:

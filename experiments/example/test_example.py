@@ -8,9 +8,8 @@ import torch
 
 from experiments.example.blocks import BLOCKS, ForgettingAttn
 from experiments.example.config import PRESETS
-from inference import generate
+from inference import generate, load_model
 from modules.contract import CONFIG, check_block
-from runs.folder import load_model
 from train import train
 
 

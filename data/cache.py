@@ -1,0 +1,87 @@
+"""The cache folder: where it is, and entries that are built once and checked when they are opened. No torch.
+
+An entry is a folder with files and an info.json, which holds the sizes of the files and whatever its builder returned.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+
+def default_cache_dir() -> Path:
+    """$BASEGPT_CACHE, else basegpt in %LOCALAPPDATA% on Windows and in $XDG_CACHE_HOME or ~/.cache elsewhere."""
+    if chosen := os.environ.get("BASEGPT_CACHE"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "basegpt"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "basegpt"
+
+
+def open_or_build(folder: Path, build: Callable[[Path], dict]) -> tuple[dict, bool]:
+    """Open an entry, or build it where it is missing or damaged: (info, whether it was built).
+
+    `build` fills the folder it is given and returns the info. It works in a temporary folder next to the entry, which is moved
+    there in one step: an interrupted run leaves no half entry, and of two processes that build at once the second uses the
+    entry of the first.
+    """
+    if (problem := find_damage(folder)) is None:
+        return json.loads((folder / "info.json").read_text(encoding="utf-8"))["info"], False
+    if folder.exists():
+        say(f"the cache entry {folder} is damaged ({problem}): building it again")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.parent.glob("building-*"):
+        with suppress(FileNotFoundError):  # another process has finished and removed its own
+            if time.time() - unfinished.stat().st_mtime > 24 * 60 * 60:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent, ignore_cleanup_errors=True) as name:
+        draft = Path(name, folder.name)
+        draft.mkdir()
+        info = build(draft)
+        sizes = {file.name: file.stat().st_size for file in draft.iterdir()}
+        (draft / "info.json").write_text(json.dumps({"info": info, "sizes": sizes}), encoding="utf-8")
+        if folder.exists() and find_damage(folder) is not None:
+            os.replace(folder, Path(name, "damaged"))
+        try:
+            os.replace(draft, folder)
+        except OSError:
+            if find_damage(folder) is not None:
+                raise
+    return info, True
+
+
+def find_damage(folder: Path) -> str | None:
+    """The first missing file of an entry, or the first whose size has changed; None where the entry is whole."""
+    try:
+        sizes = json.loads((folder / "info.json").read_text(encoding="utf-8"))["sizes"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"info.json: {first_line(error)}"
+    for name, size in sizes.items():
+        if not (folder / name).exists():
+            return f"{name} is missing"
+        if (actual := (folder / name).stat().st_size) != size:
+            return f"{name} has {actual:,} bytes instead of {size:,}"
+    return None
+
+
+def say(line: str) -> None:
+    """Print a line to stderr without breaking a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+
+
+def digest(*parts: object) -> str:
+    """24 hex digits of the SHA-256 of the parts, as text where they are not bytes."""
+    return hashlib.sha256(b"\0".join(part if isinstance(part, bytes) else str(part).encode() for part in parts)).hexdigest()[:24]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
