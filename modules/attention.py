@@ -134,9 +134,9 @@ class AlibiAttention(Attention):
 
     def with_biases(self, q, k, v, mask):
         """Attention restricted to mask (..., T, S), with a bias of minus slope times distance.  (B, H, T, K)"""
-        (B, H, T, K), S = q.shape, k.shape[2]
+        T, S = q.shape[2], k.shape[2]
         positions = torch.arange(S, device=q.device)
-        biases = self.slopes[:, None, None] * (positions - positions[S - T :, None])  # (H, T, S)
+        biases = self.slopes[:, None, None] * (positions - positions[S - T :, None])  # (num_heads, T, S)
         biases = biases.type_as(q).masked_fill(~mask, -math.inf)
         return masked_attention(q, k, v, biases, self.soft_cap, self.dropout if self.training else 0.0)
 
