@@ -15,9 +15,9 @@ from model import Attention, RMSNorm, append_to_cache, causal_mask, linear, mask
 from modules.windows import attend_blocks, attend_spans, block_plan, mean_visible, span_mask
 
 
-def narrowest(*windows: int | None) -> int | None:
-    """The smallest of the windows that are given; None if none is."""
-    return min((window for window in windows if window is not None), default=None)
+def narrowest(one: int | None, other: int | None) -> int | None:
+    """The narrower of two windows; None sees all earlier tokens."""
+    return other if one is None else one if other is None else min(one, other)
 
 
 def attention_scores(q: Tensor, k: Tensor, soft_cap: float | None = None, scale: float | None = None) -> Tensor:
