@@ -536,7 +536,7 @@ def test_dropout_is_for_training_and_follows_the_seed():
 
 
 @each_swap
-@pytest.mark.parametrize("layer", ["Attn(window=6)", "SinkAttn(window=6)", "LatentAttn(window=6)"])
+@pytest.mark.parametrize("layer", ["Attn(window=6)", "SinkAttn(window=6)", "BlockAttn(block=6)", "LatentAttn(window=6)"])
 def test_compile_needs_no_graph_break(layer, swap):
     block, x = build(layer, swap=swap), some(2, 70, 24)
     torch._dynamo.reset()
