@@ -18,7 +18,7 @@ import pytest
 
 from config import ModelConfig, TrainConfig
 
-MODEL = ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=24, max_seq_len=48)
+MODEL = ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16, max_seq_len=48)
 
 
 @pytest.fixture(autouse=True)
