@@ -120,18 +120,30 @@ def change(name, file, **values):
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    """Run train.py as from the terminal, without the seconds that a new Python takes: (exit code, what it printed)."""
+def terminal(monkeypatch, capsys):
+    """Run a file as from the terminal, without the seconds that a new Python takes: (exit code, output, errors)."""
 
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    def run(file, *words):
+        monkeypatch.setattr(sys, "argv", [file, *words])
         code = 0
         try:
-            runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")
+            runpy.run_path(str(Path(__file__).with_name(file)), run_name="__main__")
         except SystemExit as stop:
             code = stop.code or 0
-        printed = capsys.readouterr()
-        message = code if isinstance(code, str) else ""
-        return (1 if message else code), printed.out + printed.err + message
+        output, errors = capsys.readouterr()
+        if isinstance(code, str):  # Python prints it, and exits with 1
+            code, errors = 1, f"{errors}{code}\n"
+        return code, output, errors
+
+    return run
+
+
+@pytest.fixture
+def script(terminal):
+    """Run train.py as from the terminal: (exit code, all that it printed)."""
+
+    def run(*words):
+        code, output, errors = terminal("train.py", *words)
+        return code, output + errors
 
     return run

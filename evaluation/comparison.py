@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from config import TrainConfig
+from config import ModelConfig, TrainConfig
 from evaluation.statistics import BITS, SIGNIFICANCE, Difference, holm, over_seeds, over_stories, seeds_needed
 from metrics.story_losses import NOT_ITS_OWN, TOP_K, Scored, losses_of
 from runs.folder import Run, group_members
@@ -30,7 +30,7 @@ class Member:
 
     name: str
     config: TrainConfig
-    architecture: str  # its model_config.json
+    architecture: ModelConfig
     scored: Scored
     losses: pd.DataFrame  # a row for each story, by its digest
     log: pd.DataFrame
@@ -118,8 +118,7 @@ def gather(name: str, notes: list[str], data_if_missing: str | None) -> Candidat
         if not np.isfinite(losses["nats"]).all():
             notes.append(f"{run.name} diverged and is left out: not all of its losses are finite")
             continue
-        member = Member(run.name, run.train_config, run.path("model_config.json").read_text(encoding="utf-8"), scored,
-                        losses.set_index("story"), run.log())  # fmt: skip
+        member = Member(run.name, run.train_config, run.model_config, scored, losses.set_index("story"), run.log())
         seed = member.config.seed
         if seed in members:
             notes.append(f"{run.name} has the seed of {members[seed].name} and is left out: it is no run of its own")
@@ -214,7 +213,7 @@ def comparable(one: Candidate, other: Candidate, at: str, notes: list[str]) -> b
     if a.scored.tokenizer != b.scored.tokenizer:
         tokenizers = f"{a.scored.tokenizer}, {b.scored.tokenizer}"
         notes.append(f"{both} have other tokenizers ({tokenizers}): bits per byte compare all the same")
-    reading = [(m.config.tokenizer, m.config.packing, Run(m.name).model_config.max_seq_len) for m in (a, b)]
+    reading = [(m.config.tokenizer, m.config.packing, m.architecture.max_seq_len) for m in (a, b)]
     fingerprints = (a.scored.data_fingerprint, b.scored.data_fingerprint)
     same_data = None not in fingerprints and len(set(fingerprints)) == 1  # wherever they lay
     if a.config.max_stories != b.config.max_stories or (a.config.data != b.config.data and not same_data):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from config import did_you_mean
 from model import GPT
+from modules.registry import build_model
 from originals.attention import FAMILIES as ATTENTION_FAMILIES
 from originals.attention import Table
 from originals.delta import FAMILIES as DELTA_FAMILIES
@@ -53,7 +54,7 @@ def load_original(original: str | nn.Module | dict[str, Tensor], family: str | N
     if isinstance(original, str):
         original = read("AutoModelForCausalLM", original, dtype=torch.float32)
     weights = original.state_dict() if isinstance(original, nn.Module) else original
-    model = GPT(model_config, config.vocab_size)
+    model = build_model(model_config, config.vocab_size)
     ours = convert(weights, family, config)
     assert ours.keys() == model.state_dict().keys()
     for name, weight in model.state_dict().items():

@@ -53,7 +53,6 @@ def turned_channels(theirs) -> int:
 def recurrent_gemma_config(theirs) -> ModelConfig:
     """Their config names no context: it is the 8192 tokens that the published models were trained on (arXiv 2404.07839)."""
     require_same(theirs, attention_bias=False, attention_dropout=0.0)
-    require(theirs.intermediate_size % 16 == 0, theirs, "intermediate_size", "half of it is a multiple of 8")
     dim, heads = theirs.hidden_size, theirs.num_attention_heads
     recurrent = block(
         "RGLRU", width=None if theirs.lru_width == dim else theirs.lru_width,

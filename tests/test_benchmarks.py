@@ -1,11 +1,12 @@
-"""The benchmarks at their tiniest: they run, print their tables, and a stopped one goes on where it was."""
+"""The benchmarks at their tiniest, in this process: they run, print their tables, and a stopped one goes on where it was."""
 
 import json
 import os
-import subprocess
+import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import pytest
@@ -18,58 +19,99 @@ TINY = ["model.dim=16", "model.num_layers=1", "model.num_heads=2", "model.num_kv
 QUICK = [*TINY, "model.max_seq_len=32", "train.batch_size=2", "train.compile=False", "train.max_minutes=0.01"]
 
 
-def run(script: str, *words: str) -> str:
-    """What the script prints."""
-    done = subprocess.run(
-        [sys.executable, f"benchmarks/{script}", *words], cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def rows(printed: str) -> dict[str, list[str]]:
     """The cells of all tables' rows by their first cell."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("|")]
     return {first: others for first, *others in cells}
 
 
-def test_train_speed_compares():
+@pytest.fixture
+def scripts(monkeypatch):
+    """The benchmarks can be imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def one_process(scripts, monkeypatch):
+    """What the scripts ask of new processes is done in this one, pickled as it would be, and the machine is not measured."""
+    import script
+    import train_speed
+
+    class ThisProcess:
+        def __init__(self, *_):
+            self.under_way = []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, *call):
+            function, *arguments = pickle.loads(pickle.dumps(call))
+            train_speed.UNDER_WAY[:] = self.under_way
+            answer = pickle.loads(pickle.dumps(function(*arguments)))
+            self.under_way = train_speed.UNDER_WAY[:]
+            return SimpleNamespace(result=lambda: answer)
+
+    monkeypatch.setattr(script, "ProcessPoolExecutor", ThisProcess)
+    monkeypatch.setattr(train_speed, "PEAKS", ((8,), 1e-4))
+
+
+@pytest.fixture
+def terminal(one_process, monkeypatch, capsys):
+    """Run a script as from the terminal and return what it printed."""
+
+    def run(module, *words):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
+        module.run_script(module.main, module.Arguments, module.__doc__)
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_new_process_is_another_process(scripts):
+    from script import in_new_process
+
+    assert in_new_process(os.getpid) != os.getpid()
+
+
+def test_train_speed_compares(terminal):
+    import train_speed
+
     words = ["--vocab_size", "64", "--rounds", "2", "--seconds", "0.01", "--variants", "transformers_float32", "ours_probed"]
-    table = rows(run("train_speed.py", "--set", *QUICK, *words))
+    table = rows(terminal(train_speed, "--set", *QUICK, *words))
     assert table["transformers_float32"][1] == "1.00 (1.00–1.00)"
     peak, without_imports = (int(megabytes.replace(",", "")) for megabytes in table["ours_probed"][-2:])
     assert 0 <= without_imports < peak
 
 
-def test_time_to_loss_goes_on(corpus, tmp_path):
-    results, page = tmp_path / "results.jsonl", tmp_path / "page"
-    steps = ["train.max_steps=6", "train.warmup_steps=2", "train.eval_every=3", "train.eval_stories=200"]
-    words = ["--preset", "1m", "--set", *TINY, *steps, "model.max_seq_len=48", "train.tokenizer=bpe_tokenizer_95",
-             "--data", corpus, "--longest_story", "60", "--at", "20", "0.01", "--results", str(results)]  # fmt: skip
-    first = rows(run("time_to_loss.py", *words, "--seeds", "0"))["0"]
-    assert first[0] == "6" and float(first[4]) >= 0 and first[5] == "–"
-    line = results.read_text()
-    assert [seconds > 0 for seconds, _ in json.loads(line)["curve"]] == [True, True]
-
-    table = rows(run("time_to_loss.py", *words, "--seeds", "0", "1", "--save", str(page)))
-    assert table["0"] == first and "to" in table["range"][0] and float(table["1"][-1]) != float(first[-1])
-    assert results.read_text().startswith(line) and results.read_text().count("\n") == 2
-    assert page.with_suffix(".png").stat().st_size > 0 and "| median |" in page.with_suffix(".md").read_text()
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
-def test_train_speed_sweeps(scripts, monkeypatch, capsys):
+def test_train_speed_sweeps(one_process, capsys):
     import train_speed
 
-    monkeypatch.setattr(train_speed, "in_new_process", lambda function, *arguments: function(*arguments))
     arguments = train_speed.Arguments(vocab_size=64, rounds=2, seconds=0.01, dims=(32,), depths=(2,), contexts=(64,))
     train_speed.sweep(train_speed.changed(train_speed.SHAPE, QUICK), arguments)
     table = rows(capsys.readouterr().out)
     assert [table[point][0] for point in ("dim=32", "num_layers=2", "max_seq_len=64")] == ["8,288", "4,176", "2,608"]
+
+
+def test_time_to_loss_goes_on(terminal, corpus, tmp_path, monkeypatch):
+    import time_to_loss
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set again by the script, and then taken back")
+    results, page = tmp_path / "results.jsonl", tmp_path / "page"
+    steps = ["train.max_steps=6", "train.warmup_steps=2", "train.eval_every=3", "train.eval_stories=200"]
+    words = ["--preset", "1m", "--set", *TINY, *steps, "model.max_seq_len=48", "train.tokenizer=bpe_tokenizer_95",
+             "--data", corpus, "--longest_story", "60", "--at", "20", "0.01", "--results", str(results)]  # fmt: skip
+    first = rows(terminal(time_to_loss, *words, "--seeds", "0"))["0"]
+    assert first[0] == "6" and float(first[4]) >= 0 and first[5] == "–"
+    line = results.read_text()
+    assert [seconds > 0 for seconds, _ in json.loads(line)["curve"]] == [True, True]
+
+    table = rows(terminal(time_to_loss, *words, "--seeds", "0", "1", "--save", str(page)))
+    assert table["0"] == first and "to" in table["range"][0] and float(table["1"][-1]) != float(first[-1])
+    assert results.read_text().startswith(line) and results.read_text().count("\n") == 2
+    assert page.with_suffix(".png").stat().st_size > 0 and "| median |" in page.with_suffix(".md").read_text()
 
 
 def test_every_ablation_is_a_change_that_the_config_takes(scripts):
@@ -90,18 +132,12 @@ def test_a_change_is_written_as_in_python_and_a_wrong_one_named(scripts):
             ablations.changed(preset, [change])
 
 
-def here(function, *arguments):
-    """What in_new_process does, in this process."""
-    return function(*arguments)
-
-
-def test_preset_speed_tells_training_and_writing(scripts, monkeypatch, capsys):
+def test_preset_speed_tells_training_and_writing(one_process, capsys):
     import preset_speed
 
     small = {name: Preset(replace(preset(name).model, dim=32, num_layers=1)) for name in ("1m", "mamba2_like")}
     sizes = {"lengths": (32,), "tokens": 64, "places": (5, 60), "vocab_size": 50}
     arguments = preset_speed.Arguments(**sizes, rounds=2, seconds=0.01, threads=1)
-    monkeypatch.setattr(preset_speed, "in_new_process", here)
     preset_speed.check(arguments)
     _, shares = preset_speed.training_table(small, arguments)
     print("\n".join(preset_speed.limits_table(shares)))
@@ -111,9 +147,14 @@ def test_preset_speed_tells_training_and_writing(scripts, monkeypatch, capsys):
     assert all(float(speed.replace(",", "")) > 0 for place in (5, 60) for speed in table[f"behind {place} tokens"])
     kinds = [float(share.strip("%")) for share in table["mamba2_like, T 32"][:-1]]
     assert sum(kinds) == pytest.approx(100, abs=4) and table["1m, T 32"][-1] in (*preset_speed.KINDS, preset_speed.REST)
-    for wrong in ({"lengths": (32, 16)}, {"lengths": (128,)}, {"places": (60, 70)}, {"threads": 0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            preset_speed.check(replace(arguments, **wrong))
+
+
+@pytest.mark.parametrize("wrong", [{"lengths": (32, 16)}, {"lengths": (9000,)}, {"places": (60, 70)}, {"threads": 0}], ids=str)
+def test_preset_speed_names_what_it_cannot_measure(scripts, wrong):
+    import preset_speed
+
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        preset_speed.check(preset_speed.Arguments(**wrong))
 
 
 def test_preset_speed_tells_a_product_from_a_scan_and_a_view(scripts):
@@ -132,7 +173,7 @@ def test_preset_speed_tells_a_product_from_a_scan_and_a_view(scripts):
     assert kinds["aten::transpose"] <= {"calls", "scan"} and kinds["aten::mm"] == {"matrix products"}
 
 
-def test_growth_is_of_the_time_of_a_row_and_the_memory_of_one_alone(scripts):
+def test_growth_is_told_of_the_time_and_memory_of_a_row(scripts):
     import preset_speed
 
     lengths, paces = (256, 2048, 4096, 8192), {"linear": [9] * 4, "quadratic": [8, 4, 2, 1]}
@@ -207,7 +248,7 @@ def test_worth_compares_a_preset_with_changes_of_it(worth_here, tmp_path, capsys
     assert (tmp_path / "worth.png").stat().st_size > 0
 
 
-def test_worth_trains_for_the_steps_that_the_minutes_would_have_taken(scripts):
+def test_worth_trains_for_the_steps_that_fit_into_the_minutes(scripts):
     import worth
 
     speed = worth.Speed({}, {"dtype": "float32", "attention": "sdpa", "micro_batch_size": 2, "threads": 1, "compile": False},

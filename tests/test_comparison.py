@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from conftest import change
+from conftest import MODEL, change
 from evaluation import __main__ as evaluation
 from evaluation.comparison import compare
 from evaluation.statistics import holm, over_seeds, over_stories, seeds_needed
@@ -254,6 +254,8 @@ class TestCompare:
     def test_the_same_config_twice(self, make_run):
         make_run("a"), make_run("b", noise=0)
         assert "the same config with the same seed" in compare("a", "b").notes[0]
+        change("b", "model_config.json", version=1, attention="kernel", mlp_dim=24)
+        assert Run("b").model_config == MODEL and "the same config with the same seed" in compare("a", "b").notes[0]
         shutil.copytree(Run("b").folder, Run("c").folder)
         assert "not distinguishable" in compare("b", "c").verdicts[0]
 

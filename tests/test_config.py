@@ -160,6 +160,10 @@ def test_impossible_models_are_named(knobs, words):
         ({"dtype": "bf16"}, ["dtype='bf16'", "bfloat16"]),
         ({"packing": "pack"}, ["packing='pack'", "Did you mean 'packed'"]),
         ({"compile": 1}, ["compile=1", "bool", "auto"]),
+        ({"fast": "kernel"}, ["fast='kernel'", "bool", "auto"]),
+        ({"fast": None}, ["fast=None", "bool", "auto"]),
+        ({"ema_decay": 1.0}, ["ema_decay=1.0", "between 0 and 1", "None"]),
+        ({"ema_decay": 0.0}, ["ema_decay=0.0", "between 0 and 1", "None"]),
     ],
 )  # fmt: skip
 def test_impossible_trainings_are_named(knobs, words):
@@ -205,11 +209,26 @@ def test_a_tuple_of_layers_tiles_the_depth():
 
 
 def test_a_block_may_ask_for_every_field_and_gets_a_number_where_it_is_none():
+    values = ModelConfig(dim=96, num_heads=6).block_values()
+    assert set(values) == {field.name for field in fields(ModelConfig)}
+    assert (values["head_dim"], values["mlp_dim"]) == (16, 256)
+    values = ModelConfig(dim=96, num_heads=5, num_kv_heads=1, head_dim=10, mlp_dim=7, dropout=0.25).block_values()
+    assert (values["head_dim"], values["mlp_dim"], values["dropout"]) == (10, 7, 0.25)
+
+
+def test_options_of_a_layer_string_win_over_the_fields():
     config = ModelConfig(dim=96, num_heads=6)
-    assert set(config.block_values) == {field.name for field in fields(ModelConfig)}
-    assert (config.block_values["head_dim"], config.block_values["mlp_dim"]) == (16, 384)
-    config = ModelConfig(dim=96, num_heads=5, num_kv_heads=1, head_dim=10, mlp_dim=7, dropout=0.25)
-    assert (config.block_values["head_dim"], config.block_values["mlp_dim"], config.block_values["dropout"]) == (10, 7, 0.25)
+    assert config.block_values({"gated": False})["mlp_dim"] == 4 * 96
+    assert config.block_values({"mlp_dim": 50, "window": 3}) == config.block_values() | {"mlp_dim": 50, "window": 3}
+
+
+@pytest.mark.parametrize("dim", [1, 3, 32, 96, 100, 128, 256])
+def test_a_gated_mlp_has_the_parameters_of_an_ungated_one(dim):
+    """Three matrices of 8/3 dim are two of 4 dim, up to the rounding to a multiple of 8."""
+    config = ModelConfig(dim=dim, num_heads=1, num_kv_heads=1, positions="none")
+    width, ungated = config.block_values()["mlp_dim"], replace(config, gated=False).block_values()["mlp_dim"]
+    assert ungated == 4 * dim and width % 8 == 0 and (abs(3 * width - 2 * ungated) <= 3 * 4 or width == 8)
+    assert replace(config, mlp_dim=24).block_values()["mlp_dim"] == 24
 
 
 def test_configs_are_frozen_and_hashable():

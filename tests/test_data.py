@@ -1,15 +1,15 @@
 """Promises of data.py, sources.py and packing.py: every story once, nothing shared with validation, nothing lost in silence."""
 
 import collections
+import functools
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import socket
 import subprocess
 import sys
-import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,9 @@ from data import dataset as data
 from data import sources
 from data.dataset import load_data, read_stories, story_ids
 from data.packing import pack, shuffled
+from tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
 
 
 class Characters:
@@ -88,7 +91,7 @@ def realistic_lengths(count, seed=0):
 
 
 @pytest.mark.parametrize("max_seq_len", [128, 256, 512])
-def test_rows_begin_with_stories_hold_each_story_once_and_waste_under_3_percent(max_seq_len):
+def test_rows_hold_each_story_once_and_waste_under_3_percent(max_seq_len):
     lengths, capacity = realistic_lengths(8192), max_seq_len + 1
     rows = pack(lengths, capacity)
     whole, predicted = collections.Counter(), collections.Counter()
@@ -149,7 +152,7 @@ def test_every_epoch_is_another_permutation(size):
 
 
 def test_the_shuffle_looks_random():
-    size, trials = 50, 4000
+    size, trials = 50, 1000
     position = np.arange(size, dtype=np.uint64)
     first = np.array([shuffled(position, size, seed, position * np.uint64(0)) for seed in range(trials)])
     counts = np.array([np.bincount(first[:, place].astype(int), minlength=size) for place in range(size)])
@@ -159,7 +162,7 @@ def test_the_shuffle_looks_random():
     assert abs(followed_by_its_neighbour - 1 / size) < 0.002
 
 
-def test_batch_is_a_function_of_its_arguments_and_goes_through_all_rows_once_an_epoch(folder, tmp_path):
+def test_a_batch_is_a_function_of_its_arguments(folder, tmp_path):
     opened = load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
     batch = opened.batch(160, 32, seed=1)
     assert batch.shape == (32, 65)
@@ -167,11 +170,14 @@ def test_batch_is_a_function_of_its_arguments_and_goes_through_all_rows_once_an_
     again = load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
     assert torch.equal(batch, again.batch(160, 32, seed=1))
     assert not torch.equal(batch, opened.batch(160, 32, seed=2))
+
+
+def test_batches_go_through_all_rows_once_an_epoch(folder, tmp_path):
+    opened = load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
     epoch = sorted(opened.batch(0, opened.num_rows, seed=1).tolist())
     small = torch.cat([opened.batch(7 * index, 7, seed=1) for index in range(-(-2 * opened.num_rows // 7))])
-    assert sorted(small[:opened.num_rows].tolist()) == epoch
-    assert sorted(small[opened.num_rows:2 * opened.num_rows].tolist()) == epoch
-    assert small[:opened.num_rows].tolist() != small[opened.num_rows:2 * opened.num_rows].tolist()
+    first, second = small[: opened.num_rows].tolist(), small[opened.num_rows : 2 * opened.num_rows].tolist()
+    assert sorted(first) == sorted(second) == epoch and first != second
 
 
 @pytest.mark.parametrize("tokenizer", [Characters(), OneEnd(), Wide()], ids=lambda tokenizer: tokenizer.fingerprint)
@@ -217,10 +223,10 @@ def test_padded_rows_hold_one_cropped_story_each(folder, tmp_path):
 
 
 def test_a_corpus_larger_than_a_chunk(tmp_path):
-    stories = make_stories(20_000, longest=60)
+    stories = make_stories(9_000, longest=60)
     write_parquet(tmp_path / "d" / "train.parquet", text=stories)
     opened = load_data(str(tmp_path / "d"), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
-    assert opened.num_stories + len(opened.validation) == 20_000
+    assert opened.num_stories + len(opened.validation) == 9_000
     assert opened.wasted < 0.03
     tokens = collections.Counter("".join(chr(token) for token in row).split("ā")[0] for row in all_rows(opened))
     assert max(tokens.values()) == 1, "no row comes twice"
@@ -277,7 +283,7 @@ def test_training_and_validation_never_share_a_story(folder, tmp_path, capsys):
 # The cache
 
 
-def test_the_second_time_nothing_is_tokenised_and_nothing_is_printed(folder, tmp_path, capsys):
+def test_the_second_time_nothing_is_tokenised_or_printed(folder, tmp_path, capsys):
     class Counted(Characters):
         calls = 0
 
@@ -337,45 +343,46 @@ def test_an_error_while_building_leaves_nothing_behind(folder, tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def _open_and_sum(folder, cache, barrier, results):
-    barrier.wait()
-    opened = load_data(folder, Characters(), 64, cache_dir=cache, progress=False)
-    results.put(int(opened.batch(0, opened.num_rows, seed=0).sum()))
-
-
-def test_two_processes_at_the_same_time(folder, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    arguments = (str(folder), tmp_path / "cache", barrier, results)
-    processes = [context.Process(target=_open_and_sum, args=arguments) for _ in range(2)]
-    for process in processes:
-        process.start()
-    assert results.get(timeout=60) == results.get(timeout=60)
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Python's own allocations and numpy's, at their peak, for a corpus and for one four times as large."""
-    code = """
-import sys, tracemalloc
-sys.path[:0] = sys.argv[1:3]
-from test_data import Characters
+OPEN = """
+import sys
 from data.dataset import load_data
-tracemalloc.start()
-load_data(sys.argv[3], Characters(), 64, cache_dir=sys.argv[4], progress=False)
-print(tracemalloc.get_traced_memory()[1])
+from tokenizer import load_tokenizer
+tokenizer = load_tokenizer("bpe_tokenizer_95")
+print("ready", flush=True)
+sys.stdin.readline()
+opened = load_data(sys.argv[1], tokenizer, 64, cache_dir=sys.argv[2], progress=False)
+print(opened.fingerprint, opened.num_tokens, opened.num_rows)
 """
+
+
+def test_two_processes_at_the_same_time_build_the_same(folder, tmp_path):
+    words = [sys.executable, "-c", OPEN, str(folder), str(tmp_path / "cache")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(words, cwd=ROOT, **pipes) for _ in range(2)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    (one, error), (other, _) = (process.communicate(timeout=60) for process in processes)
+    assert one == other != "", error
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    opened = load_data(str(folder), load_tokenizer("bpe_tokenizer_95"), 64, cache_dir=tmp_path / "cache", progress=False)
+    assert one == f"{opened.fingerprint} {opened.num_tokens} {opened.num_rows}\n" and opened.num_stories == 400
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
+    """Python's own allocations and numpy's, at their peak, for a corpus and for one four times as large."""
+    monkeypatch.setattr(data, "MAX_VALIDATION", 100)
+    monkeypatch.setattr(data, "_batches", functools.partial(data._batches, count=64))
+    monkeypatch.setattr(data, "_write_rows", functools.partial(data._write_rows, chunk=256))
     peaks = []
-    for count in (10_000, 30_000):
-        path = tmp_path / f"{count}.jsonl"
-        write_jsonl(path, (f"{number} {'abc ' * 5}" for number in range(count)))
-        arguments = [str(Path(data.__file__).parents[1]), str(Path(__file__).parent), str(path), str(tmp_path / "cache")]
-        peaks.append(int(subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True,
-                                        check=True).stdout))
-    assert peaks[1] < 1.3 * peaks[0] + 4e6
+    for count in (600, 1200, 4800):  # the first is for what is imported and kept once
+        write_jsonl(tmp_path / f"{count}.jsonl", (f"{number} {'abc ' * 20}" for number in range(count)))
+        tracemalloc.start()
+        load_data(str(tmp_path / f"{count}.jsonl"), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.1 * peaks[1]
 
 
 # Sources
@@ -511,7 +518,7 @@ def test_a_folder_that_the_library_can_not_read(tmp_path):
         next(read_stories(f"hub:{tmp_path}"))
 
 
-def test_a_download_that_breaks_off_counts_as_a_hub_that_can_not_be_reached(monkeypatch):
+def test_a_download_that_breaks_off_is_a_hub_out_of_reach(monkeypatch):
     import datasets
 
     def break_off(repo):
@@ -539,62 +546,66 @@ def test_special_tokens_inside_of_a_text_are_refused(folder, tmp_path):
         load_data(str(folder), Careless(), 64, cache_dir=tmp_path / "cache", progress=False)
 
 
-# The hub: no network, but the real `datasets` in a process of its own, as its settings are read when it is imported
+# The hub, without a network
 
 
-def run(code, folder, **environment):
-    """Runs code in a fresh process with the hub's caches inside of folder; returns (seconds, standard output, standard error)."""
-    start = time.monotonic()
-    environment = os.environ | {"HF_HOME": str(folder / "hf"), "BASEGPT_CACHE": str(folder / "cache"),
-                                "PYTHONPATH": str(Path(data.__file__).parents[1])} | environment
-    environment.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
-    return time.monotonic() - start, done.stdout, done.stderr
+def test_a_data_set_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch, capsys):
+    """First the library reads it; then it is moved to where a download would lie, and read without asking the hub."""
+    import datasets
 
-
-READ = """
-import sys
-from data.dataset import read_stories
-try:
-    print(*read_stories({source!r}), sep="|")
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-
-
-def test_a_data_set_is_read_by_the_library_and_then_from_its_cache_without_the_hub(tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     write_parquet(tmp_path / "owner/name/data/train-00000-of-00001.parquet", text=["one", None, "two"])
     write_parquet(tmp_path / "owner/name/data/validation-00000-of-00001.parquet", text=["three"])
-    _, out, err = run(READ.format(source="hub:owner/name"), tmp_path)
-    assert out == "one|two\n", err
-    assert "1 null rows skipped" in err
-    cached = next((tmp_path / "hf/datasets").glob("name/*/*/*/dataset_info.json")).parent
-    place = tmp_path / "hf/datasets/owner___name" / Path(*cached.parts[-3:])
+    assert list(read_stories("hub:owner/name")) == ["one", "two"]
+    assert "1 null rows skipped" in capsys.readouterr().err
+    cached = next((tmp_path / "hf").glob("name/*/*/*/dataset_info.json")).parent
+    place = tmp_path / "hf/owner___name" / Path(*cached.parts[-3:])
     (tmp_path / "owner").rename(tmp_path / "gone")
     place.parent.mkdir(parents=True)
     cached.rename(place.with_name("0123456789abcdef"))
-    _, out, err = run(READ.format(source="hub:owner/name"), tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
-    assert out == "one|two\n", err
+    monkeypatch.setattr(sources, "_check_hub", lambda *_: pytest.fail("the hub was asked"))
+    assert list(read_stories("hub:owner/name")) == ["one", "two"]
 
 
-def test_an_unreachable_hub_is_an_error_for_a_name_and_storyworld_for_auto(tmp_path):
-    short_world = "from data.storyworld import world; world.stories = lambda split, count: [f'{split} {count}']\n"
-    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    for source in ("tinystories", "hub:owner/name"):
-        seconds, out, err = run(READ.format(source=source), tmp_path, **unreachable)
-        assert seconds < 10
-        assert out.startswith("ConnectionError")
-        assert "is not cached and the Hugging Face hub can't be reached" in out
-        assert "--train.data storyworld" in out
-        assert err == ""
-    seconds, out, err = run(short_world + READ.format(source="auto"), tmp_path, **unreachable)
-    assert out == "train 50000\n"
-    assert err == "TinyStories is not cached and the Hugging Face hub can't be reached: using the built-in storyworld instead\n"
+# The settings of `datasets` are read when it is imported, so these are processes of their own.
+READ = """
+import sys, time
+from data import sources
+from data.storyworld import world
+world.stories = lambda split, count: [f"{split} {count}"]
+sources.HUB_SECONDS = min(sources.HUB_SECONDS, float(sys.argv[1]))
+for source in sys.argv[2:]:
+    began = time.monotonic()
+    try:
+        print(*sources.read_stories(source), sep="|")
+    except Exception as error:
+        print(type(error).__name__, error)
+    assert time.monotonic() - began < 10
+"""
 
 
-def test_a_hub_that_never_answers_is_given_up_within_10_seconds(tmp_path):
+def read_from(endpoint, folder, *words):
+    """What a new Python reads of the sources, a line each, and its standard error; words are the patience and the sources."""
+    environment = os.environ | {"HF_HOME": str(folder / "hf"), "HF_ENDPOINT": endpoint}
+    environment.pop("HF_HUB_OFFLINE", None)
+    code = [sys.executable, "-c", READ, *words]
+    done = subprocess.run(code, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_without_the_hub_a_name_is_an_error_and_auto_storyworld(tmp_path):
+    *errors, auto = ("tinystories", "hub:owner/name", "auto")
+    (*read, stories), said = read_from("http://127.0.0.1:9", tmp_path, "99", *errors, auto)
+    for line in read:
+        assert line.startswith("ConnectionError") and "--train.data storyworld" in line
+        assert "is not cached and the Hugging Face hub can't be reached" in line
+    assert len(read) == 2 and stories == "train 50000"
+    assert said == "TinyStories is not cached and the Hugging Face hub can't be reached: using the built-in storyworld instead\n"
+
+
+def test_a_hub_that_never_answers_is_given_up(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        seconds, out, _ = run(READ.format(source="tinystories"), tmp_path, HF_ENDPOINT=endpoint)
-    assert out.startswith("ConnectionError roneneldan/TinyStories is not cached and the Hugging Face hub can't be reached")
-    assert seconds < 12, "10 seconds and the start of Python"
+        (line,), said = read_from(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path, "0.5", "tinystories")
+    assert line.startswith("ConnectionError roneneldan/TinyStories is not cached and the Hugging Face hub can't be reached")
+    assert not said and sources.HUB_SECONDS < 10

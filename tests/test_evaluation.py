@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fast
 from conftest import MODEL
-from data.cache import default_cache_dir
-from fast import ops as kernels
+from fast import blocks, build, ops
 from inference import load_model
-from metrics import scores as evaluation
 from metrics.scores import Evaluation, evaluate, ranks_of, windows
 from model import GPT, IGNORE
 from tokenizer import load_tokenizer
@@ -115,22 +114,31 @@ class TestEvaluate:
         assert torch.equal(torch.get_rng_state(), state)
         assert all(weight.grad is None for weight in model.parameters())
 
-    @pytest.mark.skipif(kernels.fingerprint() == "none", reason="there is no C++ compiler")
+    @pytest.mark.skipif(build.fingerprint() == "none", reason="there is no C++ compiler")
     def test_our_kernels_score_the_same_for_many_stories_or_where_they_are_compiled(self, model_and_tokenizer, monkeypatch):
         model, tokenizer = model_and_tokenizer
-        calls, attention = [], kernels.attention
-        monkeypatch.setattr(kernels, "attention", lambda *inputs: calls.append(inputs) or attention(*inputs))
+        calls, attention = [], ops.attention
+        monkeypatch.setattr(ops, "attention", lambda *inputs: calls.append(inputs) or attention(*inputs))
         wanted = evaluate(model, tokenizer, TEXTS, top_k=(1, 5))
         assert not calls
         for many_stories in (len(TEXTS), 1000):
-            monkeypatch.setattr(evaluation, "MANY_STORIES", many_stories)
+            monkeypatch.setattr(blocks, "MANY_STORIES", many_stories)
             score = evaluate(model, tokenizer, TEXTS, top_k=(1, 5))
             torch.testing.assert_close(score.story_nats, wanted.story_nats, rtol=1e-5, atol=1e-4)
-            assert calls and score.top_k == wanted.top_k
-            assert {block.backend for block in model.modules() if hasattr(block, "backend")} == {"auto"}
+            assert calls and score.top_k == wanted.top_k and not fast.is_used(model)
             calls.clear()
-            default_cache_dir().mkdir(exist_ok=True)
-            (default_cache_dir() / f"kernels-{kernels.fingerprint()}.so").touch()  # they may have been compiled for another test
+            library = build.library_path(build.fingerprint())
+            library.parent.mkdir(exist_ok=True)
+            library.touch()  # they may have been compiled for another test
+
+    def test_a_model_that_is_configured_for_training_is_left_as_it_is(self, model_and_tokenizer, monkeypatch):
+        model, tokenizer = model_and_tokenizer
+        monkeypatch.setattr(blocks, "MANY_STORIES", 1)
+        monkeypatch.setattr(ops, "attention", lambda *_: pytest.fail("a kernel attends"))
+        fast.use(model, kernels=False, loss_chunk=5)
+        classes = [type(module) for module in model.modules()]
+        evaluate(model, tokenizer, TEXTS)
+        assert [type(module) for module in model.modules()] == classes and model.loss_chunk == 5
 
     def test_ranks_against_a_sort_and_ties_count_against_the_model(self):
         torch.manual_seed(0)

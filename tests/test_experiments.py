@@ -1,6 +1,8 @@
 """Promises to those who plug in an idea of their own: blocks, whole models, experiments, and clear words where that fails."""
 
+import contextlib
 import importlib
+import io
 import itertools
 import os
 import re
@@ -126,15 +128,6 @@ def test_what_an_own_model_cannot_do_is_said(make_config):
     one_line_error(lambda: build_model(unknown, 50), "no model is called 'Recurent'", "Did you mean 'Recurrent'?", "GPT, ")
 
 
-@pytest.fixture(scope="module")
-def core(tmp_path_factory):
-    """A copy of this repository, as a repository of its own, without any run."""
-    core = tmp_path_factory.mktemp("core") / "core"
-    shutil.copytree(REPOSITORY, core, ignore=shutil.ignore_patterns(".[!g]*", ".git", "__pycache__", "tests", "trained_models"))
-    commit_all(core)
-    return core
-
-
 def git(folder: Path, *words: str) -> str:
     settings = ("user.name=A", "user.email=a@b.c", "protocol.file.allow=always")
     words = ("git", *itertools.chain(*(("-c", setting) for setting in settings)), *words)
@@ -147,15 +140,35 @@ def commit_all(folder: Path):
     git(folder, "commit", "--quiet", "--message", "all")
 
 
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """A copy of this repository, as a repository of its own without runs; a new experiment, my_idea, is a submodule of it."""
+    folder = tmp_path_factory.mktemp("core")
+    core, idea = folder / "core", folder / "my_idea"
+    shutil.copytree(REPOSITORY, core, ignore=shutil.ignore_patterns(".[!g]*", ".git", "__pycache__", "tests", "trained_models"))
+    commit_all(core)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(experiment, "FOLDER", core / "experiments")
+        patch.setattr(sys, "argv", ["experiments", "new", "my_idea"])
+        runpy.run_module("experiments", run_name="__main__")
+    assert "python train.py --preset my_idea/my_idea" in printed.getvalue()
+    shutil.move(core / "experiments" / "my_idea", idea)
+    commit_all(idea)
+    git(core, "submodule", "--quiet", "add", str(idea), "experiments/my_idea")
+    return core
+
+
 def run_python(folder: Path, *words: str) -> str:
-    """What a fresh process prints, which must not fail. The runs are where they are for everybody."""
-    environment = {name: value for name, value in os.environ.items() if name != "BASEGPT_RUNS"}
+    """What a fresh process prints, which must not fail. The runs are where they are for everybody; nothing is compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "BASEGPT_RUNS"} | {"CXX": "no-such-compiler"}
     done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-COMPARE = """
+TRAIN_AND_COMPARE = """
+import runpy
+runpy.run_path("train.py", run_name="__main__")
 from inference import generate, load_model
 from training.report import table
 from runs.folder import run_names
@@ -164,23 +177,15 @@ print(generate(*load_model("my_idea/first"), "Tom", max_new_tokens=3))
 """
 
 
-def test_a_new_experiment_is_a_submodule_passes_trains_loads_and_is_compared(
-    core, tiny_run, folders, corpus, monkeypatch, capsys
-):  # fmt: skip
-    monkeypatch.setattr(experiment, "FOLDER", core / "experiments")
-    monkeypatch.setattr(sys, "argv", ["experiments", "new", "my_idea"])
-    runpy.run_module("experiments", run_name="__main__")
-    assert "python train.py --preset my_idea/my_idea" in capsys.readouterr().out
-    shutil.move(core / "experiments" / "my_idea", folders / "my_idea")
-    commit_all(folders / "my_idea")
-    git(core, "submodule", "--quiet", "add", str(folders / "my_idea"), "experiments/my_idea")
+def test_a_new_experiment_passes_its_own_tests(core):
     run_python(core, "-m", "pytest", "experiments/my_idea", "-p", "no:cacheprovider")
 
+
+def test_a_new_experiment_trains_and_is_compared(core, tiny_run, folders, corpus):
+    shutil.copytree(folders / "runs" / tiny_run, core / "trained_models" / tiny_run)
     quick = f"--train.data {shlex.quote(corpus)} --train.tokenizer bpe_tokenizer_128 --train.max_steps 3 --train.warmup_steps 0"
     words = f"--preset my_idea/my_idea --name my_idea/first --model.max_seq_len 64 {quick}"
-    run_python(core, "train.py", *shlex.split(words))
-    shutil.copytree(folders / "runs" / tiny_run, core / "trained_models" / tiny_run)
-    shown = run_python(core, "-c", COMPARE)
+    shown = run_python(core, "-c", TRAIN_AND_COMPARE, *shlex.split(words))
     assert "['tiny', 'my_idea/first'] [True, True]" in shown and "\nTom" in shown
     changed = {line.split()[1] for line in git(core, "status", "--porcelain").splitlines()}
     assert changed == {".gitmodules", "experiments/my_idea", "trained_models/"}  # of the core, nothing

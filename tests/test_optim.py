@@ -184,8 +184,8 @@ def test_the_average_of_weights_is_the_recurrence():
         keep = min(0.5, (1 + step) / (10 + step))
         expected = model.weight.clone() if expected is None else keep * expected + (1 - keep) * model.weight
     torch.testing.assert_close(average.module.weight, expected)
-    for pace in (0.1, 0.0):  # at a low learning rate there is hardly any noise to average out
-        average.pace = pace
+    for lr_fraction in (0.1, 0.0):  # at a low learning rate there is hardly any noise to average out
+        average.lr_fraction = lr_fraction
         average.update_parameters(model.requires_grad_(False).apply(lambda layer: layer.weight.normal_()))
         torch.testing.assert_close(average.module.weight, model.weight)
 

@@ -129,7 +129,7 @@ def change_json(**changes):
 
 def without_key(path):
     content = json.loads(path.read_text(encoding="utf-8"))
-    del content[next(iter(content))]
+    del content[next(name for name in content if name != "version")]
     path.write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -78,7 +78,7 @@ def side_by_side(arguments: Arguments, count: int) -> bool:
         return True
     model = build_model(arguments.model, load_tokenizer(config.tokenizer).vocab_size)
     with probe.undisturbed():
-        way = probe.first_guess(model, config, probe.micro_batch_sizes(model, config, device))
+        way = probe.first_guess(config, probe.micro_batch_sizes(model, config, device), device)
         ways = [replace(way, threads=threads) for threads in (1, cores)]
         one, all_of_them = (probe.seconds_per_token(model, config, chosen, device) for chosen in ways)
     rounds = -(-count // cores)
