@@ -76,8 +76,9 @@ class RGLRU(LoggingModule):
             check_rows(state, B)
         conv_cache = None if cache is None else cache.setdefault("conv", {})
         inner = self.conv(self.w_in(x), story_start=story_start, cache=conv_cache)
-        positions = torch.arange(T, device=x.device)
-        is_start = (positions == 0)[None] & (state is None) if story_start is None else story_start == positions  # (1 or B, T)
+        if story_start is None:
+            story_start = 0 if state is None else -1  # a cached story goes on
+        is_start = (torch.arange(T, device=x.device) == story_start).expand(B, T)
         decay, update = self.gated(inner.float(), is_start)
         states = (recurrence if T == 1 else scan)(decay, update, state)
         if cache is not None:

@@ -28,7 +28,7 @@ from modules.convolution import ShortConv
 from modules.scan import check_rows, recurrence
 from tools import LoggingModule
 
-FIRST_STEPS = (0.001, 0.1)  # the step sizes that a model is_start with, evenly in their logarithms (section 3.6)
+FIRST_STEPS = (0.001, 0.1)  # the step sizes that a model starts with, uniform in their logarithms (section 3.6)
 ROWS = 4  # of a batch that are in a piece of in_pieces
 
 
@@ -250,7 +250,7 @@ def read_out(states: Tensor, read: Tensor) -> Tensor:
 
 
 def projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    """A matrix with torch's own first weights, as in the published models, and a bias that is_start at zero."""
+    """A matrix with torch's own first weights, as in the published models, and a bias that starts at zero."""
     layer = nn.Linear(in_features, out_features, bias=bias)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -258,9 +258,9 @@ def projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
 
 
 def first_convolution(channels: int, width: int) -> ShortConv:
-    """A convolution that is_start as torch's own do: all its weights, the skip's 1 included, evenly from -1 / sqrt(width) on.
+    """A convolution that starts as torch's own do: all its weights, the skip's 1 included, evenly from -1 / sqrt(width) on.
 
-    Its bias is_start at zero.
+    Its bias starts at zero.
     """
     conv = ShortConv(channels, width, bias=True)
     nn.init.uniform_(conv.weight, -(width**-0.5), width**-0.5)

@@ -17,7 +17,7 @@ TOKENS = torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(0))
 def test_every_block_is_in_one_family():
     found = families(TOY)
     assert sorted(name for names in found.values() for name in names) == sorted(block_menu(TOY).keys() - {"Norm"})
-    assert found["norms"] == ["RMSNorm", "LayerNorm", "CosineNorm", "DynamicTanh"]
+    assert found["modules.values"] == ["ValueAttn"]
     assert all(block_menu(TOY)[name].__module__ == module for module, names in found.items() for name in names)
 
 
