@@ -22,6 +22,7 @@ from data import dataset as data
 from data import sources
 from data.dataset import load_data, read_stories, story_ids
 from data.packing import pack, shuffled
+from model import IGNORE
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +80,7 @@ def folder(tmp_path):
 
 def all_rows(opened):
     """Every row of an epoch, each once, as lists without padding."""
-    return [[token for token in row if token != opened._pad_id] for row in opened.batch(0, opened.num_rows, seed=3).tolist()]
+    return [[token for token in row if token != opened._pad_id] for row in opened.rows(0, opened.num_rows, seed=3).tolist()]
 
 
 # Packing
@@ -164,30 +165,62 @@ def test_the_shuffle_looks_random():
 
 def test_a_batch_is_a_function_of_its_arguments(folder, tmp_path):
     opened = load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
-    batch = opened.batch(160, 32, seed=1)
-    assert batch.shape == (32, 65)
-    assert batch.dtype == torch.long
+    rows, batch = opened.rows(160, 32, seed=1), opened.batch(160, 32, seed=1)
+    assert rows.shape == (32, 65) and rows.dtype == torch.long
+    assert all(part.shape == (32, 64) and part.dtype == torch.long for part in batch)
     again = load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
-    assert torch.equal(batch, again.batch(160, 32, seed=1))
-    assert not torch.equal(batch, opened.batch(160, 32, seed=2))
+    assert torch.equal(rows, again.rows(160, 32, seed=1))
+    assert all(torch.equal(one, other) for one, other in zip(batch, again.batch(160, 32, seed=1), strict=True))
+    assert not torch.equal(rows, opened.rows(160, 32, seed=2))
 
 
 def test_batches_go_through_all_rows_once_an_epoch(folder, tmp_path):
     opened = load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
-    epoch = sorted(opened.batch(0, opened.num_rows, seed=1).tolist())
-    small = torch.cat([opened.batch(7 * index, 7, seed=1) for index in range(-(-2 * opened.num_rows // 7))])
+    epoch = sorted(opened.rows(0, opened.num_rows, seed=1).tolist())
+    small = torch.cat([opened.rows(7 * index, 7, seed=1) for index in range(-(-2 * opened.num_rows // 7))])
     first, second = small[: opened.num_rows].tolist(), small[opened.num_rows : 2 * opened.num_rows].tolist()
     assert sorted(first) == sorted(second) == epoch and first != second
+
+
+def slow_batch(row, tokenizer):
+    """What is read, what is to be predicted, and the number of the story, token by token."""
+    inputs, targets, ids, story = [], [], [], 0
+    for at, (token, following) in enumerate(itertools.pairwise(row)):
+        may_be_bos = tokenizer.bos_id == tokenizer.eos_id and (at == 0 or row[at - 1] == tokenizer.eos_id)
+        is_end = token == tokenizer.eos_id and not may_be_bos
+        inputs.append(token)
+        ids.append(story)
+        targets.append(IGNORE if is_end or following == tokenizer.pad_id else following)
+        story += is_end
+    return inputs, targets, ids
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+@pytest.mark.parametrize("tokenizer", [Characters(), OneEnd(), Wide()], ids=lambda tokenizer: tokenizer.fingerprint)
+def test_a_batch_is_inputs_targets_and_story_ids(folder, tmp_path, tokenizer, packing):
+    """No target is padding, and none is of another story than the token before it."""
+    opened = load_data(str(folder), tokenizer, 128, packing=packing, cache_dir=tmp_path / "cache", progress=False)
+    rows, batch = opened.rows(3, 200, seed=0), opened.batch(3, 200, seed=0)
+    wanted = (torch.tensor(part) for part in zip(*(slow_batch(row, tokenizer) for row in rows.tolist()), strict=True))
+    for part, expected in zip(batch, wanted, strict=True):
+        assert torch.equal(part, expected)
+    assert data.IGNORE == IGNORE and (batch.targets == tokenizer.eos_id).any(), "the end of a story is to be predicted"
+    assert not (batch.targets == tokenizer.pad_id).any() and (batch.targets == IGNORE).any()
+
+    scored = batch.targets != IGNORE
+    ids = story_ids(rows, tokenizer.bos_id, tokenizer.eos_id)
+    assert torch.equal(batch.targets[scored], rows[:, 1:][scored])
+    assert torch.equal(scored, (rows[:, 1:] != tokenizer.pad_id) & (ids[:, 1:] == ids[:, :-1]))
 
 
 @pytest.mark.parametrize("tokenizer", [Characters(), OneEnd(), Wide()], ids=lambda tokenizer: tokenizer.fingerprint)
 def test_rows_say_what_the_stories_say(folder, tmp_path, tokenizer):
     opened = load_data(str(folder), tokenizer, 128, cache_dir=tmp_path / "cache", progress=False)
     texts = ["\x01" + text + "\x02" for text in read_stories(str(folder))]
-    batch = opened.batch(0, opened.num_rows, seed=0)
-    ids = story_ids(batch, tokenizer.bos_id, tokenizer.eos_id)
+    rows = opened.rows(0, opened.num_rows, seed=0)
+    ids = story_ids(rows, tokenizer.bos_id, tokenizer.eos_id)
     begun = collections.Counter()
-    for row, row_ids in zip(batch, ids, strict=True):
+    for row, row_ids in zip(rows, ids, strict=True):
         assert row[0] == tokenizer.bos_id
         for story_id in row_ids.unique().tolist():
             piece = row[row_ids == story_id].tolist()
@@ -319,7 +352,7 @@ def test_the_cache_goes_by_content(folder, tmp_path):
 @pytest.mark.parametrize("harm", ["truncated", "missing", "no info"])
 def test_a_damaged_entry_is_built_again(folder, tmp_path, capsys, entry, harm):
     cache = tmp_path / "cache"
-    before = load_data(str(folder), Characters(), 64, cache_dir=cache, progress=False).batch(0, 8, seed=0)
+    before = load_data(str(folder), Characters(), 64, cache_dir=cache, progress=False).rows(0, 8, seed=0)
     place = next(cache.glob(f"{entry}-*"))
     victim = place / "info.json" if harm == "no info" else max(place.glob("*.bin"), key=lambda file: file.stat().st_size)
     if harm == "truncated":
@@ -327,7 +360,7 @@ def test_a_damaged_entry_is_built_again(folder, tmp_path, capsys, entry, harm):
     else:
         victim.unlink()
     capsys.readouterr()
-    after = load_data(str(folder), Characters(), 64, cache_dir=cache, progress=False).batch(0, 8, seed=0)
+    after = load_data(str(folder), Characters(), 64, cache_dir=cache, progress=False).rows(0, 8, seed=0)
     assert torch.equal(before, after)
     assert f"{place} is damaged ({victim.name}" in capsys.readouterr().err
     assert not list(cache.glob("building-*"))

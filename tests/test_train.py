@@ -15,19 +15,18 @@ import pandas as pd
 import pytest
 import torch
 
-import train as module
 from config import TrainConfig, to_json
 from conftest import MODEL
 from data.dataset import load_data
 from inference import generate, load_model
 from metrics.scores import evaluate
-from model import MLP
+from model import GPT, MLP
 from runs.command_line import parse
 from runs.folder import Run, default_name
 from runs.presets import PRESETS, preset
 from tokenizer import load_tokenizer
 from train import train
-from training import checkpoint
+from training import checkpoint, setup
 from training.checkpoint import Record
 from training.report import command, plot_losses, write_report
 
@@ -123,10 +122,10 @@ class TestLearning:
         record = next(iter(train(MODEL, config, "first")))
         tokenizer = load_tokenizer(config.tokenizer)
         torch.manual_seed(config.seed)
-        model = module.build_model(MODEL, tokenizer.vocab_size)
-        batch = load_data(config.data, tokenizer, MODEL.max_seq_len).batch(0, config.batch_size, config.seed)
+        model = GPT(MODEL, tokenizer.vocab_size)
+        rows = load_data(config.data, tokenizer, MODEL.max_seq_len).rows(0, config.batch_size, config.seed)
         nats = []
-        for row in batch.tolist():
+        for row in rows.tolist():
             log_probs = model(torch.tensor([row[:-1]]))[0][0].log_softmax(dim=-1)
             for at, (token, target) in enumerate(itertools.pairwise(row)):
                 if target != tokenizer.pad_id and token != tokenizer.eos_id:
@@ -256,8 +255,8 @@ VARIANTS = {
     "micro_batches": (replace(MODEL, dropout=0.2), {"micro_batch_size": 2}),
     "muon": (MODEL, {"optimizer": "Muon"}),
     "compiled": (MODEL, {"compile": True, "mask_stories": False, "window_start": 16}),
-    "kernel": (replace(MODEL, attention="kernel"), {}),
-    "growing_and_averaged": (MODEL, {"batch_size_start": 1, "window_start": 16, "weight_averaging": 0.9}),
+    "kernels": (MODEL, {"fast": True}),
+    "growing_and_averaged": (MODEL, {"batch_size_start": 1, "window_start": 16, "ema_decay": 0.9}),
     "less_memory": (replace(MODEL, dropout=0.2), {"gradient_checkpointing": True, "loss_chunk": None}),
     "recurrent": (replace(MODEL, num_layers=5, layers=RECURRENT), {}),
     "restarts": (replace(MODEL, tied_embeddings=False), {"schedule": "cosine", "num_restarts": 2, "mask_stories": True}),
@@ -487,7 +486,7 @@ class TestMachine:
         def too_large(config, vocab_size):
             return torch.empty(2**60)
 
-        monkeypatch.setattr(module, "build_model", too_large)
+        monkeypatch.setattr(setup, "build_model", too_large)
         with pytest.raises(MemoryError, match=r"weights do not fit into the [0-9,]+ MB that are free: take"):
             next(train(MODEL, make_config(), "large"))
         assert not Run("large").folder.exists()
