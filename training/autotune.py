@@ -281,6 +281,7 @@ def memory_needed(model: GPT, config: TrainConfig, device: torch.device) -> tupl
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    fast.use(model, kernels=False, loss_chunk=config.loss_chunk)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         steps_of(model, config, 1, device)("float32")
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
@@ -303,7 +304,8 @@ def checked(plan: ExecutionPlan, model: GPT, config: TrainConfig, device: torch.
         return plan
     plain = replace(plan, fast=False, dtype="float32")
     instead = replace(plan, compile=False) if plan.compile else plain
-    say(f"{plan}: gives other numbers than the plain model ({wrong}), so it is not used. Please report it")
+    outcome = "so it is not used" if instead != plan else "but there is no plainer plan"
+    say(f"{plan}: gives other numbers than the plain model ({wrong}), {outcome}. Please report it")
     return checked(instead, model, config, device) if plan.compile else instead
 
 

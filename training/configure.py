@@ -15,6 +15,7 @@ class CheckpointedLayer(Layer):
         if not self.training:
             return super().forward(x, shared=shared, **inputs)
         x, after = checkpoint(self.on_a_copy, x, shared.copy(), use_reentrant=False, **inputs)
+        shared.clear()  # a block may have removed something
         shared.update(after)
         return x
 
