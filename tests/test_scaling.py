@@ -24,6 +24,8 @@ from runs.folder import Run, run_names
 from runs.presets import PRESETS, Preset
 from tests.errors import one_line_error
 from tokenizer import load_tokenizer
+from training import autotune
+from training.seeds import members
 
 SIZES = ("6k", "11k", "18k")
 FEW = Budget("steps", 6)
@@ -32,7 +34,8 @@ FEW = Budget("steps", 6)
 @pytest.fixture
 def presets(monkeypatch, make_config):
     """Two tiny architectures, called small and plain."""
-    train = make_config(threads=1, warmup_steps=1)
+    train = make_config(warmup_steps=1)
+    monkeypatch.setattr(autotune, "most_threads", lambda: 1)  # so that nothing is trained in another process
     monkeypatch.setitem(PRESETS, "small", Preset(MODEL, train))
     monkeypatch.setitem(PRESETS, "plain", Preset(replace(MODEL, gated=False, positions="none", norm="LayerNorm"), train))
     return train
@@ -55,12 +58,12 @@ class TestSizes:
     def test_are_met_with_the_same_layer_strings(self, name):
         config = PRESETS[name].model
         for rung in ladder.ladder(name, config, 1024, [300_000, 1_200_000]):
-            made, values, old = rung.config, rung.config.block_values, config.block_values
+            made, values, old = rung.config, rung.config.block_values(), config.block_values()
             kept = {"dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"}
             assert all(getattr(made, field) == getattr(config, field) for field in vars(config) if field not in kept)
             assert abs(rung.parameters / rung.wanted - 1) < 0.1
             share = made.dim / config.dim
-            assert values["mlp_dim"] / old["mlp_dim"] == pytest.approx(share, rel=0.02)
+            assert values["mlp_dim"] / old["mlp_dim"] == pytest.approx(share, rel=0.03)
             if config.num_heads > 1:
                 assert 0.6 < values["head_dim"] / old["head_dim"] < 1.6
                 group = config.num_heads // config.num_kv_heads if config.num_kv_heads > 1 else 1
@@ -183,12 +186,13 @@ class TestTraining:
 
     def test_seeds_and_a_rung_that_diverges(self, presets, capsys):
         planned = plan(("small",), (*SIZES, "30k"), seeds=2, budget=FEW)
+        smallest, largest = planned.groups[0], planned.groups[-1]
+        for member in (members(smallest)[1], *members(largest)):
+            Run(member.name).create(member.model, member.train, member.group)
+            Run(member.name).save_text("diverged.txt", "the loss is no longer finite at step 3\n")
         assert train_all(planned)
         assert not any(resumed(group).resume is False for group in planned.groups)
-        largest = planned.groups[-1].name
-        for seed in (0, 1):
-            Run(f"{largest}-seed{seed}").save_text("diverged.txt", "the loss is no longer finite at step 3\n")
-        Run("scaling-small-0.006m-6steps-seed1").save_text("diverged.txt", "the loss is no longer finite at step 2\n")
+        largest = largest.name
         result = scaling.measure(planned)
         assert [note.split(" diverged")[0] for note in result.notes] == [
             "scaling-small-0.006m-6steps-seed1", f"{largest}-seed0", f"{largest}-seed1"]  # fmt: skip

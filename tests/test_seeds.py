@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from evaluation.comparison import compare
 from runs.command_line import Arguments, command, parse
 from runs.folder import Run, group_members
 from train import train
-from training import autotune as probe
-from training import seeds
+from training import autotune, seeds
+from training.report import write_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +39,13 @@ def log_of(name):
 
 
 class TestInTurn:
-    def test_a_group_is_what_single_runs_are_and_can_be_compared(self, quick, script):
+    @pytest.fixture
+    def quick(self, quick, monkeypatch):
+        """With all threads, of which there is one."""
+        monkeypatch.setattr(autotune, "most_threads", lambda: 1)
+        return replace(quick, threads="auto")
+
+    def test_a_group_is_what_single_runs_are(self, quick, script):
         code, printed = script(*words_of(quick))
         assert code == 0 and "2 seeds are finished: group-seed0, group-seed1" in printed
         assert group_members("group") == ["group-seed0", "group-seed1"]
@@ -96,8 +103,8 @@ class TestInTurn:
 class TestSideBySide:
     @pytest.mark.parametrize("one, both, wanted", [(0.2, 0.15, True), (0.2, 0.09, False)])
     def test_by_measured_speeds(self, quick, monkeypatch, capsys, one, both, wanted):
-        monkeypatch.setattr(probe, "most_threads", lambda: 2)
-        monkeypatch.setattr(probe, "seconds_per_token", lambda model, config, way, device: one if way.threads == 1 else both)
+        monkeypatch.setattr(autotune, "most_threads", lambda: 2)
+        monkeypatch.setattr(autotune, "seconds_per_token", lambda model, config, way, device: one if way.threads == 1 else both)
         arguments = Arguments(name="group", seeds=4, model=MODEL, train=replace(quick, threads="auto", device="cpu"))
         assert seeds.side_by_side(arguments, 4) is wanted
         printed = "".join(capsys.readouterr())
@@ -105,19 +112,10 @@ class TestSideBySide:
         assert not seeds.side_by_side(arguments, 1)
         assert not seeds.side_by_side(replace(arguments, train=replace(quick, threads=2)), 4)
 
-    def test_in_processes_of_their_own_they_are_the_same(self, quick, monkeypatch, script):
-        monkeypatch.setattr(probe, "most_threads", lambda: 2)
-        code, printed = script(*words_of(quick))
-        assert code == 0 and "2 seeds with one thread each: 2 side by side" in printed
-        assert "\ngroup-seed0: ended\n" in printed and "\x1b" not in printed  # this is no terminal
-        list(train(MODEL, replace(quick, seed=1), "alone"))
-        assert log_of("group-seed1") == log_of("alone")
-        assert json.loads(Run("group-seed1").path("group.json").read_text()) == {"group": "group"}
-
-    def test_what_failed_says_why(self, quick):
-        one = Arguments(name="group-seed0", model=MODEL, train=replace(quick, data="nowhere.txt", threads=1), group="group")
-        failed, stopped = seeds.run_side_by_side([one])
-        assert not stopped and "nowhere.txt" in failed["group-seed0"]
+    def test_what_failed_says_why(self, quick, monkeypatch):
+        monkeypatch.setattr(seeds, "words_of", lambda _: [sys.executable, "-c", "import sys; sys.exit('error: no room')"])
+        one = Arguments(name="group-seed0", model=MODEL, train=quick, group="group")
+        assert seeds.run_side_by_side([one]) == ({"group-seed0": "no room"}, False)
 
     def test_the_command_of_a_member(self, quick):
         member = Arguments(name="group-seed3", model=MODEL, train=replace(quick, seed=3), group="group")
@@ -126,19 +124,30 @@ class TestSideBySide:
         assert parse(words) == replace(member, preset=parse(words).preset)
 
 
-class TestCtrlC:
-    """A group in processes of its own, stopped in its middle, as a terminal does it and as a service manager does."""
+COUNTS = """
+import signal, sys, time
+presses = []
+signal.signal(signal.SIGINT, lambda *_: presses.append(True))
+open(sys.argv[1], "w").close()
+while not presses:
+    time.sleep(0.01)
+time.sleep(0.3)
+sys.exit(f"error: {len(presses)} heard")
+"""
 
-    @pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["to the group of processes", "to the first alone"])
-    def test_all_seeds_stop_saved_and_resume_to_the_same_numbers(self, quick, script, monkeypatch, tmp_path, send):
+
+class TestCtrlC:
+    """A group in processes of its own, stopped in its middle."""
+
+    def test_a_terminal_stops_all_seeds_and_they_resume(self, quick, script, monkeypatch, tmp_path):
+        """It sends the signal to the group of processes. What is resumed comes to the numbers of single runs."""
         model = replace(MODEL, layers="Norm->Attn->+->Norm->MLP->+->Held->+", plugins=("held_blocks",))
         words = [*shlex.split(command(model, quick, "group"))[2:], "--seeds", "2"]
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        monkeypatch.setattr(probe, "most_threads", lambda: 2)
         held = tmp_path / "held"
         held.mkdir()
         # Both at a time also where there is but one core.
-        code = f"import probe, runpy, sys; probe.most_threads = lambda: 2; sys.argv = {['train.py', *words]!r}; "
+        code = f"from training import autotune; autotune.most_threads = lambda: 2; import runpy, sys; sys.argv = {['', *words]!r}; "
         code += "runpy.run_path('train.py', run_name='__main__')"
         with subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "HELD": str(held)}, start_new_session=True, text=True,
@@ -147,16 +156,37 @@ class TestCtrlC:
             while len(list(held.iterdir())) < 2 and group.poll() is None:
                 time.sleep(0.02)
             if group.poll() is None:
-                send(group.pid, signal.SIGINT)
+                os.killpg(group.pid, signal.SIGINT)
             printed, _ = group.communicate(timeout=120)
-        assert group.returncode == 0 and "stopped; what was begun is saved. To go on: the same command with --resume" in printed
+        assert group.returncode == 0 and "2 seeds with one thread each: 2 side by side" in printed
+        assert "stopped; what was begun is saved. To go on: the same command with --resume" in printed
         for name in ("group-seed0", "group-seed1"):
             assert Run(name).was_stopped() and not seeds.is_over(Run(name)), printed
-        code, printed = script(*words, "--resume")
-        assert code == 0 and "2 seeds are finished" in printed
+
+        list(train(model, replace(quick, seed=0), "group-seed0", resume=True))
+        write_report("group-seed0")
+        code, printed = script(*words, "--resume")  # the other one, in a process of its own
+        assert code == 0 and "1 of 2 seeds are finished" in printed
+        assert "\ngroup-seed1: ended\n" in printed and "\x1b" not in printed  # this is no terminal
         for seed in (0, 1):
             list(train(model, replace(quick, seed=seed), f"alone{seed}"))
             assert log_of(f"group-seed{seed}") == log_of(f"alone{seed}")
+            assert json.loads(Run(f"group-seed{seed}").path("group.json").read_text()) == {"group": "group"}
+
+    def test_a_press_is_passed_on_to_each_process_once(self, quick, monkeypatch, tmp_path):
+        """As by a service manager, who sends the signal to the first process alone."""
+        monkeypatch.setattr(seeds, "words_of", lambda one: [sys.executable, "-c", COUNTS, str(tmp_path / one.name)])
+
+        def press():
+            until = time.monotonic() + 60
+            while len(list(tmp_path.glob("group-seed*"))) < 2 and time.monotonic() < until:
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        todo = [Arguments(name=f"group-seed{seed}", model=MODEL, train=quick) for seed in range(3)]
+        threading.Thread(target=press, daemon=True).start()
+        failed, stopped = seeds.run_side_by_side(todo, at_a_time=2)
+        assert stopped and failed == {"group-seed0": "1 heard", "group-seed1": "1 heard"}
 
     def test_each_press_is_heard_and_the_second_stops_at_once(self, quick, monkeypatch):
         stops = []
