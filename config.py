@@ -1,4 +1,4 @@
-"""Every knob of a model and of its training; presets.py names some settings of them. Nothing here needs torch.
+"""ModelConfig and TrainConfig: every option of a model and of its training. No torch.
 
 The command line of train.py is generated from these dataclasses, and the comment behind a field is its help text.
 """
@@ -13,52 +13,47 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-VERSION = 2  # of the JSON files; raised when a field changes its name or its meaning, with a step in `migrate`
+VERSION = 2  # of the JSON files; raise it when a field is renamed or changes its meaning, and add a step to `migrate`
 
 Layers = str | list[str] | tuple[str | list[str], ...]
 
 PRE_NORM = "Norm->Attn->+->Norm->MLP->+"
 SANDWICH_NORM = "Norm->Attn->Norm->+->Norm->MLP->Norm->+"
-PERI_NORM = SANDWICH_NORM  # with "Norm->|->" before the first layer, which norms the embeddings (arXiv 2502.02732, section 3)
-POST_NORM = "Attn->+->Norm->|->MLP->+->Norm"
-# For two layers: the first half of a deeper model repeats the first of them, the second half the second.
-U_NET = (f"{PRE_NORM}->SkipOut", f"SkipIn->|->{PRE_NORM}")
-# The MLP adds to the layer's input, not to what attention has made of it (Ma et al. 2024, arXiv 2404.08801, section 3.4).
+# The MLP's output is added to the input of the layer, not of the MLP (Ma et al. 2024, arXiv 2404.08801, section 3.4).
 TWO_HOP = "SkipOut->Norm->Attn->SkipIn(learned=False)->Norm->MLP->+"
-HYPER_CONNECTIONS = "HyperRead->Norm->Attn->HyperWrite->HyperRead->Norm->MLP->HyperWrite"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture. The size of the vocabulary is the tokenizer's, so it is not in here."""
+    """The architecture. The vocabulary size belongs to the tokenizer."""
 
     dim: int = 128  # width of the residual stream
-    num_layers: int = 2  # depth: how many layers are stacked
-    layers: Layers = PRE_NORM  # the layer string; a list of strings runs side by side, a tuple of layers tiles the depth
+    num_layers: int = 2  # number of layers
+    layers: Layers = PRE_NORM  # layer string; a list of strings is parallel branches, a tuple of layers tiles the depth
     num_heads: int = 4  # query heads
     num_kv_heads: int = 2  # key and value heads; fewer than num_heads is grouped-query attention, 1 is multi-query
-    head_dim: int | None = None  # width of a head; None is dim / num_heads
-    max_seq_len: int = 512  # the context: how many tokens the model reads at once; most stories have fewer
-    positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"  # how the model knows where a token stands
-    rope_theta: float = 10_000.0  # base of RoPE's wavelengths; more for longer contexts
+    head_dim: int | None = None  # channels per head; None is dim / num_heads
+    max_seq_len: int = 512  # context length in tokens; most stories are shorter
+    positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"  # position encoding
+    rope_theta: float = 10_000.0  # base of the RoPE wavelengths; larger for longer contexts
     norm: Literal["RMSNorm", "LayerNorm", "CosineNorm", "DynamicTanh"] = "RMSNorm"  # what `Norm` in the layer string stands for
-    norm_affine: bool = True  # norms learn a gain for each channel
-    norm_bias: bool = False  # norms learn a shift for each channel, too
+    norm_affine: bool = True  # norms have a learned gain for each channel
+    norm_bias: bool = False  # norms also have a learned bias for each channel
     norm_eps: float = 1e-5  # keeps norms from dividing by zero
     mlp_dim: int | None = None  # hidden width of the MLP; None is 4 x dim, or 8/3 x dim if gated: the same number of parameters
-    activation: Literal["SiLU", "GELU", "ReLU", "ReLU2"] = "SiLU"  # non-linearity of the MLP; GELU is the tanh form
-    gated: bool = True  # multiply the hidden layer with a second one (SwiGLU, GeGLU)
-    linear_bias: bool = False  # attention and MLP matrices add a bias
-    qk_norm: bool = False  # normalise queries and keys: steadier at high learning rates
-    attention_soft_cap: float | None = None  # squash attention scores into +-cap with tanh, as in Grok and Gemma 2
-    logit_soft_cap: float | None = None  # squash the output logits into +-cap with tanh
-    logit_scale: float = 1.0  # output logits are multiplied by this, before they are capped
-    zero_init: bool = False  # blocks add nothing at first: the last matrix of each, and an untied head, begin at zero
-    tied_embeddings: bool = True  # the output head is the token embedding, transposed
-    embedding_scale: float | Literal["sqrt(dim)"] = 1.0  # embeddings are multiplied by this on their way in
-    dropout: float = 0.0  # share of embeddings, attention weights and residual updates dropped in training
-    model: str = "GPT"  # a whole model of its own may come from the MODELS of a plugin, and takes of this config what it wants
-    plugins: tuple[str, ...] = ()  # modules whose BLOCKS join the menu of the layer string, e.g. experiments.mine.blocks
+    activation: Literal["SiLU", "GELU", "ReLU", "ReLU2"] = "SiLU"  # activation function of the MLP; GELU by tanh
+    gated: bool = True  # gated MLP (SwiGLU, GeGLU)
+    linear_bias: bool = False  # biases in the linear layers of attention and MLP
+    qk_norm: bool = False  # normalise queries and keys: stable at higher learning rates
+    attention_soft_cap: float | None = None  # cap attention scores at +-this with tanh, as in Grok and Gemma 2
+    logit_soft_cap: float | None = None  # cap the output logits at +-this with tanh, as in Gemma 2
+    logit_scale: float = 1.0  # factor of the output logits, before the cap
+    zero_init: bool = False  # initialise the last matrix of each block, and an untied head, with zeros
+    tied_embeddings: bool = True  # token embedding and output head share their weights
+    embedding_scale: float | Literal["sqrt(dim)"] = 1.0  # factor of the token embeddings
+    dropout: float = 0.0  # dropout probability of embeddings, attention weights and residual updates
+    model: str = "GPT"  # GPT, or a name in the MODELS of a plugin
+    plugins: tuple[str, ...] = ()  # modules that add their BLOCKS and MODELS to ours, e.g. experiments.mine.blocks
 
     def __post_init__(self):
         check_types(self)
@@ -71,7 +66,7 @@ class ModelConfig:
             require(getattr(self, name) > 0, self, name, "give a positive number")
         scale = self.embedding_scale
         require(scale == "sqrt(dim)" or scale > 0, self, "embedding_scale", "give a positive number, or 'sqrt(dim)'")
-        require(0 <= self.dropout < 1, self, "dropout", "give a share from 0 to below 1")
+        require(0 <= self.dropout < 1, self, "dropout", "give a probability from 0 to below 1")
         require(
             self.num_heads % self.num_kv_heads == 0, self, "num_kv_heads",
             f"it must divide num_heads={self.num_heads}: take one of {divisors(self.num_heads)}",
@@ -83,38 +78,38 @@ class ModelConfig:
         head_dim = self.block_values()["head_dim"]
         require(
             self.positions != "rope" or head_dim % 2 == 0, self, "positions",
-            f"RoPE turns pairs of channels, but a head has {head_dim}: make head_dim even",
+            f"RoPE rotates pairs of channels, but head_dim={head_dim} is odd: make it even",
         )  # fmt: skip
         require(
             self.positions != "sinusoidal" or self.dim % 2 == 0, self, "positions",
-            f"every sine has its cosine, but dim={self.dim} is odd: make it even",
+            f"sines and cosines come in pairs, but dim={self.dim} is odd: make it even",
         )  # fmt: skip
-        require(self.norm_affine or not self.norm_bias, self, "norm_bias", "a shift needs norm_affine=True")
+        require(self.norm_affine or not self.norm_bias, self, "norm_bias", "a bias needs norm_affine=True")
         tile = self.layers if isinstance(self.layers, tuple) else (self.layers,)
         require(len(tile) > 0 and [] not in tile, self, "layers", f"name at least one layer, such as {PRE_NORM!r}")
-        require(
-            self.num_layers % len(tile) == 0, self, "num_layers",
-            f"{len(tile)} layers tile the depth: take a multiple of {len(tile)}",
-        )  # fmt: skip
+        cure = f"{len(tile)} layers tile the depth: take a multiple of {len(tile)}"
+        require(self.num_layers % len(tile) == 0, self, "num_layers", cure)
         for layer in self.layer_strings:
             layer_steps(layer)
 
     @property
     def depth_layers(self) -> list[str | list[str]]:
-        """The layer at every depth, num_layers of them: the tile repeated."""
+        """The layer at each depth, from first to last: the tile, repeated."""
         tile = self.layers if isinstance(self.layers, tuple) else (self.layers,)
         return list(tile) * (self.num_layers // len(tile))
 
     @property
     def layer_strings(self) -> list[str]:
-        """Every layer string, parallel ones included, from the first layer to the last."""
+        """All layer strings, from first to last, those of parallel branches included."""
         return [branch for layer in self.depth_layers for branch in ([layer] if isinstance(layer, str) else layer)]
 
     def block_values(self, options: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What a block may ask for by name: the options of the layer string, else the fields; head_dim and mlp_dim worked out.
+        """The values that a block's __init__ may name: its options in the layer string, and the fields of the config.
 
-        By default a gated MLP is 8/3 dim wide, to the nearest multiple of 8: with its third matrix it has as many parameters as
-        an ungated one of 4 dim.
+        A head_dim or mlp_dim of None is replaced by its default.
+
+        >>> ModelConfig(dim=96).block_values({"window": 64})["window"], ModelConfig(dim=96).block_values()["mlp_dim"]
+        (64, 256)
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)} | (options or {})
         values["head_dim"] = values["head_dim"] or self.dim // self.num_heads
@@ -127,46 +122,46 @@ class TrainConfig:
     """How a model is trained."""
 
     data: str = "auto"  # tinystories, storyworld, hub:owner/name, a file or a folder; auto is tinystories, or storyworld offline
-    tokenizer: str = "bpe_tokenizer_1024"  # a name in tokenizers/, a path, or hf:name for one from Hugging Face
-    max_stories: int | None = 200_000  # read only so many training stories of the source; None is all
-    packing: Literal["packed", "padded"] = "packed"  # several stories a row, or one a row and padding behind it
-    mask_stories: bool = True  # keep a story from attending to its neighbours in the row
-    batch_size: int = 4  # sequences a step; small ones learn most in little time
-    batch_size_start: int | None = None  # sequences a step at first, doubled up to batch_size by half of the run; None is off
-    window_start: int | None = None  # how far back a token may look at first; grows to all by half of the run; None is off
-    micro_batch_size: int | Literal["auto"] | None = "auto"  # sequences that go through the model at once; None is batch_size
-    loss_chunk: int | None = 256  # tokens whose logits exist at once; None is all, which takes more memory and time
-    gradient_checkpointing: bool = False  # keep less of the way forward and compute it again: less memory, a third more time
-    max_steps: int | None = None  # stop after so many steps, or after max_minutes, whichever comes first
-    max_minutes: float | None = 3.5  # stop after so many minutes of training, evaluations included but for the last one
-    eval_every: int = 250  # steps between two looks at the validation stories
-    eval_stories: int = 256  # how many whole validation stories are scored, always the same ones
-    grade_stories: int = 0  # on storyworld, how many samples the world grades at each of these looks; 64 take some seconds
-    checkpoint_every: int = 250  # steps between two checkpoints
-    optimizer: Literal["AdamW", "Muon"] = "AdamW"  # Muon is for the hidden matrices; AdamW does the rest
-    muon_lr_scale: float = 1.0  # Muon's learning rate is so many times that of AdamW
-    muon_momentum: float = 0.95  # Muon's memory of gradients: the share it keeps a step
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's memory of gradients and of their squares
-    eps: float = 1e-8  # AdamW's guard against dividing by zero
-    weight_decay: float = 0.1  # pull of matrices towards zero, as a share of the learning rate; none on norms and biases
-    embedding_decay: float = 0.0  # the same pull of embeddings, tied ones too
-    grad_clip: float | None = 1.0  # longest gradient; None does not clip
-    ema_decay: float | None = None  # decay of an exponential moving average of the weights, the one that is kept; None is off
+    tokenizer: str = "bpe_tokenizer_1024"  # a name in tokenizers/, a path, or hf:name for the Hugging Face hub
+    max_stories: int | None = 200_000  # number of training stories to read; None is all
+    packing: Literal["packed", "padded"] = "packed"  # several stories per row, or one story per row with padding
+    mask_stories: bool = True  # keep tokens from attending to other stories in their row
+    batch_size: int = 4  # rows per step; in a short run, small batches learn the most
+    batch_size_start: int | None = None  # rows per step at first, doubled up to batch_size by half of the run; None is off
+    window_start: int | None = None  # attention window at first, growing to the whole context by half of the run; None is off
+    micro_batch_size: int | Literal["auto"] | None = "auto"  # rows per forward pass; None is batch_size, auto is the fastest
+    loss_chunk: int | None = 256  # compute the loss in chunks of this many tokens, to save memory and time; None is all at once
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 1/3 slower
+    max_steps: int | None = None  # stop after this many steps, or after max_minutes, whichever comes first
+    max_minutes: float | None = 3.5  # stop after this many minutes of training, all evaluations but the last included
+    eval_every: int = 250  # steps between evaluations on validation stories
+    eval_stories: int = 256  # number of whole validation stories per evaluation, always the same ones
+    grade_stories: int = 0  # samples per evaluation that storyworld grades; 64 take some seconds
+    checkpoint_every: int = 250  # steps between checkpoints
+    optimizer: Literal["AdamW", "Muon"] = "AdamW"  # Muon is for the hidden matrices, and AdamW for all other weights
+    muon_lr_scale: float = 1.0  # learning rate of Muon relative to that of AdamW
+    muon_momentum: float = 0.95  # momentum of Muon
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay rates of the moving averages of gradients and squared gradients
+    eps: float = 1e-8  # AdamW's epsilon
+    weight_decay: float = 0.1  # decoupled weight decay of matrices; norms and biases have none
+    embedding_decay: float = 0.0  # weight decay of embeddings, tied ones included
+    grad_clip: float | None = 1.0  # maximum gradient norm; None does not clip
+    ema_decay: float | None = None  # decay of an exponential moving average of the weights, which is evaluated; None is off
     lr_init: float = 0.0  # learning rate before the warm-up
-    lr_max: float = 4e-3  # learning rate after it
-    lr_min: float = 0.0  # learning rate at the end
-    warmup_steps: int = 50  # steps from lr_init to lr_max
-    final_flat_steps: int = 0  # steps at lr_min at the very end
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # to lr_min; wsd in the last fifth, constant never
-    num_restarts: int = 0  # how often the schedule jumps back to lr_max
-    restart_mult: float = 1.0  # each cycle is so much longer than the one before
-    seed: int = 0  # decides the first weights, the order of the data and dropout
-    data_seed: int | None = None  # decides the order of the data instead; None is seed
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is the best there is
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto is what the machine is faster at
-    fast: bool | Literal["auto"] = "auto"  # C++ versions of the blocks, on a CPU; auto is what is faster
-    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto tries it in runs of 13 minutes or more
-    threads: int | Literal["auto"] = "auto"  # of the CPU; auto is what is fastest
+    lr_max: float = 4e-3  # peak learning rate
+    lr_min: float = 0.0  # final learning rate
+    warmup_steps: int = 50  # steps of linear warm-up from lr_init to lr_max
+    final_flat_steps: int = 0  # steps at lr_min at the end
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # decay to lr_min; wsd in the last fifth, constant never
+    num_restarts: int = 0  # warm restarts of the schedule
+    restart_mult: float = 1.0  # length of each cycle relative to the previous one (T_mult in SGDR)
+    seed: int = 0  # random seed of the first weights, the order of the data, and dropout
+    data_seed: int | None = None  # random seed of the order of the data; None is seed
+    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto is the best available
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto is the faster one
+    fast: bool | Literal["auto"] = "auto"  # use the C++ kernels on a CPU; auto does if that is faster
+    compile: bool | Literal["auto"] = "auto"  # use torch.compile; auto tries it for runs of 13 minutes or more
+    threads: int | Literal["auto"] = "auto"  # number of CPU threads; auto is the fastest
 
     def __post_init__(self):
         check_types(self)
@@ -184,29 +179,22 @@ class TrainConfig:
         for name in ("lr_max", "eps", "restart_mult", "muon_lr_scale"):
             require(getattr(self, name) > 0, self, name, "give a positive number")
         require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "give two numbers from 0 to below 1")
-        require(0 <= self.muon_momentum < 1, self, "muon_momentum", "give a share from 0 to below 1")
-        require(self.eval_stories >= 200, self, "eval_stories", "fewer than 200 cannot tell models apart")
+        require(0 <= self.muon_momentum < 1, self, "muon_momentum", "give a number from 0 to below 1")
+        require(self.eval_stories >= 200, self, "eval_stories", "give at least 200, as fewer cannot tell models apart")
         require(
             self.grade_stories == 0 or self.data.split(":")[0] == "storyworld", self, "grade_stories",
             f"only storyworld can grade stories, and not data={self.data!r}: give data='storyworld', or 0",
         )  # fmt: skip
-        require(self.max_steps or self.max_minutes, self, "max_steps", "give max_steps or max_minutes, or it never ends")
+        require(self.max_steps or self.max_minutes, self, "max_steps", "give max_steps or max_minutes")
         require(self.threads == "auto" or self.threads >= 1, self, "threads", "give a whole number of at least 1, or auto")
         decay = self.ema_decay
         require(decay is None or 0 < decay < 1, self, "ema_decay", "give a number between 0 and 1, or None")
-        start = self.batch_size_start
-        require(
-            start is None or (1 <= start <= self.batch_size and (self.batch_size / start).is_integer()), self, "batch_size_start",
-            f"it must divide batch_size={self.batch_size}: take one of {divisors(self.batch_size)}",
-        )  # fmt: skip
-        micro = self.micro_batch_size
-        require(
-            micro in (None, "auto") or (micro >= 1 and self.batch_size % micro == 0), self, "micro_batch_size",
-            f"it must divide batch_size={self.batch_size}: take one of {divisors(self.batch_size)}",
-        )  # fmt: skip
+        for name in ("batch_size_start", "micro_batch_size"):
+            cure = f"it must divide batch_size={self.batch_size}: take one of {divisors(self.batch_size)}"
+            require(getattr(self, name) in (None, "auto", *divisors(self.batch_size)), self, name, cure)
         require(
             self.schedule != "constant" or self.final_flat_steps == 0, self, "final_flat_steps",
-            "the constant schedule never comes down: take another schedule, or 0",
+            "the constant schedule never reaches lr_min: take another schedule, or 0",
         )  # fmt: skip
         for name in ("lr_init", "lr_min"):
             require(getattr(self, name) <= self.lr_max, self, name, f"it may not exceed lr_max={self.lr_max}")
@@ -217,21 +205,24 @@ class TrainConfig:
         )  # fmt: skip
 
     def progress(self, step: int, seconds: float) -> float:
-        """The share of the budget that is used up, in steps or in minutes, whichever is nearer its end: 1 or more at the end."""
+        """The fraction of max_steps or max_minutes that is used up, whichever is larger: 1 or more at the end."""
         steps = step / self.max_steps if self.max_steps else 0.0
         minutes = seconds / 60 / self.max_minutes if self.max_minutes else 0.0
         return max(steps, minutes)
 
 
 def layer_steps(layer: str) -> list[tuple[str, dict[str, Any]]]:
-    """'Norm->Attn(window=64)->+'  becomes  [('Norm', {}), ('Attn', {'window': 64}), ('+', {})]
+    """Parse a layer string into (name, options) of each step.
 
-    Raises ValueError that marks the step which is not `Name`, `Name(option=literal)`, `+` or `|`, or a + with nothing to add.
+    >>> layer_steps("Norm->Attn(window=64)->+")
+    [('Norm', {}), ('Attn', {'window': 64}), ('+', {})]
+
+    Raises ValueError, with the step marked, for anything but `Name`, `Name(option=literal)`, `|`, and `+` after a block.
     """
     steps = []
-    for place, text in enumerate(step.strip() for step in layer.split("->")):
+    for position, text in enumerate(step.strip() for step in layer.split("->")):
         if text == "+" and (not steps or steps[-1][0] in ("+", "|")):
-            raise ValueError(f"layers={marked(layer, place)!r}: this + has nothing to add. Put a block in front of it")
+            raise ValueError(f"layers={marked(layer, position)!r}: this + has nothing to add. Put a block in front of it")
         if text in ("+", "|"):
             steps.append((text, {}))
             continue
@@ -244,27 +235,34 @@ def layer_steps(layer: str) -> list[tuple[str, dict[str, Any]]]:
             steps.append((call.func.id, options))
         except (SyntaxError, ValueError) as error:
             fault = "an empty step" if not text else f"the step {text!r} cannot be read"
-            raise ValueError(
-                f"layers={marked(layer, place)!r}: {fault}. Write Name, Name(option=value), + or |, joined by ->"
-            ) from error
+            cure = "Write Name, Name(option=value), + or |, joined by ->"
+            raise ValueError(f"layers={marked(layer, position)!r}: {fault}. {cure}") from error
     if not any(name not in ("+", "|") for name, _ in steps):
-        raise ValueError(f"layers={layer!r} holds no block. Write for example {PRE_NORM!r}")
+        raise ValueError(f"layers={layer!r} has no block. Write for example {PRE_NORM!r}")
     return steps
 
 
 def format_step(name: str, options: dict[str, Any]) -> str:
-    """('Attn', {'window': 64})  becomes  'Attn(window=64)'"""
+    """Write a step as in a layer string.
+
+    >>> format_step("Attn", {"window": 64})
+    'Attn(window=64)'
+    """
     return f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())})" if options else name
 
 
-def marked(layer: str, place: int) -> str:
-    """'Norm->Atn->+' with place 1 is 'Norm->»Atn«->+': where in a layer string something is wrong."""
+def marked(layer: str, position: int) -> str:
+    """Mark the wrong step of a layer string.
+
+    >>> marked("Norm->Atn->+", 1)
+    'Norm->»Atn«->+'
+    """
     steps = layer.split("->")
-    return "->".join([*steps[:place], f"»{steps[place].strip()}«", *steps[place + 1 :]])
+    return "->".join([*steps[:position], f"»{steps[position].strip()}«", *steps[position + 1 :]])
 
 
 def to_json(config: ModelConfig | TrainConfig) -> str:
-    """The config as JSON, one field a line. A tuple of layers is written {"tile": [...]}, so that lists stay lists."""
+    """Write a config as JSON, one field per line. A tuple of layers becomes {"tile": [...]}, to tell it from a list."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     if isinstance(values.get("layers"), tuple):
         values["layers"] = {"tile": list(values["layers"])}
@@ -273,13 +271,13 @@ def to_json(config: ModelConfig | TrainConfig) -> str:
 
 
 def from_json(config_class, text: str):
-    """The config that `to_json` wrote. Raises ValueError for broken JSON and for an unknown or missing key, and names it."""
+    """Read the JSON of `to_json`, or of an older version. Raises ValueError that names what is broken, unknown or missing."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"this is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError("this JSON holds no config: it must be an object with a key for every field")
+        raise ValueError("this JSON is not a config: it must be an object with a key for every field")
     values = migrate(config_class, values)
     defaults = {field.name: field.default for field in fields(config_class)}
     for name in values:
@@ -288,9 +286,9 @@ def from_json(config_class, text: str):
     for name, default in defaults.items():
         if name not in values:
             line = f"{json.dumps(name)}: {json.dumps(default)},"
-            raise ValueError(f"the field {name!r} of {config_class.__name__} is missing. To a file that is older add {line}")
+            raise ValueError(f"the field {name!r} of {config_class.__name__} is missing. To an older file, add {line}")
     match values.get("layers"):
-        case {"tile": [*tile], **rest} if not rest:
+        case {"tile": [*tile], **others} if not others:
             values["layers"] = tuple(tile)
     for name in ("betas", "plugins"):
         if isinstance(values.get(name), list):
@@ -299,13 +297,13 @@ def from_json(config_class, text: str):
 
 
 def migrate(config_class, values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a config file in today's fields, whatever version wrote it. Raises ValueError for a newer one."""
+    """Convert the values of a config file of any version to the current fields. Raises ValueError for a newer version."""
     values = dict(values)
     version = values.pop("version", 1)
     if version not in (1, VERSION):
         raise ValueError(f"version={version!r}: this file was written by a newer baseGPT; this one reads up to version {VERSION}")
     if version == 1 and config_class is ModelConfig:
-        values.pop("attention", None)  # how a machine computes is now TrainConfig.fast
+        values.pop("attention", None)  # the backend, now TrainConfig.fast
         if values.keys() >= {"layers", "mlp_dim", "gated"}:
             values["layers"] = with_real_widths(values["layers"], values["mlp_dim"], values["gated"])
             if values["mlp_dim"] and values["gated"]:
@@ -318,9 +316,9 @@ def migrate(config_class, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_real_widths(layers, mlp_dim: int | None, gated: bool):
-    """The layers of a file of version 1, in which a gated MLP was 2/3 as wide as its mlp_dim says.
+    """Convert the layers of version 1, where a gated MLP was only 2/3 as wide as its mlp_dim.
 
-    Steps with an option mlp_dim get the real width; steps with an option gated that differs from the config get one.
+    A step with an option mlp_dim gets the real width, and so does a step whose option gated differs from the config.
     """
     if isinstance(layers, dict):
         return {name: with_real_widths(tile, mlp_dim, gated) for name, tile in layers.items()}
@@ -339,14 +337,18 @@ def with_real_widths(layers, mlp_dim: int | None, gated: bool):
 
 
 def look_up(kind: str, name: str, table: dict[str, Any]) -> Any:
-    """table[name]. Raises ValueError with the nearest match and all names for one that is not there."""
+    """Return table[name]. For an unknown name, raise ValueError with the nearest match and all names."""
     if name not in table:
         raise ValueError(f"no {kind} is called {name!r}.{did_you_mean(name, table)} There are: {', '.join(table)}")
     return table[name]
 
 
 def did_you_mean(name: str, names) -> str:
-    """' Did you mean X?' where a name is near, or nothing."""
+    """The sentence " Did you mean ...?", or "" if no name is close.
+
+    >>> did_you_mean("Atn", ["Attn", "MLP"])
+    " Did you mean 'Attn'?"
+    """
     close = get_close_matches(name, list(names), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -357,14 +359,14 @@ def require(condition: Any, config: ModelConfig | TrainConfig, name: str, cure: 
 
 
 def check_types(config: ModelConfig | TrainConfig):
-    """Dataclasses take anything; a config from a notebook or a file must hold what its annotations say."""
+    """Raise ValueError for a value that does not match its annotation, which dataclasses do not check."""
     for name, annotation in get_type_hints(type(config)).items():
         value = getattr(config, name)
         require(not isinstance(value, float) or math.isfinite(value), config, name, "give a finite number")
         try:
             is_switch = annotation is bool or bool in get_args(annotation)
-            if isinstance(value, bool) and not is_switch:  # which Python would take for 0 or 1
-                raise TypeCheckError("a switch is no number")
+            if isinstance(value, bool) and not is_switch:  # to Python, True is also the int 1
+                raise TypeCheckError("a bool is not a number")
             check_type(value, annotation, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as error:
             choices = get_args(annotation) if get_origin(annotation) is Literal else ()
@@ -374,7 +376,7 @@ def check_types(config: ModelConfig | TrainConfig):
 
 
 def init_parameters(block: type) -> dict[str, inspect.Parameter]:
-    """The arguments of a block's __init__, including those of its base class that it passes on by **."""
+    """The parameters of a block's __init__, and those of its base classes if it passes on **kwargs."""
     parameters: dict[str, inspect.Parameter] = {}
     for base in block.__mro__:
         if "__init__" in vars(base):
@@ -387,7 +389,7 @@ def init_parameters(block: type) -> dict[str, inspect.Parameter]:
 
 
 def gated_width(mlp_dim: int) -> int:
-    """Width of a gated MLP with as many parameters as an ungated one of width mlp_dim, to the nearest multiple of 8."""
+    """Width of a gated MLP with the parameters of an ungated one of width mlp_dim, to the nearest multiple of 8."""
     return max(8, round(mlp_dim * 2 / 3 / 8) * 8)
 
 

@@ -87,28 +87,31 @@ def tiny_run(trained_folder, folders):
 
 @pytest.fixture
 def make_run(tiny_run):
-    """Make a run with losses by story of its own: those of the tiny run, shifted by some bits per byte, and noise."""
-    import numpy as np
-
-    from metrics.story_losses import COLUMNS, keep_losses, read_losses
-    from runs.folder import Run
+    """`shifted_run`, in this test's own folder."""
+    from metrics.story_losses import keep_losses
 
     keep_losses(tiny_run)
+    return shifted_run
 
-    def make(name, shift=0.0, seed=0, group=None, noise=0.01, **facts):
-        run = Run(name)
-        shutil.copytree(Run(tiny_run).folder, run.folder)
-        losses, _ = read_losses(name)
-        random = np.random.default_rng(len(name) + 100 * seed)
-        losses["nats"] += np.log(2) * losses["bytes"] * (shift + random.normal(0, noise, len(losses)))
-        run.save_log(losses.to_dict("records"), COLUMNS, "story_losses.csv")
-        change(name, "train_config.json", seed=seed)
-        change(name, "story_losses.json", **facts)
-        if group:
-            run.save_text("group.json", json.dumps({"group": group}))
-        return name
 
-    return make
+def shifted_run(name, shift=0.0, seed=0, group=None, noise=0.01, **facts):
+    """Make a run with losses by story of its own: those of the run "tiny", shifted by some bits per byte, and noise."""
+    import numpy as np
+
+    from metrics.story_losses import COLUMNS, read_losses
+    from runs.folder import Run
+
+    run = Run(name)
+    shutil.copytree(Run("tiny").folder, run.folder)
+    losses, _ = read_losses(name)
+    random = np.random.default_rng(len(name) + 100 * seed)
+    losses["nats"] += np.log(2) * losses["bytes"] * (shift + random.normal(0, noise, len(losses)))
+    run.save_log(losses.to_dict("records"), COLUMNS, "story_losses.csv")
+    change(name, "train_config.json", seed=seed)
+    change(name, "story_losses.json", **facts)
+    if group:
+        run.save_text("group.json", json.dumps({"group": group}))
+    return name
 
 
 def change(name, file, **values):

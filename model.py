@@ -159,7 +159,7 @@ class Attention(LoggingModule):
         """Average the values that each query sees, the cached ones included.  (B, H, T, K)"""
         if cache is not None:
             k, v = append_to_cache(cache, k, v, self.window)
-        window = min(filter(None, (window, self.window)), default=None)  # the narrower one
+        window = self.window if window is None else min(window, self.window or window)  # the narrower one
         return self.causal_attention(q, k, v, story_start, window, self.soft_cap, self.dropout if self.training else 0.0)
 
 

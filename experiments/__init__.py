@@ -1,1 +1,1 @@
-"""Other people's ideas, one folder each. The core imports none of them by itself: a config names the plugins that it wants."""
+"""Ideas, one folder each: `python -m experiments new my_idea` makes one. Nothing imports them: a config names its plugins."""

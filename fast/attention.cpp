@@ -1,9 +1,9 @@
-// Causal attention for training on a CPU, forward and backward; the scores are not kept, but computed again for the gradients
-// (FlashAttention: Dao et al. 2022, arXiv 2205.14135). Plain C++17 with the vectors of GCC and Clang: AVX2, AVX-512 or NEON.
+// Causal attention for training on a CPU, forward and backward; the backward pass recomputes the scores (FlashAttention: Dao
+// et al. 2022, arXiv 2205.14135). Plain C++17 with the vector extensions of GCC and Clang: AVX2, AVX-512 or NEON.
 //
 // B batch, H query heads, G key/value heads, T time, K head dim; query head h reads key/value head h / (H / G). The query at
-// time t sees the keys from first[b, t] to t. All products are made of small tiles whose sums stay in registers, and tiles
-// that no query sees are left out. log2(e) / sqrt(K) is multiplied into the queries, so that a weight is exp2(score - lse).
+// time t sees the keys from first[b, t] to t. Products are computed in small tiles whose sums stay in registers; tiles that no
+// query sees are skipped. The queries are multiplied by log2(e) / sqrt(K), so that a weight is exp2(score - lse).
 
 #include "kernels.h"
 
@@ -16,13 +16,13 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 8;  // of a vector; of a tile, which has 2 vectors a row: as many as there are registers for
+constexpr int LANES = 16, ROWS = 8;  // of a vector; of a tile, which has 2 vectors a row: limited by the registers
 #elif defined(__AVX__)
 constexpr int LANES = 8, ROWS = 6;
 #else
 constexpr int LANES = 4, ROWS = 8;
 #endif
-constexpr int BLOCK = 8 * ROWS;  // times: what the backward pass reads and writes for a block of queries and keys fits into L1
+constexpr int BLOCK = 8 * ROWS;  // queries or keys: the data of the backward pass for a block of each fit into the L1 cache
 
 using Index = std::ptrdiff_t;
 template <int N>
@@ -40,7 +40,7 @@ inline void store(float *to, Vector x) { std::memcpy(to, &x, sizeof x); }
 
 inline Vector filled(float x) { return x - Vector{}; }
 
-// Joins the two halves of x, and again, until one number is left.
+// Joins the halves of x recursively, down to one number.
 template <int N, class Join>
 inline float reduce(Floats<N> x, Join join) {
     if constexpr (N == 1) {
@@ -76,8 +76,8 @@ struct Span {
     int from, to;
 };
 
-// A tile of a matrix product: ROWS x N vectors of start + A B go to finish. A's element (row, step) is at
-// a[row * a_row + step * a_step], vector n of B's row `step` at b[step * b_step + n * b_vector].
+// A tile of a matrix product: passes ROWS x N vectors of start + A B to finish. Element (row, step) of A is at
+// a[row * a_row + step * a_step], vector n of row `step` of B at b[step * b_step + n * b_vector].
 template <int N, class Start, class Finish>
 inline __attribute__((always_inline)) void tile(const float *a, Index a_row, Index a_step, const float *b, Index b_step,
                                                 Index b_vector, int steps, Start start, Finish finish) {
@@ -101,7 +101,7 @@ inline __attribute__((always_inline)) void tile(const float *a, Index a_row, Ind
         for (int n = 0; n < N; n++) finish(row, n, sums[row][n]);
 }
 
-// Calls columns(how many, from where) for two vectors at a time, and for one where one is left.
+// Calls columns(number of vectors, first column) for two vectors at a time, and for one at the end of an odd number.
 template <class Columns>
 inline __attribute__((always_inline)) void by_two_vectors(Span span, Columns columns) {
     int column = span.from;
@@ -121,7 +121,7 @@ void add_product(float *result, const float *a, Index a_row, Index a_step, const
     });
 }
 
-// finish(row, key, start(row) + A B) for ROWS rows of A (`width` apart) and the panels of B that hold the keys of the span.
+// finish(row, key, start(row) + A B) for ROWS rows of A (`width` apart) and the panels of B with the keys of the span.
 template <class Start, class Finish>
 inline __attribute__((always_inline)) void each_score(const float *a, const float *panels, int K, int width, Span keys,
                                                       Start start, Finish finish) {
@@ -138,7 +138,7 @@ inline void copy_row(To *to, const From *from, int K, float factor) {
     for (int k = 0; k < K; k++) to[k] = (float)from[k] * factor;
 }
 
-struct View {  // of floats, or BFloat16 if half is 1: (B, heads, T, K), with the strides of the first three; the last is contiguous
+struct View {  // a tensor (B, heads, T, K) of float, or BFloat16 if half, and its first three strides; the last is 1
     void *data;
     int64_t batch, head, time, half;
 
@@ -153,7 +153,7 @@ struct View {  // of floats, or BFloat16 if half is 1: (B, heads, T, K), with th
     }
 };
 
-// Rows of a view times a factor, `width` apart, with zeros behind their K numbers and in the rows from T on.
+// Rows of a view times a factor, `width` apart, with zeros after their K numbers and in the rows from T on.
 void pack_rows(float *to, const View &view, int b, int h, Span times, int T, int K, int width, float factor = 1.0f) {
     for (int t = times.from; t < times.to; t++, to += width) {
         const int used = t < T ? K : 0;
@@ -166,14 +166,14 @@ void unpack_rows(const View &view, const float *from, int b, int h, int T, int K
     for (int t = 0; t < T; t++, from += width) view.write(from, b, h, t, K, factor);
 }
 
-// Panels of LANES rows, in which the same column of all rows is one vector.
+// Panels of LANES rows, transposed: a column of all rows is one vector.
 void pack_panels(float *panels, const float *rows, int num_rows, int width) {
     for (int panel = 0; panel < num_rows; panel += LANES, panels += LANES * width, rows += LANES * width)
         for (int column = 0; column < width; column++)
             for (int lane = 0; lane < LANES; lane++) panels[column * LANES + lane] = rows[lane * width + column];
 }
 
-// Memory that a thread keeps from call to call: fresh pages would cost more than what is computed on them.
+// Memory that a thread reuses between calls: new pages would cost more time than the computation.
 class Scratch {
     float *next;
 
@@ -193,10 +193,10 @@ class Scratch {
     }
 };
 
-// Which keys the query at each time of a row sees: [begin, end), none for those that fill up the last tile.
+// The keys [begin, end) that each query of a row sees; none for the padding of the last tile.
 struct Sight {
     int *begin, *end;
-    Span *any, *all;  // of each ROWS queries: the keys that some of them see, and that all of them see
+    Span *any, *all;  // for each tile of ROWS queries: the keys that any or all of them see
 
     static size_t scratch(int padded) { return 4 * (size_t)padded + 64; }
 
@@ -214,7 +214,7 @@ struct Sight {
         }
     }
 
-    // Puts `hidden` into the scores of the ROWS queries from time t on wherever a query does not see the key.
+    // Sets the scores of ROWS queries from time t on to `hidden` where a query does not see the key.
     void hide(float *scores, int stride, int t, Span keys, float hidden) const {
         const Span open = all[t / ROWS];
         for (int key = keys.from; key < keys.to; key += LANES) {
@@ -231,10 +231,10 @@ struct Sight {
 
 }  // namespace
 
-struct Attention {  // the arguments of the two calls; the forward pass writes out and lse, the backward pass d_q, d_k and d_v
+struct Attention {  // the arguments; the forward pass writes out and lse, the backward pass d_q, d_k and d_v
     int64_t B, H, G, T, K, threads;
-    const int32_t *first;  // (B, T), or null for 0 everywhere
-    float *lse;            // (B, H, T), the logarithm of the sum of all exp2(score), in base 2
+    const int32_t *first;  // (B, T), the first key that each query sees, or null for 0
+    float *lse;            // (B, H, T), log2 of the sum of exp2(score)
     View q, k, v, out, d_out, d_q, d_k, d_v;
 
     int width() const { return round_up(K, LANES); }
@@ -246,9 +246,9 @@ struct Attention {  // the arguments of the two calls; the forward pass writes o
 namespace {
 
 constexpr float LOG2_E = 1.44269504f;
-constexpr float HIDDEN = -1e30f;  // the score of a key that is not seen
+constexpr float HIDDEN = -1e30f;  // the score of a masked key
 
-// Turns the scores of ROWS queries at the keys of the span into weights that are still to be divided by their totals.
+// Turns the scores of ROWS queries into weights, still to be divided by their totals.
 inline void softmax(float *scores, int stride, Span keys, float *highest, float *totals) {
     Vector top[ROWS], total[ROWS];
     std::fill(top, top + ROWS, filled(HIDDEN));
@@ -270,7 +270,7 @@ inline void softmax(float *scores, int stride, Span keys, float *highest, float 
     for (int row = 0; row < ROWS; row++) totals[row] = sum(total[row]);
 }
 
-// The outputs at some times, which begin at a multiple of ROWS, of all heads that share key/value head g.
+// The outputs at some times, from a multiple of ROWS on, of all query heads that share key/value head g.
 void forward(const Attention &of, int b, int g, Span times) {
     const int T = of.T, K = of.K, group = of.H / of.G, width = of.width();
     const int num_keys = round_up(times.to, LANES), stride = num_keys + LANES, padded = round_up(T, ROWS);
@@ -341,7 +341,7 @@ struct Backward {
                 for (int t0 = key0; t0 < T; t0 += BLOCK) add_block(key0, {t0, std::min(t0 + BLOCK, round_up(T, ROWS))});
             unpack_rows(of.d_q, d_queries, b, h, T, K, width, of.scale());
         }
-        unpack_rows(of.d_k, d_keys, b, g, T, K, width, 1.0f / LOG2_E);  // the packed queries hold the scale, and log2(e)
+        unpack_rows(of.d_k, d_keys, b, g, T, K, width, 1.0f / LOG2_E);  // the packed queries include the scale and log2(e)
         unpack_rows(of.d_v, d_values, b, g, T, K, width, 1.0f);
     }
 
@@ -356,7 +356,7 @@ struct Backward {
         }
     }
 
-    // Adds what a block of keys and a block of queries have to do with each other to all three gradients.
+    // Adds the terms of a block of keys and a block of queries to all three gradients.
     void add_block(int key0, Span times) {
         bool seen = false;
         for (int t = times.from; t < times.to; t += ROWS) seen |= sight.any[t / ROWS].from < key0 + BLOCK;
@@ -371,7 +371,7 @@ struct Backward {
         }
     }
 
-    // Weights and gradients of the scores of ROWS queries in a block of keys; the row of time t begins at `offset`.
+    // Weights and score gradients of ROWS queries for a block of keys; the row of time t starts at `offset`.
     void add_to_queries(int key0, int t, int offset) {
         float *p = weights + offset, *d_s = d_scores + offset;
         const Span any = sight.any[t / ROWS], seen = {std::max(any.from, key0), std::min(any.to, key0 + BLOCK)};
@@ -398,7 +398,7 @@ struct Backward {
 extern "C" {
 
 void attention_forward(const Attention *of) {
-    // A few pieces of work for each thread; how many there are has no influence on the numbers.
+    // a few pieces of work for each thread; their number does not change the result
     const int G = of->G, T = of->T, threads = of->threads, items = of->B * G, blocks = round_up(T, BLOCK) / BLOCK;
     const int pieces = std::min(blocks, (4 * threads + items - 1) / std::max(items, 1));
 #pragma omp parallel for schedule(dynamic) num_threads(threads)

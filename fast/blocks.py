@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import model as plain
+from config import did_you_mean
 from data.cache import say
 from fast import build, ops
 from fast.loss import chunked_cross_entropy, cross_entropy_
@@ -55,7 +56,8 @@ def attention_with_sinks(q, k, v, sinks, story_start=None, window=None, soft_cap
 
 def kernel_attends(q: Tensor, k: Tensor, v: Tensor, soft_cap: float | None, dropout: float) -> bool:
     is_whole_sequence = q.shape[2] == k.shape[2] and k.shape == v.shape
-    return q.device.type == "cpu" and is_whole_sequence and soft_cap is None and not dropout
+    is_supported = q.device.type == "cpu" and q.dtype != torch.float64
+    return is_supported and is_whole_sequence and soft_cap is None and not dropout
 
 
 def first_visible(q: Tensor, story_start: Tensor | None, window: int | None) -> Tensor | None:
@@ -129,7 +131,13 @@ PLAIN: dict[type, type] = {fast: block for swaps in SWAPS.values() for block, fa
 
 
 def register(block: type[nn.Module], *, kernels: bool = True, **functions: Callable):
-    """Accelerate a block: `use` replaces these functions, which are static attributes of its class, by the given ones."""
+    """Accelerate a block: `use` replaces these functions, which are static attributes of its class, by the given ones.
+
+    Raises ValueError for a function that the block does not have.
+    """
+    for name in functions:
+        if not callable(getattr(block, name, None)):
+            raise ValueError(f"{block.__name__} has no function {name!r} to replace.{did_you_mean(name, vars(block))}")
     methods = {name: staticmethod(function) for name, function in functions.items()}
     fast = type(block.__name__, (block,), {"__module__": block.__module__, "__doc__": block.__doc__, **methods})
     SWAPS[kernels][block], PLAIN[fast] = fast, block

@@ -1,4 +1,4 @@
-"""Compile the C++ kernels for this machine, once, and load them."""
+"""Compile the C++ kernels for this machine once, and load them."""
 
 import ctypes
 import hashlib
@@ -23,11 +23,11 @@ FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-ma
 
 
 class BuildError(ValueError):
-    """The kernels are not available on this machine; the message is one line with the cure."""
+    """The kernels cannot be built on this machine; the message is one line with the cure."""
 
 
 class Pointer(ctypes.c_void_p):
-    """An argument of the library that is a tensor, or None for null."""
+    """A tensor argument of the library; None is a null pointer."""
 
     @classmethod
     def from_param(cls, tensor: Tensor | None) -> ctypes.c_void_p:
@@ -49,8 +49,8 @@ KINDS = {"p": Pointer, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 @cache
 def build() -> ctypes.CDLL:
-    """Compiles the kernels unless the cache folder has it for this compiler and CPU, and loads it.  Raises BuildError."""
-    recipe = choose_recipe()
+    """Load the kernels, compiled first unless they are in the cache folder for this compiler and CPU.  Raises BuildError."""
+    recipe = find_recipe()
     path = library_path(digest(recipe))
     if not path.exists():
         compile_to(path, recipe)
@@ -70,33 +70,33 @@ def build() -> ctypes.CDLL:
 
 
 def library_path(fingerprint: str) -> Path:
-    """Where the machine code of that fingerprint is kept once it is compiled."""
+    """Where the library with that fingerprint is cached."""
     return default_cache_dir() / f"kernels-{fingerprint}.so"
 
 
 def fingerprint() -> str:
-    """Equal where the same machine code would be built; "none" where there is no compiler."""
+    """Digest of everything that the library depends on; "none" without a compiler."""
     try:
-        return digest(choose_recipe())
+        return digest(find_recipe())
     except BuildError:
         return "none"
 
 
 class Recipe(NamedTuple):
-    command: list[str]  # all but the name of the output
-    version: str  # what the compiler says about itself
-    runtime: Path | None  # of OpenMP, where it has to be loaded before what the command makes
+    command: list[str]  # without the name of the output
+    version: str  # of the compiler
+    runtime: Path | None  # the OpenMP library, if it has to be loaded first
 
 
-def choose_recipe() -> Recipe:
-    """How to compile here.  Raises BuildError where there is no compiler.
+def find_recipe() -> Recipe:
+    """How to compile on this machine.  Raises BuildError without a compiler.
 
-    torch has an OpenMP runtime of its own. A second one in the same process would wait for work at the expense of the first,
-    so the kernel takes torch's: GCC is given that file to link with, Apple's clang leaves the names open until they are loaded.
-    Other compilers leave OpenMP out, and the kernel runs on one thread.
+    PyTorch brings its OpenMP runtime. The threads of a second one would busy-wait and slow down the first, so the kernels use
+    PyTorch's: GCC links with that file, Apple's clang leaves the symbols undefined until the library is loaded. With other
+    compilers the kernels run on one thread.
     """
     compiler = find_compiler()
-    version = compiler_says([*compiler, "--version"])
+    version = run_compiler([*compiler, "--version"])
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     command = [*compiler, *FLAGS, native, *(str(source) for source in SOURCES if source.suffix == ".cpp")]
     libraries = Path(torch.__file__).parent / "lib"
@@ -110,41 +110,43 @@ def choose_recipe() -> Recipe:
 
 
 def find_compiler() -> list[str]:
-    wanted = os.environ.get("CXX")
-    for compiler in [shlex.split(wanted)] if wanted else [["g++"], ["clang++"]]:
+    """The command of the compiler: $CXX, or else g++ or clang++."""
+    name = os.environ.get("CXX")
+    for compiler in [shlex.split(name)] if name else [["g++"], ["clang++"]]:
         if path := shutil.which(compiler[0]):
             return [path, *compiler[1:]]
-    missing = f"$CXX={wanted!r} is not" if wanted else "neither g++ nor clang++ is"
+    missing = f"$CXX={name!r} is not" if name else "neither g++ nor clang++ is"
     raise BuildError(f"fast=True needs a C++ compiler, but {missing} here: install g++, or take --train.fast False")
 
 
 def compile_to(path: Path, recipe: Recipe):
-    """Built beside its place and moved there in one step, so that two processes may do it at the same time."""
+    """Compile to a temporary file and rename it, so that several processes may compile at once."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent, ignore_cleanup_errors=True) as folder:
-            draft = Path(folder, path.name)
-            compiler_says([*recipe.command, "-o", str(draft)])
-            os.replace(draft, path)
+            library = Path(folder, path.name)
+            run_compiler([*recipe.command, "-o", str(library)])
+            os.replace(library, path)
     except OSError as error:
         reason = first_line(error)
-        raise BuildError(f"the kernel cannot be kept ({reason}): set $BASEGPT_CACHE, or take --train.fast False") from error
+        raise BuildError(f"the kernel cannot be saved ({reason}): set $BASEGPT_CACHE, or take --train.fast False") from error
 
 
-def compiler_says(command: list[str]) -> str:
+def run_compiler(command: list[str]) -> str:
+    """Run the compiler and return its output.  Raises BuildError with its first error."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run ({first_line(error)}): set $CXX, or take --train.fast False") from error
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         reason = next((line for line in lines if "error" in line), lines[0])
         raise BuildError(f"{command[0]} cannot compile the kernels ({reason}): set $CXX, or take --train.fast False")
-    return done.stdout
+    return process.stdout
 
 
 def digest(recipe: Recipe) -> str:
-    """Of all that the machine code depends on: source, compiler, flags, CPU."""
+    """Digest of sources, compiler, flags and CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}) or platform.processor()

@@ -1,7 +1,6 @@
-// What stands between the matrix products of a model, forward and backward: norms, rotations, short convolutions, activations
-// and the loss, each in one pass over memory. What is called half is BFloat16 in memory if it is 1, float if it is 0; all is
-// computed in float, and weights and their gradients are float. Rows are worked on in parts whose number does not depend on the threads, so
-// that sums over rows come out the same with any number of them.
+// Elementwise kernels, forward and backward: norms, rotations, short convolutions, activations and the loss, each in one pass
+// over memory. half: whether the tensors are BFloat16 (1) or float (0); weights and their gradients are float, as are all
+// computations. Rows are split into parts whose number does not depend on the threads, and so neither do sums over rows.
 
 #include "kernels.h"
 
@@ -11,17 +10,17 @@
 
 namespace {
 
-constexpr int PARTS = 48;  // of equal size for 2, 3, 4, 6, 8, 12, 16 threads
+constexpr int PARTS = 48;  // divisible by 2, 3, 4, 6, 8, 12 and 16 threads
 constexpr float LOG2_E = 1.44269504f;
 
-// Calls work(part, from, to) for each part of the rows.
+// Calls work(part, from, to) for each part of the rows, in parallel.
 template <class Work>
 void each_part(int64_t rows, int64_t threads, Work work) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < PARTS; part++) work(part, rows * part / PARTS, rows * (part + 1) / PARTS);
 }
 
-// A sum over all rows: each part adds to numbers of its own, and they are added up in order.
+// Sums over all rows: one for each part, which are then added up in order.
 class Sums {
     const int64_t count;
     std::vector<float> parts;
@@ -47,7 +46,7 @@ inline float sum_over(int64_t from, int64_t to, Term term) {
 inline float fast_exp(float x) { return exp2<float, int32_t>(x * LOG2_E); }
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(x < -87.0f ? 87.0f : -x)); }
 
-// Activations: value and slope at x.
+// Activations: value and derivative at x.
 struct SiLU {
     static float value(float x) { return x * sigmoid(x); }
     static float slope(float x) {
@@ -76,7 +75,7 @@ struct ReLU2 {
 };
 
 template <class Call>
-void with_activation(int64_t number, Call call) {  // in the order of ACTIVATIONS in kernels.py
+void with_activation(int64_t number, Call call) {  // in the order of ACTIVATIONS in ops.py
     switch (number) {
         case 0: return call(SiLU());
         case 1: return call(GELU());
@@ -85,7 +84,7 @@ void with_activation(int64_t number, Call call) {  // in the order of ACTIVATION
     }
 }
 
-// Softmax minus one-hot in place of the logits of one token, and its loss.
+// Loss of one token, and its gradient, softmax - one-hot, in place of the logits.
 float cross_entropy_of_row(float *logits, int64_t V, int64_t target, float soft_cap, float *slopes) {
     if (soft_cap > 0.0f) {
 #pragma omp simd
@@ -116,7 +115,7 @@ float cross_entropy_of_row(float *logits, int64_t V, int64_t target, float soft_
 
 extern "C" {
 
-// out = x / rms(x) * weight for each row of D numbers; weight may be null. x_half says what x is, half what out is.
+// out = x / rms(x) * weight for each row of D numbers; weight may be null. x_half is the type of x, half that of out.
 void rms_norm_forward(const void *all_x, const float *weight, void *all_out, float *inverse_rms, int64_t rows, int64_t D,
                       float eps, int64_t x_half, int64_t half, int64_t threads) {
     const std::vector<float> ones(weight ? 0 : D, 1.0f);
@@ -139,7 +138,7 @@ void rms_norm_forward(const void *all_x, const float *weight, void *all_out, flo
     });
 }
 
-// d_x is as x, d_out as out.
+// d_x has the type of x, d_out that of out.
 void rms_norm_backward(const void *all_d_out, const void *all_x, const float *weight, const float *inverse_rms, void *all_d_x,
                        float *d_weight, int64_t rows, int64_t D, int64_t x_half, int64_t half, int64_t threads) {
     const std::vector<float> ones(weight ? 0 : D, 1.0f);
@@ -170,7 +169,7 @@ void rms_norm_backward(const void *all_d_out, const void *all_x, const float *we
     if (weight) d_gain.write(d_weight);
 }
 
-// x and out (B, T, H, 2 pairs), cos and sin (T, pairs); direction is 1, or -1 to turn back.
+// x and out (B, T, H, 2 pairs), cos and sin (T, pairs); direction is 1, or -1 for the gradient.
 void rope(const void *all_x, const float *cos, const float *sin, void *all_out, int64_t BT, int64_t T, int64_t H, int64_t pairs,
           float direction, int64_t half, int64_t threads) {
     with_type(half, [=](auto type) {
@@ -193,8 +192,8 @@ void rope(const void *all_x, const float *cos, const float *sin, void *all_out, 
     });
 }
 
-// out[t] = x[t] + bias + the sum over back of x[t - back] * weight[back], as far back as first[t]; x (B, T, D), weight (width, D),
-// bias (D) or null for 0, first (B, T) or null for 0 everywhere.
+// out[t] = x[t] + bias + sum over back of x[t - back] * weight[back], for t - back >= first[t]; x (B, T, D), weight (width, D),
+// bias (D) or null, first (B, T), where the story of each token starts, or null for 0.
 void short_conv_forward(const void *all_x, const float *weight, const float *bias, const int32_t *first, void *all_out,
                         int64_t BT, int64_t T, int64_t D, int64_t width, int64_t half, int64_t threads) {
     with_type(half, [=](auto type) {
@@ -266,7 +265,7 @@ void short_conv_backward(const void *all_d_out, const void *all_x, const float *
     if (d_bias) bias_sums.write(d_bias);
 }
 
-// out = activation(x) * factor; factor may be null for 1.
+// out = activation(x) * factor; factor may be null.
 void activation_forward(int64_t activation, const void *all_x, const void *all_factors, void *all_out, int64_t size,
                         int64_t half, int64_t threads) {
     with_type(half, [=](auto type) {
@@ -327,8 +326,7 @@ void weighted_sum_backward(const float *d_out, const float *x, const float *y, c
     sums.write(d_weights);
 }
 
-// Turns logits (rows, V) into their gradient and writes the loss of each row; a target below 0 is left out. A soft cap of 0
-// is none.
+// Writes the loss of each row, and its gradient in place of logits (rows, V). Negative targets are ignored. soft_cap = 0: none.
 void cross_entropy(void *all_logits, const int64_t *targets, float *losses, int64_t rows, int64_t V, float soft_cap,
                    int64_t half, int64_t threads) {
     with_type(half, [=](auto type) {

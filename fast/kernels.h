@@ -1,10 +1,10 @@
-// What the files of kernels share.
+// Common to all kernels: bfloat16 and a fast exp2.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// A float without its lower half, rounded to the nearest, to the even one of two: bfloat16 as torch has it. NaN stays NaN.
+// bfloat16 as in PyTorch: the upper half of a float, rounded to nearest, ties to even. NaN stays NaN.
 struct BFloat16 {
     uint16_t bits;
 
@@ -24,20 +24,20 @@ struct BFloat16 {
     }
 };
 
-// Calls with a number of the type that is in memory.
+// Calls `call` with a BFloat16 or a float, for its type.
 template <class Call>
 inline void with_type(int64_t is_half, Call call) {
     if (is_half) call(BFloat16());
     else call(float());
 }
 
-// 2^x for x < 127 to a relative 2e-7; 0 below 2^-100, since products with subnormal numbers are slow. NaN stays NaN.
-// Float is a number or a vector of them, Integer the integers of the same size.
+// 2^x for x < 127, with a relative error of 2e-7; 0 below 2^-100, since subnormal numbers are slow. NaN stays NaN.
+// Float is float or a vector, Integer the integer type of the same size.
 template <class Float, class Integer>
 inline Float exp2(Float x) {
-    const float rounding = 12582912.0f;  // 1.5 * 2^23: in the sum, the low bits are x as a whole number
+    const float rounding = 12582912.0f;  // 1.5 * 2^23: the low bits of the sum are x, rounded to an integer
     Float rounded = x + rounding, rest = x - (rounded - rounding);
-    Float power = 0.00132765f * rest + 0.00967554f;  // of 2^rest on [-0.5, 0.5], the polynomial of least relative error, 7.5e-8
+    Float power = 0.00132765f * rest + 0.00967554f;  // minimax polynomial of 2^rest on [-0.5, 0.5], relative error 7.5e-8
     power = power * rest + 0.05550713f;
     power = power * rest + 0.24022120f;
     power = power * rest + 0.69314697f;

@@ -16,14 +16,16 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy in nats of logits = soft_cap(hidden @ weight.T).  hidden (..., D), weight (V, D), targets (...) -> ()
 
-    Only the logits of `chunk` tokens exist at a time, which fit into the processor's cache; their gradient is computed at once,
-    so they are neither kept nor computed again. in_place_loss is cross_entropy_ or a faster version of it.
+    Only the logits of `chunk` tokens exist at a time, and fit into the processor's cache. The forward pass also computes their
+    gradient, so they are neither saved nor recomputed. in_place_loss is cross_entropy_ or a faster version of it.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     return ChunkedCrossEntropy.apply(hidden, weight, targets, soft_cap, chunk, in_place_loss)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradients of hidden and weight are summed in the forward pass, chunk by chunk."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, soft_cap, chunk, in_place_loss):
         device = hidden.device.type
@@ -33,8 +35,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         with torch.autocast(device, enabled=False):
             weight = weight.to(dtype)
-            for rows in torch.arange(len(hidden)).split(chunk):
-                rows = slice(rows[0], rows[-1] + 1)
+            for start in range(0, len(hidden), chunk):
+                rows = slice(start, start + chunk)
                 x = hidden[rows].to(dtype)
                 logits = x @ weight.T  # (chunk, V)
                 loss, grad = in_place_loss(logits, targets[rows], soft_cap)  # grad: (chunk, V)
@@ -54,19 +56,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def cross_entropy_(logits: Tensor, targets: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
     """Summed loss of soft_cap(logits), and its gradient (N, V) in place of the logits.  logits (N, V), targets (N)"""
-    logits = logits.float()
-    targets = targets[:, None]
-    is_scored = targets != IGNORE
-    targets = targets.where(is_scored, 0)
+    logits, is_scored = logits.float(), targets[:, None] != IGNORE
+    targets = targets[:, None].where(is_scored, 0)
     if soft_cap is not None:
         logits.div_(soft_cap).tanh_()
         slope = 1 - logits.square()
         logits.mul_(soft_cap)
-    highest = logits.amax(dim=1, keepdim=True)
-    right = logits.gather(1, targets)
-    grad = logits.sub_(highest).exp_()  # softmax - onehot, once normalised
+    largest = logits.amax(dim=1, keepdim=True)
+    target_logits = logits.gather(1, targets)
+    grad = logits.sub_(largest).exp_()  # becomes softmax - one-hot
     normaliser = grad.sum(dim=1, keepdim=True)
     grad.mul_(is_scored / normaliser).scatter_add_(1, targets, -is_scored.float())
     if soft_cap is not None:
         grad.mul_(slope)
-    return ((normaliser.log() + highest - right) * is_scored).sum(), grad
+    return ((normaliser.log() + largest - target_logits) * is_scored).sum(), grad

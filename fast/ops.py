@@ -1,7 +1,7 @@
-"""The C++ kernels as PyTorch functions with gradients: attention about twice as fast as torch's, more for packed stories; norms,
-rotations, convolutions, activations and the loss in one pass over memory.
+"""The C++ kernels as PyTorch functions with gradients.
 
-B batch, H query heads, G key/value heads, T time, K head dim, D model dim, V vocabulary.
+Attention is about twice as fast as PyTorch's, more for packed stories; norms, rotations, convolutions, activations and the loss
+take one pass over memory.  B batch, H query heads, G key/value heads, T time, K head dim, D model dim, V vocabulary.
 """
 
 import math
@@ -12,124 +12,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fast.build import build
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None) -> Tensor:
-    """Causal grouped-query attention with a gradient.  q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K), as q
-
-    The query at time t sees the keys from first[b, t] to t; first (B, T) of integers is the start of its story or of its window,
-    None is 0. Masked keys cost nothing. Computed in float32; bfloat16 is read and written. The result is the same to the last
-    bit with any number of threads. Raises BuildError where there is no compiler.
-    """
-    first, dtype = None if first is None else first.to(torch.int32).contiguous(), q.dtype
-    if {x.dtype for x in (q, k, v)} != {torch.bfloat16}:
-        q, k, v = q.float(), k.float(), v.float()
-    return Attention.apply(q, k, v, first).to(dtype)
-
-
-def attention_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, first: Tensor | None = None) -> Tensor:
-    """The same with one more score for each head in the softmax, sinks (H), which has no value."""
-    first = None if first is None else first.to(torch.int32).contiguous()
-    return AttentionWithSinks.apply(q.float(), k.float(), v.float(), first, sinks).to(q.dtype)
-
-
-class Attention(torch.autograd.Function):
-    """The gradient is tied to the operators here, since `torch.library.register_autograd` costs 20 µs more a call."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, first):
-        out, lse = torch.ops.basegpt.attention(q, k, v, first)
-        ctx.save_for_backward(q, k, v, first, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx, d_out):
-        return *torch.ops.basegpt.attention_backward(d_out, *ctx.saved_tensors), None
-
-
-class AttentionWithSinks(torch.autograd.Function):
-    """The kernel keeps the logarithm, in base 2, of each softmax's sum; a sink adds to that sum.
-
-    The kernel's gradients are right for whatever these sums are.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, first, sinks):
-        out, sums = torch.ops.basegpt.attention(q, k, v, first)  # sums: (B, H, T)
-        sinks = sinks.float()[:, None] / math.log(2)
-        with_sinks = torch.logaddexp2(sums, sinks)
-        out = out * torch.exp2(sums - with_sinks)[..., None]
-        ctx.save_for_backward(q, k, v, first, out, with_sinks, torch.exp2(sinks - with_sinks))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        *saved, of_sinks = ctx.saved_tensors
-        d_sinks = -(of_sinks * (d_out * saved[4]).sum(dim=-1)).sum(dim=(0, 2))
-        return *torch.ops.basegpt.attention_backward(d_out, *saved), None, d_sinks
-
-
-def run_forward(q, k, v, first):
-    q, k, v = (last_contiguous(x) for x in (q, k, v))
-    out, lse = empty_outputs(q, k, v, first)
-    build().attention_forward(arguments(k.shape[1], first, lse, q, k, v, out))
-    return out, lse
-
-
-def run_backward(d_out, q, k, v, first, out, lse):
-    d_out, q, k, v, out = (last_contiguous(x) for x in (d_out, q, k, v, out))
-    gradients = empty_gradients(d_out, q, k, v, first, out, lse)
-    build().attention_backward(arguments(k.shape[1], first, lse, q, k, v, out, d_out, *gradients))
-    return gradients
-
-
-def last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def arguments(G: int, first: Tensor | None, lse: Tensor, q: Tensor, *others: Tensor) -> bytes:
-    """`Attention` of kernels.cpp as far as the call reads it: 6 sizes, 2 pointers, and pointer, strides and type of each view."""
-    B, H, T, K = q.shape
-    pointers = 0 if first is None else first.data_ptr(), lse.data_ptr()
-    views = [number for x in (q, *others) for number in (x.data_ptr(), *x.stride()[:3], is_half(x))]
-    return struct.pack(f"{8 + len(views)}q", B, H, G, T, K, torch.get_num_threads(), *pointers, *views)
-
-
-def empty_outputs(q, k, v, first):
-    B, H, T, K = q.shape
-    assert H % k.shape[1] == 0 and k.shape == v.shape == (B, k.shape[1], T, K) and (first is None or first.shape == (B, T))
-    return empty_as_projected(q), q.new_empty(B, H, T, dtype=torch.float32)
-
-
-def empty_gradients(d_out, q, k, v, first, out, lse):
-    return empty_as_projected(q), empty_as_projected(k), empty_as_projected(v)
-
-
-def empty_as_projected(x: Tensor) -> Tensor:
-    """(B, heads, T, K), in memory (B, T, heads, K): as a linear layer gives it and the next one takes it, without a copy."""
-    B, heads, T, K = x.shape
-    return x.new_empty_strided((B, heads, T, K), (T * heads * K, K, heads * K, 1))
-
-
-LIBRARY = torch.library.Library("basegpt", "DEF")
-LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, Tensor? first) -> (Tensor, Tensor)")
-LIBRARY.define("attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? first, Tensor out, Tensor lse)"
-               " -> (Tensor, Tensor, Tensor)")  # fmt: skip
-LIBRARY.impl("attention", run_forward, "CPU")
-LIBRARY.impl("attention_backward", run_backward, "CPU")
-torch.library.register_fake("basegpt::attention", empty_outputs, lib=LIBRARY)
-torch.library.register_fake("basegpt::attention_backward", empty_gradients, lib=LIBRARY)
-
-
-def is_half(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16
+from modules.operators import define_operator
 
 
 def supports(x: Tensor) -> bool:
-    """Whether the functions below take x: float32 on a CPU, or bfloat16 under autocast.
+    """Whether the kernels support this input: float32 on a CPU, or bfloat16 under autocast.
 
-    Not under torch.compile, which fuses torch's formulas by itself.
+    Not under torch.compile, which fuses PyTorch's formulas itself.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
@@ -138,8 +27,95 @@ def supports(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None = None) -> Tensor:
+    """Causal grouped-query attention.  q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K), with the dtype of q
+
+    The query at time t sees the keys from first_visible[b, t] to t; first_visible (B, T) of integers, None: 0. Masked keys cost
+    nothing. Reads and writes float32 or bfloat16, computes in float32. The result does not depend on the number of threads.
+    Raises BuildError if there is no compiler.
+    """
+    dtype = q.dtype
+    if {x.dtype for x in (q, k, v)} != {torch.bfloat16}:
+        q, k, v = q.float(), k.float(), v.float()
+    return Attention.apply(q, k, v, as_int32(first_visible), None).to(dtype)
+
+
+def attention_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, first_visible: Tensor | None = None) -> Tensor:
+    """Attention with one more score for each head in the softmax, sinks (H), which has no value."""
+    return Attention.apply(q.float(), k.float(), v.float(), as_int32(first_visible), sinks).to(q.dtype)
+
+
+class Attention(torch.autograd.Function):
+    """Not torch.library.register_autograd, which takes 20 µs more for each call."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, first_visible, sinks):
+        out, lse = torch.ops.basegpt.attention(q, k, v, first_visible)  # lse: (B, H, T), in base 2
+        sink_weights = None
+        if sinks is not None:  # the backward kernel is correct for any lse
+            sinks, lse_of_keys = sinks.float()[:, None] / math.log(2), lse
+            lse = torch.logaddexp2(lse_of_keys, sinks)
+            out = out * torch.exp2(lse_of_keys - lse)[..., None]
+            sink_weights = torch.exp2(sinks - lse)
+        ctx.save_for_backward(q, k, v, first_visible, out, lse, sink_weights)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        *saved, sink_weights = ctx.saved_tensors
+        gradients = torch.ops.basegpt.attention_backward(d_out, *saved)
+        out = saved[4]
+        d_sinks = None if sink_weights is None else -(sink_weights * (d_out * out).sum(dim=-1)).sum(dim=(0, 2))
+        return *gradients, None, d_sinks
+
+
+def attention_forward(q, k, v, first_visible):
+    q, k, v = (last_contiguous(x) for x in (q, k, v))
+    out, lse = empty_outputs(q, k, v, first_visible)
+    build().attention_forward(pack_arguments(k.shape[1], first_visible, lse, q, k, v, out))
+    return out, lse
+
+
+def attention_backward(d_out, q, k, v, first_visible, out, lse):
+    d_out, q, k, v, out = (last_contiguous(x) for x in (d_out, q, k, v, out))
+    gradients = empty_gradients(d_out, q, k, v, first_visible, out, lse)
+    build().attention_backward(pack_arguments(k.shape[1], first_visible, lse, q, k, v, out, d_out, *gradients))
+    return gradients
+
+
+def pack_arguments(G: int, first_visible: Tensor | None, lse: Tensor, q: Tensor, *others: Tensor) -> bytes:
+    """The struct Attention of attention.cpp: 6 sizes, 2 pointers, then a pointer, 3 strides and a type for each view in use."""
+    B, H, T, K = q.shape
+    pointers = 0 if first_visible is None else first_visible.data_ptr(), lse.data_ptr()
+    views = [number for x in (q, *others) for number in (x.data_ptr(), *x.stride()[:3], is_half(x))]
+    return struct.pack(f"{8 + len(views)}q", B, H, G, T, K, torch.get_num_threads(), *pointers, *views)
+
+
+def empty_outputs(q, k, v, first_visible):
+    (B, H, T, K), G = q.shape, k.shape[1]
+    assert H % G == 0 and k.shape == v.shape == (B, G, T, K) and (first_visible is None or first_visible.shape == (B, T))
+    return empty_as_projected(q), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+def empty_gradients(d_out, q, k, v, first_visible, out, lse):
+    return empty_as_projected(q), empty_as_projected(k), empty_as_projected(v)
+
+
+def empty_as_projected(x: Tensor) -> Tensor:
+    """(B, heads, T, K), stored as (B, T, heads, K): the order in which linear layers read and write it."""
+    B, heads, T, K = x.shape
+    return x.new_empty_strided((B, heads, T, K), (T * heads * K, K, heads * K, 1))
+
+
+QKV = "Tensor q, Tensor k, Tensor v, Tensor? first_visible"
+define_operator(f"attention({QKV}) -> (Tensor, Tensor)", attention_forward, empty_outputs, "CPU")
+define_operator(f"attention_backward(Tensor d_out, {QKV}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)",
+                attention_backward, empty_gradients, "CPU")  # fmt: skip
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """x / rms(x) * weight, in the given dtype or that of x.  x (..., D), weight (D) -> (..., D)"""
+    """x / rms(x) * weight, with the given dtype or that of x.  x (..., D), weight (D) -> (..., D)"""
     return RMSNorm.apply(x, None if weight is None else weight.float(), eps, dtype or x.dtype)
 
 
@@ -160,9 +136,9 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx, d_out):
         x, weight, inverse_rms = ctx.saved_tensors
         d_x, d_weight = torch.empty_like(x), None if weight is None else torch.empty_like(weight)
-        d_out, sizes = laid_out_as(x, d_out), (len(inverse_rms), x.shape[-1])
+        d_out, (rows, D) = laid_out_as(x, d_out), (len(inverse_rms), x.shape[-1])
         halves = is_half(x), is_half(d_out)
-        build().rms_norm_backward(d_out, x, weight, inverse_rms, d_x, d_weight, *sizes, *halves, torch.get_num_threads())
+        build().rms_norm_backward(d_out, x, weight, inverse_rms, d_x, d_weight, rows, D, *halves, torch.get_num_threads())
         return d_x, d_weight, None, None
 
 
@@ -175,16 +151,16 @@ class Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return rotated(x, cos, sin, 1.0)
+        return rotate(x, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        return rotated(d_out, *ctx.saved_tensors, -1.0), None, None
+        return rotate(d_out, *ctx.saved_tensors, -1.0), None, None
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    x = x.transpose(1, 2).contiguous()  # (B, T, H, K), as it was projected
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    x = x.transpose(1, 2).contiguous()  # (B, T, H, K), the order of the projection
     B, T, H, K = x.shape
     assert cos.shape == sin.shape == (1, T, K // 2)
     out = torch.empty_like(x)
@@ -193,34 +169,33 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     return out.transpose(1, 2)
 
 
-def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, first: Tensor | None = None) -> Tensor:
-    """x[t] + bias + the sum over i of x[t - i] weight[i], for t - i >= first[t].
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, story_start: Tensor | None = None) -> Tensor:
+    """x[t] + bias + the sum over i of x[t - i] weight[i], for t - i >= story_start[t].
 
-    x (B, T, D), weight (width, D), bias (D), first (B, T) of integers or None -> (B, T, D)
+    x (B, T, D), weight (width, D), bias (D), story_start (B, T) of integers or None -> (B, T, D)
     """
-    return ShortConv.apply(x, weight, bias, None if first is None else first.to(torch.int32).contiguous())
+    return ShortConv.apply(x, weight, bias, as_int32(story_start))
 
 
 class ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, first):
+    def forward(ctx, x, weight, bias, story_start):
         x, (B, T, D) = x.contiguous(), x.shape
-        assert weight.shape[1] == D and weight.is_contiguous() and (first is None or first.shape == (B, T))
+        assert weight.shape[1] == D and weight.is_contiguous() and (story_start is None or story_start.shape == (B, T))
         assert bias is None or bias.shape == (D,)
-        out = torch.empty_like(x)
-        sizes = B * T, T, D, len(weight)
-        build().short_conv_forward(x, weight, bias, first, out, *sizes, is_half(x), torch.get_num_threads())
-        ctx.save_for_backward(x, weight, bias, first)
+        out, sizes = torch.empty_like(x), (B * T, T, D, len(weight))
+        build().short_conv_forward(x, weight, bias, story_start, out, *sizes, is_half(x), torch.get_num_threads())
+        ctx.save_for_backward(x, weight, bias, story_start)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        x, weight, bias, first = ctx.saved_tensors
-        (B, T, D), d_x, d_weight = x.shape, torch.empty_like(x), torch.empty_like(weight)
-        d_bias = None if bias is None else torch.empty_like(bias)
-        gradients, sizes = (d_x, d_weight, d_bias), (B * T, T, D, len(weight))
-        build().short_conv_backward(d_out.contiguous(), x, weight, first, *gradients, *sizes, is_half(x), torch.get_num_threads())
+        x, weight, bias, story_start = ctx.saved_tensors
+        (B, T, D), inputs = x.shape, (d_out.contiguous(), x, weight, story_start)
+        gradients = torch.empty_like(x), torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+        sizes = B * T, T, D, len(weight)
+        build().short_conv_backward(*inputs, *gradients, *sizes, is_half(x), torch.get_num_threads())
         return *gradients, None
 
 
@@ -281,7 +256,7 @@ class WeightedSum(torch.autograd.Function):
 def cross_entropy_(logits: Tensor, targets: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
     """Summed loss of soft_cap(logits) in nats, and its gradient (N, V) in place of the logits.  logits (N, V), targets (N)
 
-    A negative target is not scored.
+    Negative targets are ignored.
     """
     losses, targets = logits.new_empty(len(logits), dtype=torch.float32), targets.contiguous()
     assert logits.is_contiguous() and targets.shape == losses.shape and targets.dtype == torch.int64
@@ -290,13 +265,25 @@ def cross_entropy_(logits: Tensor, targets: Tensor, soft_cap: float | None) -> t
     return losses.sum(), logits
 
 
+def as_int32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.int32).contiguous()
+
+
+def is_half(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """x, copied if its last axis is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def without_gaps(x: Tensor) -> Tensor:
-    """x, or a copy of it, whose rows of x.shape[-1] numbers fill one piece of memory, in any order."""
-    in_order = x.is_contiguous() or (x.ndim == 4 and x.transpose(1, 2).is_contiguous())
-    return x if in_order else x.contiguous()
+    """x, copied unless its rows of x.shape[-1] numbers fill a block of memory, in any order."""
+    is_dense = x.is_contiguous() or (x.ndim == 4 and x.transpose(1, 2).is_contiguous())
+    return x if is_dense else x.contiguous()
 
 
 def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """y, copied unless it has the strides of x."""
     return y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype).copy_(y)
-
-

@@ -1,10 +1,10 @@
-// The selective scan of Mamba (modules/mamba.py), forward and backward, without ever writing all its states to memory: they
-// are kept in front of each piece of time alone, and computed again for the gradients (arXiv 2312.00752, section 3.3.2).
+// The selective scan of Mamba (modules/mamba.py), forward and backward, without writing all states to memory: only the state
+// before each piece of time is saved, and the backward pass recomputes the others (arXiv 2312.00752, section 3.3.2).
 //
 //     state[t, i, n] = exp(step[t, i] rates[i, n]) state[t - 1, i, n] + step[t, i] u[t, i] write[t, n]
 //     out[t, i] = sum over n of state[t, i, n] read[t, n]
 //
-// B batch, T time, I channels, N numbers of state for each of them. A block of channels goes through time on its own.
+// B batch, T time, I channels, N numbers of state for each channel. Blocks of channels are independent.
 
 #include "kernels.h"
 
@@ -13,12 +13,12 @@
 
 namespace {
 
-constexpr int WIDTH = 64;  // channels of a block, side by side in vectors
+constexpr int WIDTH = 64;  // channels of a block, in vectors
 constexpr float LOG2_E = 1.44269504f;
 
 struct Scan {
     const float *u, *step, *rates, *write, *read;
-    const int32_t *first;  // (B, T), or null for 0 everywhere
+    const int32_t *first;  // (B, T), where the story of each token starts, or null for 0
     float *states;         // (B, pieces, blocks, N, WIDTH)
     int64_t B, T, I, N, piece;
 
@@ -26,7 +26,7 @@ struct Scan {
     int64_t pieces() const { return (T + piece - 1) / piece; }
 };
 
-// A row of numbers for the channels of a block, with zeros behind the last one.
+// A number for each channel of a block, filled up with zeros.
 struct alignas(64) Row {
     float at[WIDTH] = {};
 
@@ -74,7 +74,7 @@ class Block {
         }
     }
 
-    // d_rates (B, I, N), d_write and d_read (blocks, B, T, N): what this row and this block add to the sum.
+    // d_rates (B, I, N), d_write and d_read (blocks, B, T, N) are the terms of this row and this block.
     void backward(const float *d_out, float *d_u, float *d_step, float *d_rates, float *d_write, float *d_read) {
         std::vector<float> before(of.piece * size), decays(of.piece * size), d_state(size), d_rate(size);
         for (int64_t from = (of.pieces() - 1) * of.piece; from >= 0; from -= of.piece) {
@@ -117,7 +117,7 @@ class Block {
     }
 
   private:
-    // For each token of a piece of time, the state that it finds, and what it leaves of that.
+    // The state before each token of a piece of time, and its decay there.
     void recompute(int64_t from, int64_t to, float *before, float *decays) {
         std::copy(kept(from), kept(from) + size, state.begin());
         for (int64_t t = from; t < to; t++, before += size, decays += size) {

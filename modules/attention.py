@@ -15,9 +15,9 @@ from model import Attention, RMSNorm, append_to_cache, causal_mask, linear, mask
 from modules.windows import attend_blocks, attend_spans, block_plan, mean_visible, span_mask
 
 
-def narrowest(*windows: int | None) -> int | None:
-    """The smallest of the windows that are given; None if none is."""
-    return min((window for window in windows if window is not None), default=None)
+def narrowest(one: int | None, other: int | None) -> int | None:
+    """The narrower of two windows; None sees all earlier tokens."""
+    return other if one is None else one if other is None else min(one, other)
 
 
 def attention_scores(q: Tensor, k: Tensor, soft_cap: float | None = None, scale: float | None = None) -> Tensor:
@@ -136,7 +136,7 @@ class AlibiAttention(Attention):
         """Attention restricted to mask (..., T, S), with a bias of minus slope times distance.  (B, H, T, K)"""
         T, S = q.shape[2], k.shape[2]
         positions = torch.arange(S, device=q.device)
-        biases = self.slopes[:, None, None] * (positions - positions[S - T :, None])  # (H, T, S)
+        biases = self.slopes[:, None, None] * (positions - positions[S - T :, None])  # (num_heads, T, S)
         biases = biases.type_as(q).masked_fill(~mask, -math.inf)
         return masked_attention(q, k, v, biases, self.soft_cap, self.dropout if self.training else 0.0)
 
@@ -167,7 +167,7 @@ def masked_attention_with_sinks(q, k, v, mask, sinks, soft_cap=None, dropout=0.0
         return average(F.dropout(softmax_with_sinks(scores, sinks), dropout), v)
     # PyTorch's fused attention knows no sinks: one more key, of zeros and a 1 in one more channel, in which each query has the
     # score of its head's sink.
-    G = k.shape[1]
+    G, S = k.shape[1:3]
     q = torch.cat([q, (sinks * K**0.5).type_as(q)[:, None, None].expand(B, H, T, 1)], dim=-1)
     sink = F.one_hot(torch.tensor(K, device=q.device), K + 1).type_as(k)
     k = torch.cat([sink.expand(B, G, 1, K + 1), F.pad(k, (0, 1))], dim=2)  # (B, G, 1 + S, K + 1)

@@ -1,92 +1,66 @@
-"""What blocks whose state is a matrix have in common: a sequence in chunks, the stories in it, and the state in the cache.
+"""Common to blocks whose state is a matrix: chunks of a sequence, their masks, and the states between them.
 
-B batch, H heads, T time, n chunks of C tokens each.
+B batch, H heads, T time, n chunks of C tokens each, K key dim, V value dim.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modules.scan import check_rows
 
+def chunk_masks(n: int, C: int, story_start: Tensor | None, device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """True where two tokens belong to the same story, for n chunks of C tokens; None where all do.
 
-class Sight(NamedTuple):
-    """Which tokens share a story, chunk by chunk; all are True where they do."""
-
-    within: Tensor  # (C, C) or (B, 1, n, C, C): a token and those of its chunk up to itself
-    before: Tensor | None  # (B, 1, n, C, 1): a token and what came before its chunk; None is always
-    behind: Tensor | None  # (B, 1, n, C, 1): a token and the last one of its chunk; None is always
-
-
-def sight(n: int, C: int, starts: Tensor | None, device: torch.device) -> Sight:
-    """Of tokens in n chunks of C. starts (B, T) is where the story of each token begins, None is the first of all."""
+    within (C, C) or (B, 1, n, C, C): a token and the tokens of its chunk up to itself. to_start (B, 1, n, C, 1): a token and the
+    last one before its chunk. to_end (B, 1, n, C, 1): a token and the last one of its chunk. story_start (B, T) is where the
+    story of each token starts, None: one story.
+    """
     within = torch.ones(C, C, dtype=torch.bool, device=device).tril()
-    if starts is None:
-        return Sight(within, None, None)
-    places = torch.arange(n * C, device=device).view(n, C)
-    starts = F.pad(starts, (0, n * C - starts.shape[1])).view(-1, 1, n, C)
-    return Sight(
-        within=within & (places[:, None] >= starts[..., None]),
-        before=(starts < places[:, :1])[..., None],
-        behind=(places >= starts[..., -1:])[..., None],
-    )
+    if story_start is None:
+        return within, None, None
+    positions = torch.arange(n * C, device=device).view(n, C)
+    starts = F.pad(story_start, (0, n * C - story_start.shape[1])).view(-1, 1, n, C)
+    within = within & (positions[:, None] >= starts[..., None])
+    return within, (starts < positions[:, :1])[..., None], (positions >= starts[..., -1:])[..., None]
 
 
-def masked(x: Tensor, seen: Tensor | None) -> Tensor:
-    """x where it is seen, else 0; None is everywhere."""
-    return x if seen is None else x * seen
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x where the mask is True, else 0; a mask of None is True everywhere."""
+    return x if mask is None else x * mask
 
 
-def in_chunks(x: Tensor, n: int, C: int) -> Tensor:
-    """(B, H, T, ...) → (B, H, n, C, ...), with zeros behind the last token."""
-    behind = n * C - x.shape[2]
-    if behind:
-        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, behind))
-    return x.unflatten(2, (n, C))
+class ChunkRecurrence(torch.autograd.Function):
+    """The states S_{i+1} = decay_i S_i + added_i before each chunk (B, n, K, V), and the one after the last (B, K, V).
 
-
-class FromChunkToChunk(torch.autograd.Function):
-    """The states S_0, S_1 = kept_0 S_0 + added_0, … in front of each chunk (B, n, K, V), and the one behind all (B, K, V).
-
-    added (B, n, K, V), state (B, K, V) is S_0. kept (B, n, K, K) is a matrix where `by_matrix`, else the factor of each number,
-    with axes of 1 where they share it. The way back takes one operation a chunk, as the way there.
+    added (B, n, K, V), state (B, K, V) is S_0. decay (B, n, K, K) is a matrix where `by_matrix`, else elementwise and broadcast.
+    The backward pass takes one operation a chunk, as the forward pass does.
     """
 
     @staticmethod
-    def forward(ctx, kept, added, state, by_matrix):
+    def forward(ctx, decay, added, state, by_matrix):
         step, states = torch.baddbmm if by_matrix else torch.addcmul, [state]
-        for keep, add in zip(kept.unbind(1), added.unbind(1), strict=True):
-            states.append(step(add, keep, states[-1]))
-        before = torch.stack(states[:-1], dim=1)
-        ctx.save_for_backward(kept, before)
+        for factor, update in zip(decay.unbind(1), added.unbind(1), strict=True):
+            states.append(step(update, factor, states[-1]))
+        starts = torch.stack(states[:-1], dim=1)
+        ctx.save_for_backward(decay, starts)
         ctx.by_matrix = by_matrix
-        return before, states[-1]
+        return starts, states[-1]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_before, d_state):
-        (kept, before), step, d_states = ctx.saved_tensors, torch.baddbmm if ctx.by_matrix else torch.addcmul, [d_state]
-        back = kept.mT if ctx.by_matrix else kept
-        for keep, d_read in zip(reversed(back.unbind(1)), reversed(d_before.unbind(1)), strict=True):
-            d_states.append(step(d_read, keep, d_states[-1]))
+    def backward(ctx, d_starts, d_state):
+        (decay, starts), step, d_states = ctx.saved_tensors, torch.baddbmm if ctx.by_matrix else torch.addcmul, [d_state]
+        transposed = decay.mT if ctx.by_matrix else decay
+        for factor, d_start in zip(reversed(transposed.unbind(1)), reversed(d_starts.unbind(1)), strict=True):
+            d_states.append(step(d_start, factor, d_states[-1]))
         d_added = torch.stack(d_states[-2::-1], dim=1)
-        d_kept = d_added @ before.mT if ctx.by_matrix else (d_added * before).sum_to_size(kept.shape)
-        return d_kept, d_added, d_states[-1], None
-
-
-def remembered(cache: dict | None, shape: tuple[int, ...], x: Tensor) -> Tensor:
-    """The state that the cache holds, or zeros, in float32. Raises ValueError for that of another batch size."""
-    if not cache:
-        return torch.zeros(shape, device=x.device)
-    check_rows(cache["state"], len(x))
-    return cache["state"]
+        d_decay = d_added @ starts.mT if ctx.by_matrix else (d_added * starts).sum_to_size(decay.shape)
+        return d_decay, d_added, d_states[-1], None
 
 
 def check_sizes(**sizes: int | None):
-    """Raises ValueError for an option that is not at least 1; None is left to the block."""
+    """Raises ValueError for an option that is less than 1; None stands for the block's default."""
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"{name}={size}: give a whole number of at least 1")

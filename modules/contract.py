@@ -234,8 +234,9 @@ def check_swaps(trial: Trial):
                 x = trial.inputs.x.clone().requires_grad_()
                 y = trial.run(replace(trial.inputs, x=x), branch=branch, **view)
                 y.square().sum().backward()
-                weights = [weight.grad.flatten() for weight in branch.parameters() if weight.grad is not None]
-                results.append((y.detach(), torch.cat([x.grad.flatten(), *weights])))
+                leaves = [x, *branch.parameters()]
+                gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+                results.append((y.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
             (expected, expected_gradients), (ours, gradients) = results
             require_equal(ours, expected, f"a faster class gives other numbers{where}")
             require_equal(gradients, expected_gradients, f"a faster class has other gradients{where}")
@@ -392,8 +393,8 @@ def plugin_layers(config: ModelConfig) -> list[tuple[str, str]]:
 
 
 CHECKS = (
-    check_repeats, check_swaps, check_gradients, check_batch, check_one_token, check_without_rope, check_future, check_cache,
-    check_stories, check_shape_comments,
+    check_repeats, check_gradients, check_batch, check_one_token, check_without_rope, check_future, check_cache, check_stories,
+    check_swaps, check_shape_comments,
 )  # fmt: skip
 CAUSAL = (check_future, check_cache)  # not for a block with `causal = False`
 NOT_TO_BE_SEEN = (check_batch, check_future, check_stories)

@@ -44,7 +44,8 @@ class ShortConv(LoggingModule):
         B, T, D = x.shape
         if cache is None:
             return self.short_conv(x, self.weight, self.bias, story_start)
-        past = cache["past"] if cache else x.new_zeros(B, len(self.weight) - 1, D)
+        width = len(self.weight)
+        past = cache["past"] if cache else x.new_zeros(B, width - 1, D)
         extended = torch.cat([past, x], dim=1)  # (B, width - 1 + T, D)
         cache["past"] = extended[:, T:]
         return short_conv(extended, self.weight, self.bias)[:, -T:].contiguous()  # (B, T, D)

@@ -11,29 +11,19 @@ from tools import LoggingModule
 
 
 class CrossAttention(LoggingModule):
-    """Attention of every token to the whole memory, as to an encoder's output.  (B, T, D) -> (B, T, D)
+    """Attention of every token to the whole memory, without a mask.  (B, T, D) -> (B, T, D)
 
     Vaswani et al. 2017, arXiv 1706.03762, section 3.2.3. The memory (B, M, memory_dim) comes from `model(tokens, memory=...)`;
-    memory_dim is by default that of the model. No part of it is masked, whatever the position or the story of a token. While
-    decoding, keys and values are computed once and cached.
+    memory_dim is by default that of the model. With a cache, keys and values are computed only once.
     """
 
     examples = ("CrossAttn", "Norm->Attn->+->Norm->CrossAttn(num_kv_heads=1, qk_norm=True)->+")
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        memory_dim: int | None = None,
-        linear_bias: bool = False,
-        qk_norm: bool = False,
-        norm: type[Norm] = RMSNorm,
-        norm_eps: float = 1e-5,
-        attention_soft_cap: float | None = None,
-        dropout: float = 0.0,
-    ):
+        self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, memory_dim: int | None = None,
+        linear_bias: bool = False, qk_norm: bool = False, norm: type[Norm] = RMSNorm, norm_eps: float = 1e-5,
+        attention_soft_cap: float | None = None, dropout: float = 0.0,
+    ):  # fmt: skip
         if memory_dim is not None and memory_dim < 1:
             raise ValueError(f"memory_dim={memory_dim}: give the width of the memory, or None for that of the model")
         super().__init__()
@@ -52,10 +42,7 @@ class CrossAttention(LoggingModule):
         B, T, D = x.shape
         q = self.w_q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, num_heads, T, head_dim)
         q = q if self.q_norm is None else self.q_norm(q)
-        if cache:
-            k, v = cache["k"], cache["v"]
-        else:
-            k, v = self.read(memory, B)  # k: (B, num_kv_heads, M, head_dim)
+        k, v = (cache["k"], cache["v"]) if cache else self.read(memory, B)
         if cache is not None:
             cache["k"], cache["v"] = k, v
         mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device)

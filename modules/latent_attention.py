@@ -1,8 +1,14 @@
 """Multi-head latent attention: keys and values come from a small latent vector of each token, which is all that is cached.
 
 B batch, T time, S time including cached tokens, D model dim.
-The paper's symbols: c^KV is `latent`, k^R `rope_key`, W^DKV and W^KR together are `w_kv_down`, W^UK and W^UV together `w_kv_up`,
-W^DQ is `w_q_down`, W^UQ and W^QR together are `w_q_up`.
+
+    here         paper           meaning
+    latent       c^KV            the latent of keys and values
+    rope_key     k^R             the rotated channels of the keys, shared by all heads
+    w_kv_down    W^DKV, W^KR     from x to latent and rope_key
+    w_kv_up      W^UK, W^UV      from latent to keys and values
+    w_q_down     W^DQ            from x to the latent of the queries
+    w_q_up       W^UQ, W^QR      from it to the queries
 """
 
 import math
@@ -13,6 +19,7 @@ from torch import nn
 
 from model import Norm, RMSNorm, apply_rope, causal_attention, causal_mask, linear
 from modules.attention import RopeTable, attention_scores, average, narrowest
+from modules.chunks import check_sizes
 from modules.windows import mean_visible
 from tools import LoggingModule
 
@@ -32,29 +39,13 @@ class LatentAttention(LoggingModule):
     causal_attention, apply_rope = staticmethod(causal_attention), staticmethod(apply_rope)
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        head_dim: int,
-        max_seq_len: int,
-        positions: str = "rope",
-        rope_theta: float = 10_000.0,
-        q_rank: int | None = None,
-        kv_rank: int | None = None,
-        rope_dim: int | None = None,
-        v_dim: int | None = None,
-        window: int | None = None,
-        linear_bias: bool = False,
-        norm: type[Norm] = RMSNorm,
-        norm_eps: float = 1e-5,
-        attention_soft_cap: float | None = None,
-        dropout: float = 0.0,
-    ):
+        self, dim: int, num_heads: int, head_dim: int, max_seq_len: int, positions: str = "rope", rope_theta: float = 10_000.0,
+        q_rank: int | None = None, kv_rank: int | None = None, rope_dim: int | None = None, v_dim: int | None = None,
+        window: int | None = None, linear_bias: bool = False, norm: type[Norm] = RMSNorm, norm_eps: float = 1e-5,
+        attention_soft_cap: float | None = None, dropout: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
-        sizes = {"q_rank": q_rank, "kv_rank": kv_rank, "rope_dim": rope_dim, "v_dim": v_dim, "window": window}
-        for option, value in sizes.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{option}={value}: give a whole number of at least 1, or None")
+        check_sizes(q_rank=q_rank, kv_rank=kv_rank, rope_dim=rope_dim, v_dim=v_dim, window=window)
         kv_rank, v_dim = kv_rank or 2 * head_dim, v_dim or head_dim
         rope_dim = rope_dim or 2 * math.ceil(head_dim / 4)
         if rope_dim % 2:
@@ -115,7 +106,7 @@ class LatentAttention(LoggingModule):
         return latent, rope_key
 
     def expand(self, latent, rope_key):
-        """Keys, and values padded to the same width, as fused attention wants them.  (B, num_heads, S, head_dim)"""
+        """Keys and values, which are padded to the width of keys for fused attention.  (B, num_heads, S, head_dim)"""
         B, S, _ = latent.shape
         k_and_v = self.w_kv_up(latent).view(B, S, self.num_heads, -1).transpose(1, 2)
         k, v = k_and_v.split([self.latent_head_dim, self.v_dim], dim=-1)
@@ -124,7 +115,7 @@ class LatentAttention(LoggingModule):
         return k, F.pad(v, (0, self.head_dim - self.v_dim))
 
     def attend_latents(self, q, latent, rope_key, dropout):
-        """Attention to the latents themselves.  (B, num_heads, T, v_dim)"""
+        """Attention to the latents, with w_kv_up multiplied into queries and output.  (B, num_heads, T, v_dim)"""
         B, _, T, _ = q.shape
         S = latent.shape[1]
         up = self.w_kv_up.weight.view(self.num_heads, -1, self.kv_rank)
@@ -139,7 +130,7 @@ class LatentAttention(LoggingModule):
         return torch.einsum("bhtr,hvr->bhtv", average(weights, latent[:, None]), v_up)
 
     def flops_per_token(self, T: int) -> float:
-        """Matrices, scores and weighted sums of a sequence at once, as in training."""
+        """Matrices, scores and weighted sums, without a cache."""
         matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
         return 2 * matrices + 2 * self.num_heads * (self.head_dim + self.v_dim) * mean_visible(T, self.window)
 

@@ -16,7 +16,7 @@ The two-hop residual (section 3.4) belongs to the layer, not to the block, so it
 
     SkipOut->Megalodon->SkipIn(learned=False)->Norm->MLP->+
 
-adds x to what Megalodon makes of it for the MLP to read, and then, with +, x to what the MLP has made of that.
+which is x + MLP(Norm(x + Megalodon(x))).
 """
 
 import torch
@@ -34,9 +34,9 @@ class Megalodon(LoggingModule):
     """Timestep norm, CEMA, and normalised gated attention within chunks (arXiv 2404.08801).  (B, T, D) -> (B, T, D)
 
     A token sees the earlier tokens of its chunk; chunks are counted from the start of the story. value_dim is the width of all
-    values together, by default 2 D, state_dim the complex numbers that CEMA keeps for each channel, groups those of the timestep
-    norm. With that norm, the block needs none before it. The RMSNorm after CEMA is that of the authors' code
-    (github.com/XuezheMax/megalodon). CEMA makes it slow for its FLOPs: about twice as long as Attn.
+    values together (None is 2 D), state_dim is that of CEMA, groups those of the timestep norm, which makes a norm before the
+    block unnecessary. The RMSNorm after CEMA is that of the authors' code (github.com/XuezheMax/megalodon). CEMA makes it slow:
+    per FLOP it takes about twice as long as Attn.
     """
 
     examples = (
@@ -68,7 +68,7 @@ class Megalodon(LoggingModule):
         self.w_out = linear(dim + value_dim, dim, bias=True)
 
     def forward(self, x, *, rope=None, story_start=None, window=None, cache=None):
-        """The cache keeps the states of norm and average, and keys and values of the last chunk."""
+        """The cache keeps the states of the norm and the moving average, and the keys and values of the last chunk."""
         B, T, D = x.shape
         norm_cache, average_cache = (None if cache is None else cache.setdefault(name, {}) for name in ("norm", "average"))
         normed = self.timestep_norm(x, story_start=story_start, cache=norm_cache)
@@ -105,25 +105,21 @@ class Megalodon(LoggingModule):
         return self.causal_attention(q, k, v, chunk_start, min(self.chunk, window or self.chunk), self.soft_cap, dropout)
 
     def attend_cached(self, q, k, v, cache):
-        """The same after the cached tokens of the last chunk, which some of the new tokens fill up."""
-        B, _, T, _ = q.shape
-        past = 0
-        if cache.get("k") is not None:
-            check_rows(cache["k"], B)
+        """attend_chunks after the cached tokens of the last chunk, which the first of the new tokens complete."""
+        past, T = 0, q.shape[2]
+        if "k" in cache:
+            check_rows(cache["k"], len(q))
             past = cache["k"].shape[2]
             k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
-        S = past + T
-        num_old = min(T, -past % self.chunk)  # new tokens that belong to the cached chunk
-        parts = []
+        start = (past + T - 1) // self.chunk * self.chunk  # of the last chunk
+        cache["k"], cache["v"] = k[:, :, start:], v[:, :, start:]
+        num_old, parts = min(T, -past % self.chunk), []  # new tokens that belong to the cached chunk
         if num_old:
-            end = past + num_old
-            dropout = self.dropout if self.training else 0.0
-            old = self.causal_attention(q[:, :, :num_old], k[:, :, :end], v[:, :, :end], None, None, self.soft_cap, dropout)
-            parts.append(old)
+            end, dropout = past + num_old, self.dropout if self.training else 0.0
+            q_old, k_old, v_old = q[:, :, :num_old], k[:, :, :end], v[:, :, :end]
+            parts.append(self.causal_attention(q_old, k_old, v_old, None, None, self.soft_cap, dropout))
         if num_old < T:
             parts.append(self.attend_chunks(q[:, :, num_old:], k[:, :, past + num_old :], v[:, :, past + num_old :], None, None))
-        start = (S - 1) // self.chunk * self.chunk  # of the last chunk
-        cache["k"], cache["v"] = k[:, :, start:], v[:, :, start:]
         return torch.cat(parts, dim=2)
 
     def flops_per_token(self, T: int) -> float:

@@ -1,20 +1,20 @@
-"""What Megalodon makes of all tokens before: a moving average of each channel in complex numbers, and a norm over time.
+"""Megalodon's complex moving average, and its norm over time (Ma et al. 2024, arXiv 2404.08801).
 
-Ma et al. 2024, arXiv 2404.08801. B batch, T time, D model dim, N numbers of a channel's state, G groups of channels, C chunks
-of a row, L steps of a chunk, E stories that begin inside of a chunk.
+B batch, T time, D model dim, N numbers of a channel's state, G groups of channels, C chunks of a row, L steps of a chunk, E
+stories that start inside a chunk.
 
-    here             paper     what it is (section 3.1)
-    x                x, u      the input; the factor β that expands it to u is left out, since η can take it
+    here             paper     meaning (section 3.1)
+    x                x, u      the input; there is no factor β that expands it to u, since η can include it
     state            h_t       N complex numbers for each channel
-    alpha, delta     α, δ      how much of the input comes in, and how much of α the state then loses: both from 0 to 1
-    theta            θ         by how much a state turns in a step: k ω_j 2 π / N for the k-th number of channel j
-    base_angle       ω         the channel's part of that, from 0 to 1
-    eta              η         how the state becomes the output
-    entry            α (cos θ + i sin θ)         what of an input comes into the state
-    q                (1 - α δ) (cos θ + i sin θ) what becomes of a state in a step
-    skip             -         a share of the input itself, which the authors' code (github.com/XuezheMax/megalodon) adds
+    alpha, delta     α, δ      share of the input that enters the state, and share of α that the state then loses: both 0 to 1
+    theta            θ         rotation of a state in one step: k ω_j 2 π / N for number k of channel j
+    base_angle       ω         the channel's part of it, from 0 to 1
+    eta              η         output weights of the state
+    entry            α (cos θ + i sin θ)          factor of an input as it enters the state
+    q                (1 - α δ) (cos θ + i sin θ)  factor of the state in one step
+    skip             -         weight of the input in the output, which the authors' code (github.com/XuezheMax/megalodon) adds
 
-    mean, variance   μ_t, σ_t² of all that a group of channels has been so far (section 3.2)
+    mean, variance   μ_t, σ_t² of a group of channels over all tokens so far (section 3.2)
 """
 
 import math
@@ -24,18 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.chunks import check_sizes
-from modules.scan import check_rows, recurrence, scan
+from modules.scan import cached_state, check_rows, recurrence, scan
 from tools import LoggingModule
 
 
 class CEMA(LoggingModule):
-    """The complex exponential moving average of each channel (arXiv 2404.08801, section 3.1).  (B, T, D) -> (B, T, D)
+    """Complex exponential moving average of each channel (arXiv 2404.08801, section 3.1).  (B, T, D) -> (B, T, D)
 
     h_t = α (cos θ + i sin θ) x_t + (1 - α δ) (cos θ + i sin θ) h_{t-1} and y_t = Re(η h_t) + skip x_t, with state_dim complex
-    numbers h for each channel. What came before fades and swings, but by nothing that depends on the input: so a chunk of
-    tokens is one product with a matrix of powers of q, and only the states at the ends of chunks are a recurrence. A story
-    begins anew; windows are nothing to it. Each channel has a small matrix of its own: per FLOP that takes 4 times as long as
-    Attn, whose matrices are large.
+    numbers h for each channel. The coefficients do not depend on the input, so a chunk of `chunk` tokens is one product with a
+    matrix of powers of q, and only the states between chunks are a recurrence. A window has no effect: the state covers the whole
+    story. Each channel has its own small matrices: per FLOP it takes 4 times as long as Attn, whose matrices are large.
     """
 
     examples = ("CEMA", "Norm->CEMA(state_dim=3, chunk=8)->+")
@@ -44,7 +43,7 @@ class CEMA(LoggingModule):
         super().__init__()
         check_sizes(state_dim=state_dim, chunk=chunk)
         self.chunk = chunk
-        # As the authors' code begins: angles from about 1 / D to 1 of the N-th of a turn, another one in each channel.
+        # as in the authors' code: ω from about 1 / D to 1, a different one for each channel
         self.alpha = nn.Parameter(torch.randn(dim, state_dim) * 0.2)
         self.delta = nn.Parameter(torch.randn(dim, state_dim) * 0.2)
         base_angle = (dim + 1.0) ** (-(torch.randperm(dim) + 0.5) / dim)
@@ -53,78 +52,83 @@ class CEMA(LoggingModule):
         self.skip = nn.Parameter(nn.init.trunc_normal_(torch.empty(dim), std=0.25, a=-1.0, b=1.0))
 
     def forward(self, x, *, story_start=None, cache=None):
-        """The cache keeps the state, two numbers for each complex one."""
-        B, T, D = x.shape
-        state = None
-        if cache:
-            check_rows(cache["state"], B)
-            state = torch.view_as_complex(cache["state"])
+        """The cache keeps the state, each complex number as two real ones."""
+        state = cached_state(cache, x)
+        state = None if state is None else torch.view_as_complex(state)
         with torch.autocast(x.device.type, enabled=False):
-            if T == 1:
-                mixed, state = self.step_by_step(x.float(), state)
+            if x.shape[1] == 1:
+                y, state = self.step_by_step(x.float(), state)
             else:
-                mixed, state = self.in_chunks(x.float(), state, story_start, keep=cache is not None)
+                y, state = self.in_chunks(x.float(), state, story_start, keep=cache is not None)
         if cache is not None:
             cache["state"] = torch.view_as_real(state)
-        return mixed.type_as(x)
+        return y.type_as(x)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """α, the logarithm of 1 - α δ, θ and η, each (D, N); η is complex."""
+        """α, log(1 - α δ), θ and the complex η, each (D, N)."""
         N = self.alpha.shape[1]
         alpha, delta = self.alpha.sigmoid(), self.delta.sigmoid()
-        log_loss = torch.log1p(-(alpha * delta).clamp(max=1 - 1e-6))  # finite where a step leaves nothing
-        turns = torch.arange(1, N + 1, device=alpha.device) * (2 * math.pi / N)
-        return alpha, log_loss, self.base_angle.sigmoid()[:, None] * turns, as_complex(self.eta)
+        log_decay = torch.log1p(-(alpha * delta).clamp(max=1 - 1e-6))  # finite even if a step loses everything
+        angles = torch.arange(1, N + 1, device=alpha.device) * (2 * math.pi / N)
+        eta = torch.view_as_complex(self.eta.float().contiguous())
+        return alpha, log_decay, self.base_angle.sigmoid()[:, None] * angles, eta
 
     def step_by_step(self, x, state=None):
-        """The equations of section 3.1 for one token after the other: the outputs (B, T, D), and the state (B, D, N) behind."""
+        """The equations of section 3.1, token by token: the outputs (B, T, D) and the last state (B, D, N)."""
         B, T, D = x.shape
-        alpha, log_loss, theta, eta = self.coefficients()
+        alpha, log_decay, theta, eta = self.coefficients()
         N = alpha.shape[1]
-        entry, q = torch.polar(alpha, theta), torch.polar(log_loss.exp(), theta)
+        entry, q = torch.polar(alpha, theta), torch.polar(log_decay.exp(), theta)
         update = entry * x[..., None]  # (B, T, D, N)
         states = recurrence(q.expand(B, T, D, N), update, state)
         return (states * eta).sum(dim=-1).real + self.skip * x, states[:, -1]
 
-    def in_chunks(self, x, state=None, starts=None, keep=False):
-        """The same by products with matrices. starts (B, T): where the story of each token begins; None is before the first.
+    def in_chunks(self, x, state=None, story_start=None, keep=False):
+        """step_by_step as matrix products. story_start (B, T): where the story of each token starts, None: before the first.
 
-        keep: the state behind the last token is asked for, too; only where there are no starts.
+        keep: whether to return the last state, else None; only without story_start.
         """
         B, T, D = x.shape
         L = min(self.chunk, T)
-        within, entry, leave, through, scale = self.matrices(L)
-        N = through.shape[1]
-        chunks = Permuted.apply(F.pad(x, (0, 0, 0, -T % L)), (2, 0, 1)).unflatten(2, (-1, L))
-        C = chunks.shape[2]  # chunks: (D, B, C, L)
-        stories = None if starts is None else Stories(starts, L)
+        within, entry, leave, q_L, scale = self.matrices(L)
+        N = q_L.shape[1]
+        chunks = Permute.apply(F.pad(x, (0, 0, 0, -T % L)), (2, 0, 1)).unflatten(2, (-1, L))
+        C = chunks.shape[2]
+        rows, decays = chunks.view(D, B * C, L), q_L.view(D, 1, 1, N)
 
-        mixed = self.within_chunks(chunks.view(D, B * C, L), within, stories)
-        entering = chunks if stories is None else chunks * stories.is_last
-        ends = entering.view(D, B * C, L) @ entry  # (D, B * C, 2 * N)
+        # the outputs within chunks, and what each chunk adds to the state, both by story
+        if story_start is None:
+            y, ends = rows @ within, rows @ entry  # ends: (D, B * C, 2 * N)
+        else:
+            stories = StoryMasks(story_start, L)
+            columns = torch.cat([rows, rows.index_select(1, stories.chunks)], dim=1) * stories.columns
+            first, later = ((columns @ within) * stories.columns).split([B * C, len(stories.chunks)], dim=1)
+            y = first.index_add(1, stories.chunks, later)  # (D, B * C, L)
+            ends = (chunks * stories.to_end).view(D, B * C, L) @ entry  # (D, B * C, 2 * N)
+            decays = decays * stories.through
         ends = torch.view_as_complex(ends.view(D * B, C, N, 2))
-        decays = through.view(D, 1, 1, N) if stories is None else through.view(D, 1, 1, N) * stories.passed
         decays = decays.expand(D, B, C, N).reshape(D * B, C, N)
-        before = torch.zeros_like(ends[:, 0]) if state is None else (state / scale).transpose(0, 1).reshape(D * B, N)
-        begins = torch.cat([before[:, None], scan(decays, ends, before)], dim=1)  # (D * B, C + 1, N), what chunks begin with
-        carried = torch.view_as_real(begins[:, :-1]).reshape(D, B * C, 2 * N) @ leave  # (D, B * C, L)
-        mixed = mixed + (carried if stories is None else carried * stories.reached.view(B * C, L))
-        mixed = Permuted.apply(mixed.view(D, B, C * L), (1, 2, 0))[:, :T]
-        return mixed, self.last_state(begins, chunks, entry, T) * scale if keep else None
+
+        # the states before the chunks, and after the last
+        start = torch.zeros_like(ends[:, 0]) if state is None else (state / scale).transpose(0, 1).reshape(D * B, N)
+        states = torch.cat([start[:, None], scan(decays, ends, start)], dim=1)  # (D * B, C + 1, N)
+        carried = torch.view_as_real(states[:, :-1]).reshape(D, B * C, 2 * N) @ leave  # (D, B * C, L)
+        y = y + (carried if story_start is None else carried * stories.to_start.view(B * C, L))
+        y = Permute.apply(y.view(D, B, C * L), (1, 2, 0))[:, :T]
+        return y, self.last_state(states, chunks, entry, T) * scale if keep else None
 
     def matrices(self, L: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What a chunk of L steps does, as products from the right.
+        """The matrices of a chunk of L steps, which multiply from the right.
 
-        within (D, L, L): what each token of a chunk adds to the outputs of itself and those behind it; entry (D, L, 2 * N): and
-        to the state at the end; leave (D, 2 * N, L): what the state before a chunk adds to its outputs; through (D, N), complex:
-        what is left of it at the end. Complex numbers are pairs in 2 * N. The state is in units of `scale` (D, N), so that an
-        input k steps ago is in it as q to the power of k + 1.
+        within (D, L, L): from inputs to outputs. entry (D, L, 2 * N): from inputs to the state at the end. leave (D, 2 * N, L):
+        from the state before the chunk to the outputs. q_L (D, N), complex: from that state to the one at the end. 2 * N are
+        pairs, the complex numbers. The state is in units of scale (D, N), in which an input k steps ago counts q^(k + 1).
         """
-        alpha, log_loss, theta, eta = self.coefficients()
+        alpha, log_decay, theta, eta = self.coefficients()
         D, N = alpha.shape
         steps = torch.arange(1, L + 1, device=alpha.device)[:, None]
-        powers = torch.polar((steps * log_loss[:, None]).exp(), steps * theta[:, None])  # (D, L, N), q to the power of 1 to L
-        scale = alpha * (-log_loss).exp()  # the entry turns as q does, but is α where that is 1 - α δ
+        powers = torch.polar((steps * log_decay[:, None]).exp(), steps * theta[:, None])  # (D, L, N), q to the power of 1 to L
+        scale = alpha * (-log_decay).exp()  # entry / q, which is real
         outputs = (scale * eta)[:, None] * powers  # (D, L, N)
         response = outputs.real.sum(dim=-1) + F.pad(self.skip[:, None], (0, L - 1))  # (D, L), to an input 0 to L - 1 steps ago
         within = F.pad(response, (L - 1, 0)).unfold(1, L, 1).flip(1)  # (D, L, L)
@@ -132,23 +136,14 @@ class CEMA(LoggingModule):
         leave = torch.view_as_real(outputs.conj().resolve_conj()).flatten(2).transpose(1, 2)  # (D, 2 * N, L)
         return within, entry, leave, powers[:, -1], scale
 
-    def within_chunks(self, chunks, within, stories):
-        """What the tokens of a chunk tell those behind them in it, story by story.  (D, B * C, L) -> the same"""
-        if stories is None:
-            return chunks @ within
-        columns = torch.cat([chunks, chunks.index_select(1, stories.chunks)], dim=1) * stories.columns
-        mixed = (columns @ within) * stories.columns
-        whole, inside = mixed.split([chunks.shape[1], len(stories.chunks)], dim=1)
-        return whole.index_add(1, stories.chunks, inside)
-
-    def last_state(self, begins, chunks, entry, T):
-        """(B, D, N) behind the last token, which need not be the last of its chunk."""
+    def last_state(self, states, chunks, entry, T):
+        """The state (B, D, N) after token T, which need not be the last of its chunk."""
         D, B, C, L = chunks.shape
-        rest = T - (C - 1) * L
-        _, log_loss, theta, _ = self.coefficients()
-        through = torch.polar((rest * log_loss).exp(), rest * theta)[:, None]
-        added = (chunks[:, :, -1, :rest] @ entry[:, L - rest :]).unflatten(-1, (-1, 2))
-        state = through * begins[:, -2].unflatten(0, (D, B)) + torch.view_as_complex(added)
+        steps = T - (C - 1) * L  # in the last chunk
+        _, log_decay, theta, _ = self.coefficients()
+        decay = torch.polar((steps * log_decay).exp(), steps * theta)[:, None]
+        added = (chunks[:, :, -1, :steps] @ entry[:, L - steps :]).unflatten(-1, (-1, 2))
+        state = decay * states[:, -2].unflatten(0, (D, B)) + torch.view_as_complex(added)
         return state.transpose(0, 1).contiguous()
 
     def flops_per_token(self, T: int) -> float:
@@ -158,29 +153,27 @@ class CEMA(LoggingModule):
         return 2.0 * D * (L + 4 * N) + 8 * D * N / L
 
 
-class Stories:
-    """Who belongs to whom where stories of a row begin inside of chunks of L tokens, from starts (B, T)."""
+class StoryMasks:
+    """Which tokens of a chunk share a story, where stories start inside chunks of L tokens; story_start (B, T)."""
 
-    def __init__(self, starts: Tensor, L: int):
-        behind = -starts.shape[1] % L
-        starts = torch.cat([starts, starts[:, -1:].expand(-1, behind)], dim=1).unflatten(1, (-1, L))
+    def __init__(self, story_start: Tensor, L: int):
+        padding = -story_start.shape[1] % L
+        starts = torch.cat([story_start, story_start[:, -1:].expand(-1, padding)], dim=1).unflatten(1, (-1, L))
         B, C, _ = starts.shape
-        places = torch.arange(C * L, device=starts.device).view(C, L)
-        begins = places[:, :1]
-        self.reached = starts < begins  # (B, C, L), tokens whose story has begun before the chunk
-        self.passed = self.reached[:, :, -1:]  # (B, C, 1), chunks in which no story begins
-        self.is_last = starts == starts[:, :, -1:]  # (B, C, L), tokens of the story that goes on behind the chunk
-        inside = (starts == places) & (places > begins)
-        rows, chunks, steps = inside.nonzero(as_tuple=True)
-        self.chunks = rows * C + chunks  # (E), of B * C
-        whole = (starts <= begins).view(B * C, L)
+        positions = torch.arange(C * L, device=starts.device).view(C, L)
+        chunk_start = positions[:, :1]
+        self.to_start = starts < chunk_start  # (B, C, L), tokens whose story started before the chunk
+        self.through = self.to_start[:, :, -1:]  # (B, C, 1), chunks in which no story starts
+        self.to_end = starts == starts[:, :, -1:]  # (B, C, L), tokens of the story at the end of the chunk
+        rows, chunks, steps = ((starts == positions) & (positions > chunk_start)).nonzero(as_tuple=True)
+        self.chunks = rows * C + chunks  # (E), out of B * C: the chunk of each story that starts inside one
+        first = (starts <= chunk_start).view(B * C, L)
         later = starts.view(B * C, L)[self.chunks] == (chunks * L + steps)[:, None]
-        # (B * C + E, L): of each chunk the tokens of its first story, then those of each story that begins inside of one
-        self.columns = torch.cat([whole, later])
+        self.columns = torch.cat([first, later])  # the tokens of each chunk's first story, then of each story that starts inside
 
 
-class Permuted(torch.autograd.Function):
-    """x.permute(order), written out in memory, as its gradient is: batched products copy matrix by matrix what is not.
+class Permute(torch.autograd.Function):
+    """x.permute(order) as a contiguous copy, and so its gradient: batched products are slow for strided inputs.
 
     (B, T, D) -> the same axes in another order
     """
@@ -196,11 +189,11 @@ class Permuted(torch.autograd.Function):
 
 
 class TimestepNorm(LoggingModule):
-    """(x - mean) / std over all that a group of channels has been so far, with a gain and a shift.  (B, T, D) -> (B, T, D)
+    """Group norm over all tokens so far, (x - mean) / std, with a gain and a shift.  (B, T, D) -> (B, T, D)
 
-    arXiv 2404.08801, section 3.2: group normalisation whose mean and variance are those of the tokens up to each one, of its
-    story. The cache keeps both and the number of tokens. Both are kept up to date as by Welford: what is new counts 1 / n of n
-    tokens, so each is a recurrence that decays by 1 - 1 / n, and begins anew where n is 1.
+    arXiv 2404.08801, section 3.2: mean and variance of each group of channels over the tokens of the story up to each one,
+    updated by Welford's formulas: token n has the weight 1 / n, so both are recurrences with a decay of 1 - 1 / n, which is 0
+    where a story starts. The cache keeps both, and the number of tokens.
     """
 
     examples = ("TimestepNorm", "TimestepNorm(groups=1)")
@@ -217,34 +210,27 @@ class TimestepNorm(LoggingModule):
         B, T, D = x.shape
         if cache:
             check_rows(cache["mean"], B)
-        G = self.groups
-        groups = x.float().view(B, T, G, -1)  # (B, T, G, D // G)
-        positions = torch.arange(T, device=x.device) + (cache["num_tokens"] if cache else 0)
+        start_mean, start_variance, num_tokens = (cache[name] if cache else None for name in ("mean", "variance", "num_tokens"))
+        positions = torch.arange(T, device=x.device) + (num_tokens or 0)
         number = 1 + (positions if story_start is None else positions - story_start)
-        new_mean = groups.mean(dim=-1)  # (B, T, G)
-        away = groups - new_mean[..., None]  # (B, T, G, D // G)
-        new_variance = away.square().mean(dim=-1)
-        share = (1 / number)[..., None].expand_as(new_mean)
-        mean, variance = self.running(new_mean, new_variance, share, cache)
+
+        # each token's own mean and variance, and its weight in the running ones
+        groups = x.float().view(B, T, self.groups, -1)  # (B, T, self.groups, D // self.groups)
+        token_mean = groups.mean(dim=-1)  # (B, T, self.groups)
+        deviation = groups - token_mean[..., None]
+        token_variance = deviation.square().mean(dim=-1)
+        weight = (1 / number)[..., None].expand_as(token_mean)
+
+        # the running mean and variance
+        accumulate = recurrence if T == 1 else scan
+        mean = accumulate(1 - weight, weight * token_mean, start_mean)  # (B, T, self.groups)
+        start_mean = torch.zeros_like(mean[:, :1]) if start_mean is None else start_mean[:, None]
+        shift = token_mean - torch.cat([start_mean, mean[:, :-1]], dim=1)
+        variance = accumulate(1 - weight, weight * (token_variance + (1 - weight) * shift.square()), start_variance)
         if cache is not None:
             cache["mean"], cache["variance"], cache["num_tokens"] = mean[:, -1], variance[:, -1], int(positions[-1]) + 1
-        normed = (away + (new_mean - mean)[..., None]) * torch.rsqrt(variance + self.eps)[..., None]
+        normed = (deviation + (token_mean - mean)[..., None]) * torch.rsqrt(variance + self.eps)[..., None]
         return (normed.view(B, T, D) * self.weight + self.bias).type_as(x)
-
-    def running(self, new_mean, new_variance, share, cache):
-        """Means and variances so far, from those of each token and the share that it has in them.  Each (B, T, G)"""
-        accumulate = recurrence if share.shape[1] == 1 else scan
-        last_mean, last_variance = (cache["mean"], cache["variance"]) if cache else (None, None)
-        mean = accumulate(1 - share, share * new_mean, last_mean)
-        mean_before = torch.zeros_like(mean[:, :1]) if last_mean is None else last_mean[:, None]
-        away = new_mean - torch.cat([mean_before, mean[:, :-1]], dim=1)
-        variance = accumulate(1 - share, share * (new_variance + (1 - share) * away.square()), last_variance)
-        return mean, variance
-
-
-def as_complex(pairs: Tensor) -> Tensor:
-    """(..., 2) -> (...)"""
-    return torch.view_as_complex(pairs.float().contiguous())
 
 
 BLOCKS = {"CEMA": CEMA, "TimestepNorm": TimestepNorm}

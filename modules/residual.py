@@ -1,4 +1,4 @@
-"""The residual stream, otherwise: U-net skips from early layers to late ones, and several streams in place of one.
+"""Other residual connections: U-Net skips from early to late layers, and hyper-connections, which have several streams.
 
 B batch, T time, D model dim, S streams.
 """
@@ -12,10 +12,10 @@ from tools import LoggingModule
 
 
 class SkipOut(LoggingModule):
-    """Leaves x for a SkipIn further up, and changes nothing.  (B, T, D) -> (B, T, D)
+    """Save x for a later SkipIn (U-Net skip connection); the identity.  (B, T, D) -> (B, T, D)
 
-    The last that was left is the first that is taken, so that the second half of the layers meets the first half mirrored, as
-    in U-ViT (Bao et al. 2022, arXiv 2209.12152, section 3) and modded-nanogpt (Jordan et al. 2024).
+    The last x saved is the first used, so that the second half of the layers mirrors the first, as in U-ViT (Bao et al. 2022,
+    arXiv 2209.12152, section 3) and modded-nanogpt (Jordan et al. 2024).
     """
 
     examples = ("SkipOut->Norm->MLP->SkipIn", "SkipOut->MLP->SkipOut->MLP->SkipIn->MLP->SkipIn")
@@ -26,10 +26,10 @@ class SkipOut(LoggingModule):
 
 
 class SkipIn(LoggingModule):
-    """x + a skip, with what the SkipOut that belongs to it has left and a learned number a.  (B, T, D) -> (B, T, D)
+    """Add the x of the matching SkipOut, times a learned number that starts as `weight`.  (B, T, D) -> (B, T, D)
 
-    As modded-nanogpt has it (Jordan et al. 2024). `weight` is what a begins with, and stays without learned. In a layer string
-    write `SkipIn->|->` where what follows adds to the sum. Raises ValueError where nothing is left that no other SkipIn took.
+    As in modded-nanogpt (Jordan et al. 2024). With learned=False the number is `weight`. In a layer string write `SkipIn->|->`
+    if the next `+` is to add to the sum. Raises ValueError if there are fewer SkipOut than SkipIn before it.
     """
 
     examples = ("SkipOut->Norm->MLP->SkipIn(weight=0.5)", "SkipOut->Norm->MLP->SkipIn(learned=False)")
@@ -45,16 +45,16 @@ class SkipIn(LoggingModule):
 
 
 class HyperRead(LoggingModule):
-    """Hyper-connections: S residual streams; what comes next reads a mix of them, until HyperWrite.  (B, T, D) -> (B, T, D)
+    """Hyper-connections: the blocks up to the next HyperWrite read a mix of S residual streams.  (B, T, D) -> (B, T, D)
 
-    From Zhu et al. 2024, arXiv 2409.19606. Each pair of HyperRead and HyperWrite has a matrix of its own (equation 1) of what is
-    read (A_m), how the streams mix (A_r) and what is written to each (B). With dynamic=True a learned function of each stream
-    adds to it (section 2.2). At first all streams are x, one is read, the streams do not mix, and all are written to, so
-    it begins as a layer with `+` does (section 2.3). The paper takes each stream in turn to read from; here it is `stream`, or
-    one drawn by lot: as long as all layers read the same one, the others stay alike.
+    Zhu et al. 2024, arXiv 2409.19606. Each pair of HyperRead and HyperWrite has one matrix (equation 1): weights for reading the
+    streams (A_m), mixing them (A_r) and writing to them (B). With dynamic=True a learned function of each stream is added
+    (section 2.2). Initially all streams are x, one of them is read, they do not mix, and all are written to, which equals a layer
+    with `+` (section 2.3). The paper reads another stream in each layer; here it is `stream`, or a random one: streams that no
+    layer reads stay equal.
 
-    The streams are in shared["streams"]: x is read by the first HyperRead alone, and `+` and `|` have no say between the two.
-    Raises ValueError for streams of another number, or a HyperRead that comes where a HyperWrite is due.
+    The streams are in shared["streams"], so only the first HyperRead uses its x; `+` and `|` within a pair do not change them.
+    Raises ValueError if the number of streams changes, or if a HyperRead follows where a HyperWrite should.
     """
 
     examples = (
@@ -74,7 +74,7 @@ class HyperRead(LoggingModule):
         self.streams = streams
         read = torch.zeros(streams, 1)
         read[torch.randint(streams, ()) if stream is None else stream] = 1
-        # A row for each stream: A_m, A_r, B. By the name of what it is to the dynamic part, weight decay leaves it alone.
+        # a row for each stream: A_m, A_r, B; called a bias, which it is to the dynamic part, it has no weight decay
         self.bias = nn.Parameter(torch.cat([read, torch.eye(streams), torch.ones(streams, 1)], dim=1))
         self.norm = norm(dim, norm_eps=norm_eps) if dynamic else None
         self.w_dynamic = nn.Linear(dim, streams + 2, bias=False) if dynamic else None
@@ -85,11 +85,9 @@ class HyperRead(LoggingModule):
     def forward(self, x, *, shared):
         B, T, D = x.shape
         S = self.streams
-        streams = shared.get("streams")
         if "write" in shared:
             raise ValueError("layers: a HyperRead comes before the HyperWrite of the one before it: put one there")
-        if streams is None:
-            streams = x[:, :, None].expand(B, T, S, D)
+        streams = shared.get("streams", x[:, :, None].expand(B, T, S, D))
         if streams.shape[2] != S:
             raise ValueError(f"layers: HyperRead(streams={S}) finds {streams.shape[2]} streams: give all the same number")
         weights = self.bias
@@ -103,10 +101,10 @@ class HyperRead(LoggingModule):
 
 
 class HyperWrite(LoggingModule):
-    """Adds what was made of a HyperRead to its streams, and gives their mean.  (B, T, D) -> (B, T, D)
+    """Add x, with dropout, to the streams of the HyperRead before; return their mean.  (B, T, D) -> (B, T, D)
 
-    Equation 2 of Zhu et al. 2024, arXiv 2409.19606. The paper ends with the sum of the streams, which the norm
-    before the head takes for the same; their mean is as large as a residual stream, for whatever reads it. Dropout is as in `+`.
+    Equation 2 of Zhu et al. 2024, arXiv 2409.19606. The paper ends with the sum of the streams, which is the same to the norm
+    before the head; the mean has the scale of a residual stream.
     """
 
     examples = ("HyperRead->Norm->MLP->HyperWrite->Norm->Attn->+",)

@@ -1,6 +1,6 @@
-"""The linear recurrence h_t = a_t h_{t-1} + b_t of each channel by itself: step by step, and many steps side by side.
+"""The linear recurrence h_t = a_t h_{t-1} + b_t of each channel: step by step, and as a chunked scan.
 
-B batch, T time, C chunks of a row, L steps of a chunk. Behind time there may be any axes, the same for a, b and h.
+B batch, T time, C chunks of a row, L steps of a chunk. Any axes may follow time, the same for a, b and h.
 """
 
 import math
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from modules.operators import define_operator
 
 
 def recurrence(decay: Tensor, update: Tensor, state: Tensor | None = None) -> Tensor:
@@ -24,11 +26,11 @@ def recurrence(decay: Tensor, update: Tensor, state: Tensor | None = None) -> Te
 
 
 def scan(decay: Tensor, update: Tensor, state: Tensor | None = None) -> Tensor:
-    """The same in about 4 sqrt(T) operations instead of T, in time and memory linear in T, with a gradient.
+    """The recurrence in about 4 sqrt(T) operations instead of T, in time and memory linear in T.
 
-    The row is cut into chunks, and one operation takes the same step of all chunks. First each chunk begins with 0, which
-    tells what it adds to a state that passes through it, and by how much that decays. Then follows where each chunk really
-    begins, chunk by chunk, and all steps are taken once more from there. A decay of 0 begins anew.
+    The row is cut into chunks, and an operation takes the same step of all chunks. A first pass starts each chunk from 0, for
+    what it adds to the state and how much the state decays in it. This gives the states between the chunks, from which a
+    second pass computes all steps. A decay of 0 resets the state.
     """
     assert decay.shape == update.shape and (state is None or state.shape == update[:, 0].shape)
     if decay.shape[1] == 1:
@@ -37,7 +39,7 @@ def scan(decay: Tensor, update: Tensor, state: Tensor | None = None) -> Tensor:
 
 
 class Scan(torch.autograd.Function):
-    """The gradient of a scan is a scan from the end to the beginning."""
+    """The gradient of a scan is a scan in reverse."""
 
     @staticmethod
     def forward(ctx, decay, update, state):
@@ -50,81 +52,81 @@ class Scan(torch.autograd.Function):
     def backward(ctx, d_states):
         decay, state, states = ctx.saved_tensors
         d_update, d_state = torch.ops.basegpt.scan_backward(decay.conj().resolve_conj(), d_states)
-        before = torch.zeros_like(states[:, :1]) if state is None else state[:, None]
-        d_decay = d_update * torch.cat([before, states[:, :-1]], dim=1).conj()
+        start = torch.zeros_like(states[:, :1]) if state is None else state[:, None]
+        d_decay = d_update * torch.cat([start, states[:, :-1]], dim=1).conj()
         return d_decay, d_update, None if state is None else d_state
 
 
-def run_forward(decay: Tensor, update: Tensor, state: Tensor | None) -> Tensor:
+def scan_forward(decay: Tensor, update: Tensor, state: Tensor | None) -> Tensor:
     T = decay.shape[1]
     L = chunk_length(T)
-    a, b = cut(decay, L), cut(update, L)  # (B, C, L, ...)
-    C = a.shape[1]
-    begin = torch.zeros_like(b[:, :, 0])  # what each chunk begins with
+    a, b = cut(decay, L).contiguous(), cut(update, L).contiguous()  # (B, C, L, ...)
+    starts = torch.zeros_like(b[:, :, 0])  # the state before each chunk
     if state is not None:
-        begin[:, 0] = state
-    if C > 1:
-        end, total = b[:, :, 0].clone(), a[:, :, 0].clone()
-        for step in range(1, L):
-            torch.addcmul(b[:, :, step], a[:, :, step], end, out=end)
-            total.mul_(a[:, :, step])
-        for chunk in range(1, C):
-            torch.addcmul(end[:, chunk - 1], total[:, chunk - 1], begin[:, chunk - 1], out=begin[:, chunk])
-    states, last = torch.empty_like(b), begin
+        starts[:, 0] = state
+    ends, total_decay = b[:, :, 0].clone(), a[:, :, 0].clone()  # of each chunk, if it starts from 0
+    for step in range(1, L):
+        torch.addcmul(b[:, :, step], a[:, :, step], ends, out=ends)
+        total_decay.mul_(a[:, :, step])
+    for chunk in range(1, a.shape[1]):
+        torch.addcmul(ends[:, chunk - 1], total_decay[:, chunk - 1], starts[:, chunk - 1], out=starts[:, chunk])
+    states, last = torch.empty_like(b), starts
     for step in range(L):
         last = torch.addcmul(b[:, :, step], a[:, :, step], last, out=states[:, :, step])
     return states.flatten(1, 2)[:, :T].contiguous()
 
 
-def run_backward(decay: Tensor, d_states: Tensor) -> tuple[Tensor, Tensor]:
-    """With the conjugate of the decay: the gradients of update (B, T, ...) and state (B, ...).
+def scan_backward(decay: Tensor, d_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of update (B, T, ...) and state (B, ...); decay is the conjugate of the forward pass's.
 
-    What flows back from step t to the one before is decay_t times all that has come to t: its own gradient and later ones'.
+    Step t passes on decay_t times its whole gradient: its own and that of all later steps.
     """
     T = decay.shape[1]
     L = chunk_length(T)
-    a, g = cut(decay, L), cut(d_states, L)  # (B, C, L, ...)
-    C = a.shape[1]
-    flow = torch.zeros_like(g[:, :, 0])  # what comes to each chunk from those behind it
-    if C > 1:
-        own, total = torch.zeros_like(flow), torch.ones_like(flow)
-        for step in reversed(range(L)):
-            own.add_(g[:, :, step]).mul_(a[:, :, step])
-            total.mul_(a[:, :, step])
-        for chunk in reversed(range(C - 1)):
-            torch.addcmul(own[:, chunk + 1], total[:, chunk + 1], flow[:, chunk + 1], out=flow[:, chunk])
-    d_update = torch.empty_like(g)
+    a, d_h = cut(decay, L).contiguous(), cut(d_states, L).contiguous()  # (B, C, L, ...)
+    passed = torch.zeros_like(d_h[:, :, 0])  # the gradient that reaches each chunk from later ones
+    own, total_decay = torch.zeros_like(passed), torch.ones_like(passed)  # what a chunk itself passes to the one before
     for step in reversed(range(L)):
-        torch.add(g[:, :, step], flow, out=d_update[:, :, step])
-        torch.mul(a[:, :, step], d_update[:, :, step], out=flow)
-    return d_update.flatten(1, 2)[:, :T].contiguous(), flow[:, 0].clone()
+        own.add_(d_h[:, :, step]).mul_(a[:, :, step])
+        total_decay.mul_(a[:, :, step])
+    for chunk in reversed(range(a.shape[1] - 1)):
+        torch.addcmul(own[:, chunk + 1], total_decay[:, chunk + 1], passed[:, chunk + 1], out=passed[:, chunk])
+    d_update = torch.empty_like(d_h)
+    for step in reversed(range(L)):
+        torch.add(d_h[:, :, step], passed, out=d_update[:, :, step])
+        torch.mul(a[:, :, step], d_update[:, :, step], out=passed)
+    return d_update.flatten(1, 2)[:, :T].contiguous(), passed[:, 0].clone()
 
 
 def chunk_length(T: int) -> int:
-    """About sqrt(T / 2), so that there are about 4 sqrt(T) operations: 3 for each step of a chunk, and 1 for each chunk."""
+    """About sqrt(T / 2), for about 4 sqrt(T) operations: 3 for each step of a chunk, and 1 for each chunk."""
     return 2 ** round(math.log2(max(2, T) / 2) / 2)
 
 
-def cut(x: Tensor, L: int) -> Tensor:
-    """(B, T, ...) -> (B, C, L, ...), with zeros behind what fills the last chunk."""
-    behind = -x.shape[1] % L
-    if behind:
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, behind))
-    return x.contiguous().unflatten(1, (-1, L))
+def cut(x: Tensor, length: int, dim: int = 1) -> Tensor:
+    """Cut an axis into chunks of that length, the last one filled up with zeros.  (B, T, ...) -> (B, C, L, ...)"""
+    padding = -x.shape[dim] % length
+    if padding:
+        x = F.pad(x, (0, 0) * (x.dim() - dim - 1) + (0, padding))
+    return x.unflatten(dim, (-1, length))
 
 
 def check_rows(state: Tensor, B: int):
-    """Raises ValueError where a state from a cache is not of B rows."""
+    """Raises ValueError if a cached state is not of B rows."""
     if state.shape[0] != B:
-        raise ValueError(f"the cache holds a state of {state.shape[0]} rows, but x has {B}: go on with these, or begin with {{}}")
+        rows = state.shape[0]
+        raise ValueError(f"the cache holds a state of {rows} rows, but x has {B}: give {rows} rows, or start with an empty cache")
 
 
-LIBRARY = torch.library.Library("basegpt", "FRAGMENT")  # so that torch.compile takes a scan as one operation
-LIBRARY.define("scan(Tensor decay, Tensor update, Tensor? state) -> Tensor")
-LIBRARY.define("scan_backward(Tensor decay, Tensor d_states) -> (Tensor, Tensor)")
-LIBRARY.impl("scan", run_forward, "CompositeExplicitAutograd")
-LIBRARY.impl("scan_backward", run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("basegpt::scan", lambda decay, update, state: torch.empty_like(update), lib=LIBRARY)
-torch.library.register_fake(
-    "basegpt::scan_backward", lambda decay, d_states: (torch.empty_like(d_states), torch.empty_like(d_states[:, 0])), lib=LIBRARY
-)
+def cached_state(cache: dict | None, x: Tensor, *shape: int) -> Tensor | None:
+    """The state in the cache, or without one zeros of that shape, or None. Raises ValueError for another batch size than x's."""
+    if not cache:
+        return torch.zeros(shape, device=x.device) if shape else None
+    check_rows(cache["state"], len(x))
+    return cache["state"]
+
+
+define_operator("scan(Tensor decay, Tensor update, Tensor? state) -> Tensor", scan_forward,
+                lambda decay, update, state: torch.empty_like(update))  # fmt: skip
+define_operator("scan_backward(Tensor decay, Tensor d_states) -> (Tensor, Tensor)", scan_backward,
+                lambda decay, d_states: (torch.empty_like(d_states), torch.empty_like(d_states[:, 0])))  # fmt: skip

@@ -1,1 +1,9 @@
-"""The run folder, presets, experiments, and the command line of train.py."""
+"""The run folder, presets, experiments, and the command line of train.py. No torch, unless weights are read or written.
+
+folder.py        Run, run_names, group_members, default_name: what trained_models/NAME holds
+presets.py       preset, PRESETS, Preset: named architectures, and how they are trained
+experiments.py   experiment_names, experiment_preset: the folders in experiments/
+command_line.py  parse, command, Arguments: options into configs, and configs into a command
+code.py          code_digests: the code that a run was trained with
+moved.py         moved_to: where modules of earlier versions are now
+"""

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 from config import did_you_mean
+from runs.moved import moved_to
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 
@@ -31,7 +32,7 @@ def experiment_preset(name: str):
         presets = importlib.import_module(module).PRESETS
     except Exception as error:  # a reader's own code: anything may be wrong in it
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ImportError(f"the presets of {module} cannot be had: {reason}") from error
+        raise ImportError(f"the presets of {module} cannot be had: {reason}.{moved_to(error)}") from error
     if own not in presets:
         there = [f"{experiment}/{preset}" for preset in presets]
         raise ValueError(f"no preset is called {name!r}.{did_you_mean(name, there)} There are: {', '.join(there)}")

@@ -1,1 +1,6 @@
-"""How show_shapes records and draws tensor shapes, and checked shape comments."""
+"""What show_shapes records and draws, and shape comments that are checked.
+
+recording.py  Recording: the calls of a model's modules, and the lines of its source
+tree.py       Call, Line, as_text, as_html: the calls as a tree, as text or as a page
+comments.py   LineFollower, ShapeComments: follow lines, and check comments such as # (B, T, D)
+"""

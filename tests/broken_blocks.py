@@ -1,118 +1,117 @@
-"""A plugin of blocks that break the contract, each in one way, and of some that keep it in an unusual one.
+"""A plugin of blocks that each break the contract in one way, and of some that keep it in an unusual way.
 
-B batch, T time, D model dim.
+B batch, T time, S time including cached tokens, D model dim.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Attention, linear
+import fast
+from model import Attention, causal_attention, causal_mask, linear
 from tools import LoggingModule
 
 
 class Mean(LoggingModule):
-    """x plus a learned share of the mean of what was so far.  (B, T, D) → (B, T, D)"""
+    """x plus a learned share of the mean of the story so far.  (B, T, D) -> (B, T, D)"""
 
     def __init__(self, dim: int):
         super().__init__()
         self.share = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x, *, first=None, cache=None):
+    def forward(self, x, *, story_start=None, cache=None):
         B, T, D = x.shape
-        past = cache["past"] if cache else x[:, :0]
-        seen = torch.cat([past, x], dim=1)
-        S = seen.shape[1]
+        x_and_past = torch.cat([cache["past"] if cache else x[:, :0], x], dim=1)
+        S = x_and_past.shape[1]
         if cache is not None:
-            cache["past"] = seen
-        looks = torch.ones(T, S).tril(S - T).expand(B, T, S)
-        if first is not None:
-            looks = looks * (torch.arange(S) >= first[..., None])
-        mean = looks @ seen / looks.sum(dim=-1, keepdim=True)  # (B, T, D)
+            cache["past"] = x_and_past
+        mask = causal_mask(T, S, story_start).view(-1, T, S).float()
+        mean = mask @ x_and_past / mask.sum(dim=-1, keepdim=True)  # (B, T, D)
         return x + self.share * mean
 
 
 class SeesTheFuture(Mean):
-    """The mean of all."""
+    """The mean of the whole row."""
 
-    def forward(self, x, *, first=None, cache=None):
+    def forward(self, x, *, story_start=None, cache=None):
         return x + self.share * x.mean(dim=1, keepdim=True)
 
 
 class SeesTheNextToken(Mean):
     """By its number alone."""
 
-    def forward(self, x, *, tokens, first=None, cache=None):
+    def forward(self, x, *, tokens, story_start=None, cache=None):
         return self.share * x + F.pad(tokens[:, 1:], (0, 1))[..., None]
 
 
 class SeesTheFutureOfItsStory(Mean):
     """Only where stories share a row."""
 
-    def forward(self, x, *, first=None, cache=None):
-        if first is None:
+    def forward(self, x, *, story_start=None, cache=None):
+        if story_start is None:
             return super().forward(x, cache=cache)
-        return x + self.share * torch.where(first[..., None] == first[:, -1:, None], x[:, -1:], 0.0)
+        is_last_story = story_start == story_start[:, -1:]
+        return x + self.share * torch.where(is_last_story[..., None], x[:, -1:], 0.0)
 
 
 class SeesTheFutureInTraining(Mean):
-    """As a norm over the batch's time does."""
+    """Like a norm over batch and time."""
 
-    def forward(self, x, *, first=None, cache=None):
-        y = super().forward(x, first=first, cache=cache)
+    def forward(self, x, *, story_start=None, cache=None):
+        y = super().forward(x, story_start=story_start, cache=cache)
         return y - y.mean(dim=(0, 1)) if self.training else y
 
 
 class TakesNoCache(Mean):
-    """It cannot know what was."""
+    """It cannot know earlier tokens."""
 
-    def forward(self, x, *, first=None):
-        return super().forward(x, first=first)
+    def forward(self, x, *, story_start=None):
+        return super().forward(x, story_start=story_start)
 
 
 class ForgetsItsCache(Mean):
-    """It keeps nothing."""
+    """It takes a cache and leaves it empty."""
 
-    def forward(self, x, *, first=None, cache=None):
-        return super().forward(x, first=first)
+    def forward(self, x, *, story_start=None, cache=None):
+        return super().forward(x, story_start=story_start)
 
 
 class ForgetsInChunks(Mean):
-    """It keeps the last token alone, which is enough where nothing but single tokens come."""
+    """It caches the first token of a chunk, which is right for chunks of one token only."""
 
-    def forward(self, x, *, first=None, cache=None):
-        before = cache["last"] if cache else torch.zeros_like(x[:, :1])
+    def forward(self, x, *, story_start=None, cache=None):
+        last = cache["last"] if cache else torch.zeros_like(x[:, :1])
         if cache is not None:
             cache["last"] = x[:, :1]
-        previous = torch.cat([before, x[:, :-1]], dim=1)
-        if first is not None:
-            previous = previous * (torch.arange(x.shape[1]) > first)[..., None]
+        previous = torch.cat([last, x[:, :-1]], dim=1)
+        if story_start is not None:
+            previous = previous * (torch.arange(x.shape[1]) > story_start)[..., None]
         return self.share * x + previous
 
 
 class KnowsNoStories(Mean):
-    """It does not ask for first."""
+    """It does not take story_start."""
 
     def forward(self, x, *, cache=None):
         return super().forward(x, cache=cache)
 
 
 class LeaksOverStories(Mean):
-    """It asks for first, and does not heed it."""
+    """It takes story_start and ignores it."""
 
-    def forward(self, x, *, first=None, cache=None):
+    def forward(self, x, *, story_start=None, cache=None):
         return super().forward(x, cache=cache)
 
 
 class DropsGradientsOfItsInput(Mean):
-    """The weights get theirs."""
+    """The weights have gradients."""
 
-    def forward(self, x, *, first=None, cache=None):
-        return super().forward(x.detach(), first=first, cache=cache)
+    def forward(self, x, *, story_start=None, cache=None):
+        return super().forward(x.detach(), story_start=story_start, cache=cache)
 
 
 class HasAnIdleWeight(Mean):
-    """It takes part in nothing."""
+    """Nothing uses it."""
 
     def __init__(self, dim: int):
         super().__init__(dim)
@@ -120,70 +119,72 @@ class HasAnIdleWeight(Mean):
 
 
 class HasGradientsThatAreNotFinite(Mean):
-    """The root of zero has none."""
+    """The gradient of a square root at zero."""
 
-    def forward(self, x, *, first=None, cache=None):
-        return super().forward(x, first=first, cache=cache) + (x - x).square().sum(dim=-1, keepdim=True).sqrt()
+    def forward(self, x, *, story_start=None, cache=None):
+        y = super().forward(x, story_start=story_start, cache=cache)
+        return y + (x - x).square().sum(dim=-1, keepdim=True).sqrt()
 
 
 class OverflowsInBfloat16(Mean):
-    """As one that converts to a narrow format does."""
+    """Like one that converts to a narrower format."""
 
-    def forward(self, x, *, first=None, cache=None):
-        y = super().forward(x, first=first, cache=cache)
+    def forward(self, x, *, story_start=None, cache=None):
+        y = super().forward(x, story_start=story_start, cache=cache)
         return y * torch.inf if torch.is_autocast_enabled("cpu") else y
 
 
 class DropsAToken(Mean):
     """The last."""
 
-    def forward(self, x, *, first=None, cache=None):
-        return super().forward(x, first=first, cache=cache)[:, :-1]
+    def forward(self, x, *, story_start=None, cache=None):
+        return super().forward(x, story_start=story_start, cache=cache)[:, :-1]
 
 
 class DividesByTheLengthLessOne(Mean):
-    """Nothing is left for one token."""
+    """Which is zero for a single token."""
 
-    def forward(self, x, *, first=None, cache=None):
-        y = super().forward(x, first=first, cache=cache)
+    def forward(self, x, *, story_start=None, cache=None):
+        y = super().forward(x, story_start=story_start, cache=cache)
         return y if cache is not None else y + 0.0 * y / (x.shape[1] - 1)
 
 
 class HasAWrongShapeComment(Mean):
-    """A slip of the pen."""
+    """A typo."""
 
-    def forward(self, x, *, first=None, cache=None):
+    def forward(self, x, *, story_start=None, cache=None):
         B, T, D = x.shape
-        y = super().forward(x, first=first, cache=cache)  # (B, D, T)
+        y = super().forward(x, story_start=story_start, cache=cache)  # (B, D, T)
         return y
 
 
 class DrawsInEval(Mean):
-    """Noise for all."""
+    """Noise in every mode."""
 
-    def forward(self, x, *, first=None, cache=None):
-        return super().forward(x, first=first, cache=cache) + torch.randn_like(x)
+    def forward(self, x, *, story_start=None, cache=None):
+        return super().forward(x, story_start=story_start, cache=cache) + torch.randn_like(x)
 
 
 class ChangesItsInput(Mean):
     """In place."""
 
-    def forward(self, x, *, first=None, cache=None):
-        return super().forward(x.mul_(2.0) if not x.requires_grad else 2.0 * x, first=first, cache=cache)
+    def forward(self, x, *, story_start=None, cache=None):
+        doubled = x.mul_(2.0) if not x.requires_grad else 2.0 * x
+        return super().forward(doubled, story_start=story_start, cache=cache)
 
 
 class LooksAtOtherRows(Mean):
-    """As a norm over the batch does."""
+    """Like batch norm."""
 
-    def forward(self, x, *, first=None, cache=None):
-        return super().forward(x - x.mean(dim=0), first=first, cache=cache)
+    def forward(self, x, *, story_start=None, cache=None):
+        return super().forward(x - x.mean(dim=0), story_start=story_start, cache=cache)
 
 
 class NeedsRope(Mean):
     """Which not every config has."""
 
-    def forward(self, x, *, rope, first=None, cache=None):
-        return super().forward(x, first=first, cache=cache) * rope[0].shape[-1]
+    def forward(self, x, *, rope, story_start=None, cache=None):
+        return super().forward(x, story_start=story_start, cache=cache) * rope[0].shape[-1]
 
 
 class NeedsAnOption(Mean):
@@ -193,38 +194,38 @@ class NeedsAnOption(Mean):
         super().__init__(dim)
 
 
-class ReportsNothing(Mean):
-    """That is a number."""
+class ReportsNoNumber(Mean):
+    """NaN is not finite."""
 
     def report(self) -> dict[str, float]:
         return {"share": float("nan")}
 
 
-class CountsNoWork(Mean):
-    """But less."""
+class CountsNegativeFlops(Mean):
+    """Fewer than none."""
 
     def flops_per_token(self, T: int) -> float:
         return -1.0
 
 
 class DoesNotReadItsMemory(Mean):
-    """Though it asks for it."""
+    """It takes the memory and ignores it."""
 
-    def forward(self, x, *, memory, first=None, cache=None):
-        return super().forward(x, first=first, cache=cache)
+    def forward(self, x, *, memory, story_start=None, cache=None):
+        return super().forward(x, story_start=story_start, cache=cache)
 
 
 class Undocumented(Mean):
-    def forward(self, x, *, first=None, cache=None):
-        return super().forward(x, first=first, cache=cache)
+    def forward(self, x, *, story_start=None, cache=None):
+        return super().forward(x, story_start=story_start, cache=cache)
 
 
 class Bare(nn.Module):
-    """No LoggingModule."""
+    """Not a LoggingModule."""
 
 
 class HasExamplesWithoutItself(Mean):
-    """Of others alone."""
+    """Only of another block."""
 
     examples = ("MLP",)
 
@@ -235,8 +236,29 @@ class HasOneExample(Mean):
     examples = "HasOneExample"
 
 
+class IsFastButWrong(Attention):
+    """Attention that is registered with a fast function that ignores the stories of a row."""
+
+
+class HasOtherFastGradients(Attention):
+    """Attention that is registered with a fast function whose values have no gradient."""
+
+
+def ignore_stories(q, k, v, story_start=None, window=None, soft_cap=None, dropout=0.0):
+    return causal_attention(q, k, v, None, window, soft_cap, dropout)
+
+
+def detach_values(q, k, v, story_start=None, window=None, soft_cap=None, dropout=0.0):
+    return causal_attention(q, k, v.detach(), story_start, window, soft_cap, dropout)
+
+
+for kernels in (True, False):
+    fast.register(IsFastButWrong, kernels=kernels, causal_attention=ignore_stories)
+    fast.register(HasOtherFastGradients, kernels=kernels, causal_attention=detach_values)
+
+
 class Open(LoggingModule):
-    """Doubles the channels and leaves x for Close, so that it makes sense only with one behind it.  (B, T, D) → (B, T, 2 D)"""
+    """Double the channels and leave x for Close; it needs one after it.  (B, T, D) -> (B, T, 2 D)"""
 
     examples = ("Open->MLP(dim=48)->Close",)
 
@@ -246,7 +268,7 @@ class Open(LoggingModule):
 
 
 class Close(LoggingModule):
-    """Adds what Open left.  (B, T, 2 D) → (B, T, D)"""
+    """Add what Open left.  (B, T, 2 D) -> (B, T, D)"""
 
     examples = Open.examples
 
@@ -258,30 +280,26 @@ class Close(LoggingModule):
         return shared["open"] + self.w_out(x)
 
 
-class HasItsOwnSoftmax(Attention):
-    """Which the fused implementations do not know."""
-
-    def softmax(self, scores):
-        return scores.sigmoid()
-
-
 class ReadsMemory(Mean):
-    """Adds the mean of the memory.  (B, T, D) → (B, T, D)"""
+    """Add the mean of the memory.  (B, T, D) -> (B, T, D)"""
 
-    def forward(self, x, *, memory, first=None, cache=None):
-        return super().forward(x, first=first, cache=cache) + memory.mean(dim=1, keepdim=True)
+    def forward(self, x, *, memory, story_start=None, cache=None):
+        return super().forward(x, story_start=story_start, cache=cache) + memory.mean(dim=1, keepdim=True)
 
 
 class LooksBothWays(Mean):
-    """The mean of the whole story.  (B, T, D) → (B, T, D)"""
+    """The mean of the whole story.  (B, T, D) -> (B, T, D)"""
 
     causal = False
 
-    def forward(self, x, *, first=None):
+    def forward(self, x, *, story_start=None):
         B, T, D = x.shape
-        first = torch.zeros(B, T) if first is None else first
-        same = (first[:, :, None] == first[:, None, :]).to(x.dtype)  # (B, T, T)
-        return x + self.share * (same @ x) / same.sum(dim=-1, keepdim=True)
+        story_start = torch.zeros(B, T) if story_start is None else story_start
+        same_story = (story_start[:, :, None] == story_start[:, None, :]).to(x.dtype)  # (B, T, T)
+        return x + self.share * (same_story @ x) / same_story.sum(dim=-1, keepdim=True)
 
 
-BLOCKS = {made.__name__: made for made in (Open, Close, *Mean.__subclasses__(), Mean, Bare, HasItsOwnSoftmax)}
+BLOCKS = {
+    block.__name__: block
+    for block in (Open, Close, *Mean.__subclasses__(), Mean, Bare, IsFastButWrong, HasOtherFastGradients)
+}  # fmt: skip

@@ -1,18 +1,23 @@
-"""What computing a layer again on the way back must not change."""
+"""What gradient checkpointing must not change."""
+
+import copy
 
 import torch
 
+from config import TrainConfig
 from model import GPT, IGNORE
+from training.configure import configure_for_training
 
 
 def check_gradient_checkpointing(model: GPT, tokens: torch.Tensor):
-    """Loss and gradients are the same with it and without, drawn with the same random numbers.  tokens (B, T)"""
-    found = []
-    for model.checkpoint_layers in (False, True):
-        model.zero_grad()
+    """The loss and its gradients are the same with and without it, dropout included.  tokens (B, T)"""
+    results = []
+    for is_on in (False, True):
+        trial = copy.deepcopy(model)
+        configure_for_training(trial, TrainConfig(gradient_checkpointing=is_on))
         torch.manual_seed(1)
-        loss = model(tokens, tokens.where(tokens > 3, IGNORE))[1]
+        loss = trial(tokens, tokens.where(tokens > 3, IGNORE))[1]
         loss.backward()
-        found.append([loss.detach(), *(weight.grad.clone() for weight in model.parameters())])
-    for plain, checkpointed in zip(*found, strict=True):
+        results.append([loss.detach(), *(weight.grad for weight in trial.parameters())])
+    for plain, checkpointed in zip(*results, strict=True):
         torch.testing.assert_close(plain, checkpointed)

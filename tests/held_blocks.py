@@ -1,4 +1,4 @@
-"""A plugin for tests of Ctrl-C: a block that waits for it, so that no test depends on how fast a training is.
+"""A plugin for tests of Ctrl-C: a block that waits for it, so that no test depends on the speed of training.
 
 B batch, T time, D model dim.
 """
@@ -14,20 +14,20 @@ SECONDS = 120  # to wait at most
 
 
 class Held(LoggingModule):
-    """x as it is. Where $HELD names a folder, step 4 leaves a file there and goes on after Ctrl-C.  (B, T, D) → (B, T, D)"""
+    """The identity. If $HELD names a folder, step 4 leaves a file there and waits for Ctrl-C.  (B, T, D) -> (B, T, D)"""
 
     def __init__(self):
         super().__init__()
         self.steps = 0
 
     def forward(self, x):
-        waits = signal.getsignal(signal.SIGINT)
-        if self.training and "HELD" in os.environ and waits is not signal.default_int_handler:
+        handler = signal.getsignal(signal.SIGINT)
+        if self.training and "HELD" in os.environ and handler is not signal.default_int_handler:
             self.steps += 1
             if self.steps == 4:
                 Path(os.environ["HELD"], str(os.getpid())).touch()
-                until = time.monotonic() + SECONDS
-                while signal.getsignal(signal.SIGINT) is waits and time.monotonic() < until:
+                deadline = time.monotonic() + SECONDS
+                while signal.getsignal(signal.SIGINT) is handler and time.monotonic() < deadline:
                     time.sleep(0.01)
         return x
 

@@ -1,4 +1,4 @@
-"""A plugin of whole models that are nothing like GPT: no blocks, no layers, losses of their own.
+"""A plugin of models that are not GPT: no blocks, no layers, their own losses.
 
 B batch, T time, V vocabulary.
 """
@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fast.loss import IGNORE
+from model import IGNORE
 
 
 class Recurrent(nn.Module):
-    """An LSTM whose loss is pulled to small states (Merity et al. 2017, arXiv 1708.02182, section 4.5). It knows no stories."""
+    """An LSTM with an L2 penalty on its states (Merity et al. 2017, arXiv 1708.02182, section 4.5). It takes no story_ids."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -20,8 +20,8 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(config.dim, vocab_size)
 
     def forward(self, tokens, targets=None, *, cache=None):
-        kept = {} if cache is None else cache.blocks[self]
-        states, kept["state"] = self.lstm(self.table(tokens), kept.get("state"))
+        memory = {} if cache is None else cache.blocks[self]
+        states, memory["state"] = self.lstm(self.table(tokens), memory.get("state"))
         logits = self.head(states)
         if targets is None:
             return logits, None
@@ -30,17 +30,17 @@ class Recurrent(nn.Module):
 
 
 class Trigram(nn.Module):
-    """The next token by the two before it, of one story. It has no cache, and no logits in training."""
+    """Predict a token from the two before it in its story. It has no cache, and returns no logits in training."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
         self.one, self.two = nn.Embedding(vocab_size, vocab_size), nn.Embedding(vocab_size, vocab_size)
 
     def forward(self, tokens, targets=None, *, story_ids=None, window=None):
-        before = self.two(F.pad(tokens[:, :-1], (1, 0)))
-        seen = torch.ones_like(tokens) if story_ids is None else F.pad(story_ids[:, 1:] == story_ids[:, :-1], (1, 0))
-        seen = seen * (torch.arange(tokens.shape[1]) > 0) * (window is None or window > 1)
-        logits = self.one(tokens) + before * seen[..., None]
+        previous = self.two(F.pad(tokens[:, :-1], (1, 0)))
+        visible = torch.ones_like(tokens) if story_ids is None else F.pad(story_ids[:, 1:] == story_ids[:, :-1], (1, 0))
+        visible = visible * (torch.arange(tokens.shape[1]) > 0) * (window is None or window > 1)
+        logits = self.one(tokens) + previous * visible[..., None]
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, label_smoothing=0.05)

@@ -1,17 +1,17 @@
-"""The same models as `transformers` writes them, with our weights: what the tests compare with.
+"""Reference models: the same architectures in `transformers`, with our weights.
 
-Each function gives a dict from their names to our tensors; a weight of theirs that is left out raises in `load`.
+A weight of theirs that gets none of ours raises in `load`.
 """
 
 import torch
 from torch import nn
 
 from config import ModelConfig
-from model import GPT
+from model import GPT, MLP
 
 
 def llama_names(model: GPT) -> dict[str, torch.Tensor]:
-    """Llama's names; `Norm->Attn->+->Norm->MLP->+` holds its blocks in the order norm, attention, norm, mlp."""
+    """Our weights by Llama's names. The blocks of `Norm->Attn->+->Norm->MLP->+` are norm, attention, norm, mlp."""
     weights = {
         "model.embed_tokens.weight": model.embedding.weight,
         "model.norm.weight": model.norm.weight,
@@ -61,7 +61,7 @@ def gemma2(model: GPT) -> nn.Module:
     config = Gemma2Config(
         **sizes(model), hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True, attn_implementation="eager",
         attn_logit_softcapping=model.config.attention_soft_cap, final_logit_softcapping=model.config.logit_soft_cap,
-        query_pre_attn_scalar=model.config.block_values["head_dim"], sliding_window=model.config.max_seq_len,
+        query_pre_attn_scalar=model.config.block_values()["head_dim"], sliding_window=model.config.max_seq_len,
     )  # fmt: skip
     weights = {
         "model.embed_tokens.weight": model.embedding.weight,
@@ -83,15 +83,15 @@ def less_one(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 def sizes(model: GPT) -> dict:
     config: ModelConfig = model.config
-    mlp = next(module for module in model.modules() if hasattr(module, "hidden_dim"))
+    mlp = next(module for module in model.modules() if isinstance(module, MLP))
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": config.dim,
-        "intermediate_size": mlp.hidden_dim,
+        "intermediate_size": mlp.w_in.out_features,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.block_values["head_dim"],
+        "head_dim": config.block_values()["head_dim"],
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},

@@ -1,17 +1,21 @@
-"""Every block of the menu keeps the contract, and the contract catches every kind of block that does not."""
+"""Every block of the registry keeps the contract, fast or not, and the contract catches every kind of block that does not."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from errors import one_line_error
 
+import fast
 from config import ModelConfig
-from model import GPT
-from modules.contract import CONFIG, ContractError, check_block, try_out
-from modules.registry import block_menu
+from fast import build
+from modules.contract import CONFIG, WINDOW, ContractError, Trial, check_block, try_out
+from modules.registry import all_blocks, build_model
 
+WITHOUT_KERNELS = partial(fast.use, kernels=False)
+SWAPS = (WITHOUT_KERNELS,) if build.fingerprint() == "none" else (WITHOUT_KERNELS, fast.use)
 BROKEN = replace(CONFIG, plugins=("broken_blocks",))
 
 PROBLEMS = {
@@ -22,8 +26,8 @@ PROBLEMS = {
     "TakesNoCache": "with a cache, token by token, it gives another result than without: a block that mixes tokens takes `cache`",
     "ForgetsItsCache": "with a cache, token by token, it gives another result than without (off by",
     "ForgetsInChunks": "with a cache, in chunks, it gives another result",
-    "KnowsNoStories": "stories of a row see each other: one that begins at 5 is not as alone: forward must ask for `first`",
-    "LeaksOverStories": "stories of a row see each other: one that begins at 5 is not as alone (off by",
+    "KnowsNoStories": "stories of a row see each other: one that starts at 5 is not as alone: forward must ask for `story_start`",
+    "LeaksOverStories": "stories of a row see each other: one that starts at 5 is not as alone (off by",
     "DropsGradientsOfItsInput": "no gradient reaches its input",
     "HasAnIdleWeight": "no gradient reaches 0.idle",
     "HasGradientsThatAreNotFinite": "the gradient of its input is not finite in torch.float32",
@@ -36,10 +40,11 @@ PROBLEMS = {
     "LooksAtOtherRows": "a row gives another result in a batch than alone",
     "NeedsRope": "TypeError: 'NoneType' object is not subscriptable",
     "NeedsAnOption": "NeedsAnOption needs 'height', which is no field of the config",
-    "ReportsNothing": "report() says 'share': nan",
-    "CountsNoWork": "flops_per_token(71) is -1.0",
+    "ReportsNoNumber": "report() says 'share': nan",
+    "CountsNegativeFlops": "flops_per_token(71) is -1.0",
     "DoesNotReadItsMemory": "no gradient reaches the memory",
-    "HasItsOwnSoftmax": "attention='sdpa' gives other numbers than 'plain'",
+    "IsFastButWrong": "a faster class gives other numbers (with several stories in a row)",
+    "HasOtherFastGradients": "a faster class has other gradients (off by",
     "Undocumented": "it has no docstring",
     "Bare": "it is no LoggingModule",
     "HasExamplesWithoutItself": "it does not stand in 'MLP'",
@@ -48,69 +53,84 @@ PROBLEMS = {
 SOUND = ("Mean", "Open", "Close", "ReadsMemory", "LooksBothWays")
 
 
-@pytest.mark.parametrize("name", block_menu(CONFIG))
-def test_every_block_of_the_menu_keeps_the_contract(name):
-    check_block(name)
+@pytest.mark.parametrize("name", all_blocks(CONFIG))
+def test_every_block_keeps_the_contract_under_every_swap(name):
+    check_block(name, swaps=SWAPS)
 
 
-def test_the_blocks_keep_it_in_other_configs_too():
-    other = replace(CONFIG, positions="none", norm="LayerNorm", norm_bias=True, linear_bias=True, qk_norm=True, gated=False)
-    for name in ("Attn", "MLP", "Norm", "ValueAttn"):
-        check_block(name, other)
-    check_block("Attn", layer="Attn(window=5)")
-    check_block("ShortConv", layer="Norm->ShortConv(width=9)->+")
+OTHER = replace(CONFIG, positions="none", norm="LayerNorm", norm_bias=True, linear_bias=True, qk_norm=True, gated=False)
+
+
+@pytest.mark.parametrize(
+    "name, config, layer",
+    [
+        ("Attn", OTHER, None), ("MLP", OTHER, None), ("Norm", OTHER, None), ("ValueAttn", OTHER, None),
+        ("Attn", CONFIG, "Attn(window=5)"), ("ShortConv", CONFIG, "Norm->ShortConv(width=9)->+"),
+    ],
+)  # fmt: skip
+def test_the_contract_holds_in_other_configs_too(name, config, layer):
+    check_block(name, config, layer, swaps=SWAPS)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_a_broken_promise_is_told_in_one_line_that_names_the_block(name):
-    before = torch.get_rng_state()
-    told = f"the block {name!r} breaks the contract: "
-    one_line_error(lambda: check_block(name, BROKEN), told, PROBLEMS[name], error=ContractError)
-    assert torch.get_rng_state().equal(before)
+def test_a_broken_promise_is_one_line_that_names_the_block(name):
+    random_state = torch.get_rng_state()
+    start = f"the block {name!r} breaks the contract: "
+    one_line_error(lambda: check_block(name, BROKEN, swaps=SWAPS), start, PROBLEMS[name], error=ContractError)
+    assert torch.get_rng_state().equal(random_state)
 
 
 @pytest.mark.parametrize("name", SOUND)
 def test_sound_blocks_pass(name):
-    check_block(name, BROKEN)
+    check_block(name, BROKEN, swaps=SWAPS)
 
 
 def test_every_block_of_the_broken_plugin_is_tried():
-    assert {*PROBLEMS, *SOUND} == block_menu(BROKEN).keys() - block_menu(CONFIG).keys()
+    assert {*PROBLEMS, *SOUND} == all_blocks(BROKEN).keys() - all_blocks(CONFIG).keys()
 
 
-def test_what_cannot_be_checked():
+RECURRENT = ("CEMA", "DeltaNet", "GatedDeltaNet", "LinearAttn", "Mamba", "Mamba2", "RGLRU", "TimestepNorm")
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_window_has_no_effect_on_a_recurrence(name):
+    trial = Trial(name, CONFIG)
+    assert trial.run(trial.inputs, window=WINDOW).equal(trial.run(trial.inputs))
+
+
+def test_what_cannot_be_checked_is_an_error():
     one_line_error(lambda: check_block("Mena", BROKEN), "no block is called 'Mena'", "Did you mean 'Mean'?")
     one_line_error(lambda: check_block("MLP", ModelConfig(max_seq_len=64)), "max_seq_len=64", "at least 71")
     one_line_error(lambda: check_block("MLP", layer="Norm->Attn"), "'MLP'", "it does not stand in", error=ContractError)
 
 
-def layered(*strings):
-    return GPT(replace(BROKEN, num_layers=len(strings), layers=strings), 50)
+def model_of(*layers):
+    return build_model(replace(BROKEN, num_layers=len(layers), layers=layers), 50)
 
 
 @pytest.mark.parametrize("name", ["SeesTheFuture", "SeesTheFutureInTraining", "SeesTheNextToken"])
-def test_what_a_block_must_not_see_is_told_before_it_is_trained(name, capsys):
-    try_out(layered(f"Norm->{name}->+->Norm->MLP->+", f"Norm->{name}->+"))
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and f"warning: the block {name!r} breaks the contract: it sees the future" in told[0]
+def test_a_block_that_sees_the_future_is_named_before_training(name, capsys):
+    try_out(model_of(f"Norm->{name}->+->Norm->MLP->+", f"Norm->{name}->+"))
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1 and f"warning: the block {name!r} breaks the contract: it sees the future" in warnings[0]
 
 
 def test_sound_blocks_and_layers_are_tried_out_in_silence(capsys):
-    sound, random = layered("Norm->Mean->+->Norm->MLP->+", "Norm->MLP->|", "Mean", "MLP->+->Norm"), torch.get_rng_state()
+    sound, random_state = model_of("Norm->Mean->+->Norm->MLP->+", "Norm->MLP->|", "Mean", "MLP->+->Norm"), torch.get_rng_state()
     try_out(sound)
-    assert torch.get_rng_state().equal(random) and capsys.readouterr().err == ""
+    assert torch.get_rng_state().equal(random_state) and capsys.readouterr().err == ""
 
 
-def test_a_skip_that_is_missing_is_told(capsys):
-    try_out(GPT(replace(CONFIG, layers="Norm->Attn->+->Norm->MLP"), 50))
-    assert capsys.readouterr().err.count("no + behind MLP") == 1
+def test_a_missing_skip_is_warned_of(capsys):
+    try_out(build_model(replace(CONFIG, layers="Norm->Attn->+->Norm->MLP"), 50))
+    assert capsys.readouterr().err.count("no + after MLP") == 1
 
 
-def test_a_model_that_cannot_be_run_is_told_in_one_line():
-    broken = layered("Norm->MLP->+", "Norm->DropsAToken->+")
+def test_a_model_that_cannot_be_run_is_one_line():
+    broken = model_of("Norm->MLP->+", "Norm->DropsAToken->+")
     one_line_error(lambda: try_out(broken), "it fails in DropsAToken (model.py, line ", "size of tensor", "contract.check_block")
 
 
 def test_the_docs_list_every_block():
     page = (Path(__file__).resolve().parent.parent / "docs" / "config.md").read_text(encoding="utf-8")
-    assert [name for name in block_menu(CONFIG) if f"`{name}`" not in page] == []
+    assert [name for name in all_blocks(CONFIG) if f"`{name}`" not in page] == []

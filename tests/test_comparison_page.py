@@ -11,8 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from conftest import MODEL, change
+from conftest import MODEL, change, shifted_run
 from evaluation import __main__ as evaluation
+from evaluation import page
 from evaluation.comparison import compare
 from evaluation.page import as_page, write_page
 from inference import load_model
@@ -62,15 +63,35 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
+GROUPS = ("base", "idea", "thin")  # two of two seeds, and a run of another architecture
+PROMPTS = ("Tom had", "Mia saw")
+COMMAND = "python -m evaluation compare a b"
+
+
+@pytest.fixture(scope="module")
+def published(trained_folder, make_config, tmp_path_factory):
+    """The folder of the runs of GROUPS, their comparison, and its page."""
+    runs = tmp_path_factory.mktemp("published") / "runs"
+    shutil.copytree(trained_folder / "runs", runs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BASEGPT_RUNS", str(runs))
+        patch.setenv("BASEGPT_CACHE", str(trained_folder / "cache"))
+        keep_losses("tiny")
+        for seed in (0, 1):
+            shifted_run(f"base-seed{seed}", 0.01 * seed, seed, "base")
+            shifted_run(f"idea-seed{seed}", 0.011 * seed - 0.05, seed, "idea")
+        thin = replace(MODEL, dim=8, layers="Norm->Attn(window=7)->+->Norm->MLP->+")
+        list(train(thin, make_config(max_steps=5, eval_every=2), "thin"))
+        keep_losses("thin")
+        result = compare(*GROUPS)
+        return runs, result, as_page(result, prompts=PROMPTS, seed=3, num_stories=20, command=COMMAND)
+
+
 @pytest.fixture
-def groups(make_run, make_config):
-    """Two groups of two seeds, and a run of another architecture."""
-    for seed in (0, 1):
-        make_run(f"base-seed{seed}", 0.01 * seed, seed, "base"), make_run(f"idea-seed{seed}", 0.011 * seed - 0.05, seed, "idea")
-    thin = replace(MODEL, dim=8, layers="Norm->Attn(window=7)->+->Norm->MLP->+")
-    list(train(thin, make_config(max_steps=5, eval_every=2), "thin"))
-    keep_losses("thin")
-    return "base", "idea", "thin"
+def groups(published, folders):
+    """The runs of GROUPS, in this test's own folder, to read or to change."""
+    shutil.copytree(published[0], folders / "runs")
+    return GROUPS
 
 
 @pytest.fixture
@@ -78,15 +99,26 @@ def result(groups):
     return compare(*groups)
 
 
+@pytest.fixture
+def without_plots(monkeypatch):
+    """Pages without plots, which take longest to make."""
+    for name in ("plot_by", "plot_of_differences"):
+        monkeypatch.setattr(page, name, lambda *_: "")
+
+
 class TestPage:
-    def test_all_is_there_and_nothing_comes_from_elsewhere(self, result, groups):
-        text = as_page(result, prompts=("Tom had", "Mia saw"), seed=3, num_stories=20, command="python -m evaluation compare a b")
-        page = Page(text)
-        for said in (*result.verdicts, *result.notes, "one seed only: thin", "python -m evaluation compare a b", "torch",
+    def test_the_comparison_is_there(self, published):
+        _, result, text = published
+        words = Page(text).words
+        for said in (*result.verdicts, *result.notes, "one seed only: thin", COMMAND, "torch",
                      "200 whole validation stories of little.txt", "By steps", "By tokens", "By seconds", "By training FLOPs",
                      "base (2 seeds, 95%)", "thin (one seed, no band)", "part by part", "temperature 0.8",
                      "Student's t of the differences between runs of the same seed", "other stories would give"):  # fmt: skip
-            assert said in page.words
+            assert said in words
+
+    def test_nothing_comes_from_elsewhere(self, published):
+        text = published[2]
+        page = Page(text)
         assert page.tags["svg"] == 5 and page.tags["script"] == page.tags["link"] == page.tags["img"] == 0
         assert all(reference.startswith("#") for reference in page.references) and "@import" not in text
         assert {reference[1:] for reference in page.references} <= set(page.ids)
@@ -94,20 +126,26 @@ class TestPage:
         assert "currentColor" in text and "#0a0b0c" not in text and "color-scheme: light dark" in text
         assert plt.get_fignums() == []
 
-    def test_the_numbers_are_those_of_the_comparison(self, result):
-        words = Page(as_page(result, num_stories=5, prompts=("Tom",))).words
+    def test_the_numbers_are_those_of_the_comparison(self, published):
+        _, result, text = published
+        words = Page(text).words
         for name, row in result.differences.iterrows():
             ends = " ".join(f"{row[column]:+.4f}" for column in ("difference", "95% from", "to"))
             assert f"{name} {ends}" in words
         for name, row in result.candidates.iterrows():
             assert f"{row['bits per byte']:.4f}" in words and row["parameters"] in words and name in words
 
-    def test_stories_are_the_same_as_elsewhere(self, result):
-        told = samples("base-seed0", "idea-seed0", "thin", prompts=("Tom had", "Mia saw"), seed=3)
-        words = Page(as_page(result, prompts=("Tom had", "Mia saw"), seed=3, num_stories=5)).words
+    def test_stories_are_the_same_as_elsewhere(self, published, groups):
+        told = samples("base-seed0", "idea-seed0", "thin", prompts=PROMPTS, seed=3)
+        words = Page(published[2]).words
         assert all(" ".join(story.split()) in words for story in told.to_numpy().flatten())
 
-    def test_where_the_loss_is_as_the_mean_over_the_seeds(self, groups, corpus, make_config):
+    def test_what_differs_in_the_configs(self, published):
+        words = Page(published[2]).words
+        assert "dim 16 16 8" in words and "max_steps 20 20 5" in words and "Attn(window=7)" in words
+        assert "num_layers 1 1" not in words and "seed 0 0" not in words.split("Runs")[0].split("Configs")[1]
+
+    def test_where_the_loss_is_as_the_mean_over_the_seeds(self, groups, without_plots, corpus, make_config):
         list(train(MODEL, make_config(max_steps=9, eval_every=3, seed=1), "other"))
         shutil.copy(Run("other").path("model.pth"), Run("idea-seed1").path("model.pth"))
         keep_losses("idea-seed1")
@@ -124,12 +162,7 @@ class TestPage:
         for row in ("calibration error", "4 words repeated", "distinct-3", "punctuation", "content"):
             assert row in words
 
-    def test_what_differs_in_the_configs(self, result):
-        words = Page(as_page(result, num_stories=5, prompts=("Tom",))).words
-        assert "dim 16 16 8" in words and "max_steps 20 20 5" in words and "Attn(window=7)" in words
-        assert "num_layers 1 1" not in words and "seed 0 0" not in words.split("Runs")[0].split("Configs")[1]
-
-    def test_texts_are_escaped(self, result):
+    def test_texts_are_escaped(self, result, without_plots):
         nasty = "<script>alert('Tom & \"Mia\"')</script>"
         result.notes.append(nasty)
         text = as_page(result, prompts=(nasty, "<b>Tom"), num_stories=5, command=nasty)
@@ -137,7 +170,7 @@ class TestPage:
         assert page.tags["script"] == 0 and nasty not in text and text.count("alert(") >= 3
         assert nasty in page.words
 
-    def test_data_that_are_not_here(self, groups, result, corpus):
+    def test_data_that_are_not_here(self, groups, without_plots, result, corpus):
         for name in ("base-seed0", "base-seed1"):
             change(name, "train_config.json", data="moved/<tiny>")
         text = as_page(compare("base", "idea"), num_stories=5, prompts=("Tom",))
@@ -146,13 +179,13 @@ class TestPage:
         assert "Where the loss is" in words  # that of the other
         assert "not measured" not in Page(as_page(compare("base", "idea"), num_stories=5, data_if_missing=corpus)).words
 
-    def test_other_tokenizers_are_said(self, groups, make_config):
+    def test_other_tokenizers_are_said(self, groups, without_plots, make_config):
         list(train(MODEL, make_config(max_steps=5, eval_every=2, tokenizer="bpe_tokenizer_95"), "letters"))
         keep_losses("letters")
         words = Page(as_page(compare("base", "letters"), num_stories=5, prompts=("Tom",))).words
         assert "which do not compare between tokenizers" in words and "have other tokenizers" in words
 
-    def test_nothing_to_compare(self, make_run):
+    def test_nothing_to_compare(self, make_run, without_plots):
         make_run("a"), make_run("b", np.inf)
         words = Page(as_page(compare("a", "b"), num_stories=5, prompts=("Tom",))).words
         assert "Nothing could be compared" in words and "b diverged and is left out" in words
@@ -184,6 +217,6 @@ class TestTerminal:
             evaluation.main(["compare", "a", "b", *words])
         assert not capsys.readouterr().out
 
-    def test_a_file_that_cannot_be_written(self, result, tmp_path):
+    def test_a_file_that_cannot_be_written(self, result, without_plots, tmp_path):
         with pytest.raises(IsADirectoryError):
             write_page(result, tmp_path, num_stories=5, prompts=("Tom",))

@@ -1,4 +1,4 @@
-"""Promises of modules/deltanet.py: both forms say the same, as the papers' equations do."""
+"""Promises of modules/deltanet.py: both forms give the papers' equations."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ BLOCKS = (DeltaNet, GatedDeltaNet)
 
 
 def block(kind: type[DeltaNet], **options) -> DeltaNet:
-    """With two heads of values for each of the keys, and weights away from where they begin."""
+    """Two value heads for each key head, and noise on every weight."""
     torch.manual_seed(0)
     made = kind(D, H, K, **{"v_heads": 2 * H, "v_dim": V, "chunk": C} | options)
     with torch.no_grad():
@@ -31,9 +31,9 @@ def block(kind: type[DeltaNet], **options) -> DeltaNet:
 
 
 def as_written(made: DeltaNet, x: torch.Tensor) -> torch.Tensor:
-    """What the papers' equations say, token by token and head by head, in float64.  (B, T, D) → (B, T, D)"""
+    """The papers' equations, token by token and head by head, in float64.  (B, T, D) -> (B, T, D)"""
     weights = {name: weight.detach().double() for name, weight in made.state_dict().items()}
-    taps = weights["conv.weight"] + torch.eye(len(weights["conv.weight"]), 1, dtype=torch.float64)  # beside its skip
+    taps = weights["conv.weight"] + torch.eye(len(weights["conv.weight"]), 1, dtype=torch.float64)  # for the skip
     x = x.double()
     out = torch.zeros_like(x)
     for b in range(x.shape[0]):
@@ -52,8 +52,8 @@ def as_written(made: DeltaNet, x: torch.Tensor) -> torch.Tensor:
                 if isinstance(made, GatedDeltaNet):
                     step = (1 + (weights["w_step.weight"][h] @ x[b, t] + weights["step_bias"][h]).exp()).log()
                     alpha = (-weights["log_rate"][h].exp() * step).exp()
-                kept = torch.eye(K, dtype=torch.float64) - beta * torch.outer(k_t, k_t)
-                states[h] = alpha * states[h] @ kept + beta * torch.outer(v[h * V : h * V + V], k_t)
+                decay = torch.eye(K, dtype=torch.float64) - beta * torch.outer(k_t, k_t)
+                states[h] = alpha * states[h] @ decay + beta * torch.outer(v[h * V : h * V + V], k_t)
                 o = states[h] @ q_t / K**0.5
                 normed = o / (o.square().mean() + made.norm.eps).sqrt() * weights["norm.weight"]
                 if isinstance(made, GatedDeltaNet):
@@ -80,7 +80,7 @@ def test_it_computes_what_the_papers_write(kind):
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("T", LENGTHS)
-def test_in_parallel_is_as_step_by_step_with_the_same_gradients(kind, T):
+def test_in_parallel_equals_step_by_step_with_its_gradients(kind, T):
     made = block(kind)
     check_forms(made, torch.randn(2, T, D), inputs_of(made))
 
@@ -94,13 +94,13 @@ def test_the_chunk_does_not_matter(kind):
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_it_goes_on_from_a_state_of_constant_size(kind):
+def test_it_continues_from_a_state_of_constant_size(kind):
     check_cached(block(kind), torch.randn(2, 70, D))
     check_cached(block(kind, conv_width=1), torch.randn(2, 70, D))
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_stories_of_a_row_do_not_see_each_other_and_a_window_has_no_effect(kind):
+def test_stories_of_a_row_do_not_see_each_other(kind):
     check_stories(block(kind), torch.randn(2, 70, D))
 
 
@@ -112,22 +112,22 @@ def test_long_sequences_and_bfloat16_are_stable(kind):
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_a_key_that_comes_again_and_again_is_exact_too(kind):
-    """All keys alike and every answer replaced: the corrections of a chunk depend on each other as much as they can."""
+def test_a_repeated_key_is_exact_too(kind):
+    """All keys alike and every value replaced: the corrections within a chunk depend on each other as much as possible."""
     made = block(kind, chunk=64)
     inputs = list(inputs_of(made)(torch.randn(2, 130, D)))
     inputs[1], inputs[3] = inputs[1][:, :, :1].expand_as(inputs[1]), torch.ones_like(inputs[3])
     check_forms(made, torch.empty(0), lambda x: inputs)
 
 
-def test_what_fades_at_once_is_finite_and_gone():
+def test_the_fastest_decay_is_finite_and_exact():
     made, x = block(GatedDeltaNet), torch.randn(2, 40, D)
     q, k, v, beta, _ = inputs_of(made)(x)
     log_decay = torch.full_like(beta, -1e4)
     check_forms(made, x, lambda x: (q, k, v, beta, log_decay))
 
 
-def test_a_gated_one_that_keeps_all_answers_as_an_ungated_one():
+def test_a_decay_of_one_gives_the_ungated_rule():
     gated, plain, x = block(GatedDeltaNet), block(DeltaNet), torch.randn(2, 40, D)
     q, k, v, beta, _ = inputs_of(gated)(x)
     state = torch.zeros(2, 2 * H, K, V)
@@ -136,13 +136,13 @@ def test_a_gated_one_that_keeps_all_answers_as_an_ungated_one():
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_it_says_how_much_it_computes(kind):
+def test_flops_are_those_that_torch_counts(kind):
     made = block(kind)
     solution, convolution = made.v_heads * C * C, 2 * made.conv.weight.numel()
     check_flops(made, torch.randn(2, 4 * C, D), uncounted=solution + convolution)
 
 
-def test_what_a_gated_one_begins_with():
+def test_the_initial_decays_are_those_of_the_paper():
     torch.manual_seed(0)
     made = GatedDeltaNet(D, H, K, v_heads=100 * H)
     steps = torch.nn.functional.softplus(made.step_bias)
@@ -151,7 +151,7 @@ def test_what_a_gated_one_begins_with():
     assert made.v_dim == 2 * K and DeltaNet(D, H, K).v_dim == K
 
 
-def test_options_that_cannot_be():
+def test_bad_options_are_one_line():
     for kind in BLOCKS:
         one_line_error(lambda kind=kind: block(kind, chunk=0), "chunk=0", "at least 1")
         one_line_error(lambda kind=kind: block(kind, v_dim=0), "v_dim=0", "at least 1")

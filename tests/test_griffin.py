@@ -1,4 +1,4 @@
-"""Promises of modules/griffin.py: it is what the paper writes. test_originals.py compares it with RecurrentGemma."""
+"""Promises of modules/griffin.py: the equations of the paper. test_originals.py compares it with RecurrentGemma."""
 
 import math
 
@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import ModelConfig
-from model import GPT, Cache, Steps
+from model import Cache
 from modules import griffin
 from modules.griffin import RGLRU
-from modules.registry import build_block
+from modules.registry import build_block, build_branch, build_model
 from modules.scan import recurrence
 
 D, W, H, WIDTH = 12, 20, 4, 3
@@ -21,7 +21,7 @@ LENGTHS = (1, 2, 3, 15, 16, 17, 53, 300)
 
 
 def block(**options) -> RGLRU:
-    """Every weight away from where it begins."""
+    """Noise on every weight."""
     torch.manual_seed(0)
     made = RGLRU(D, H, **{"width": W, "conv_width": WIDTH, "linear_bias": True} | options)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def block(**options) -> RGLRU:
 
 
 def as_written(made: RGLRU, x: torch.Tensor) -> torch.Tensor:
-    """Section 2.3 and equations 1 to 4 of arXiv 2402.19427, channel by channel, in float64.  (B, T, D) → (B, T, D)"""
+    """Section 2.3 and equations 1 to 4 of arXiv 2402.19427, channel by channel, in float64.  (B, T, D) -> (B, T, D)"""
     w = {name: weight.detach().double() for name, weight in made.state_dict().items()}
     x, out = x.double(), []
     B, T, _ = x.shape
@@ -40,8 +40,8 @@ def as_written(made: RGLRU, x: torch.Tensor) -> torch.Tensor:
         state = torch.zeros(W, dtype=torch.float64)
         for t in range(T):
             inner = branch[t] + w["conv.bias"]
-            for back in range(min(t + 1, WIDTH)):
-                inner = inner + w["conv.weight"][back] * branch[t - back]
+            for distance in range(min(t + 1, WIDTH)):
+                inner = inner + w["conv.weight"][distance] * branch[t - distance]
             r, i = torch.zeros(W, dtype=torch.float64), torch.zeros(W, dtype=torch.float64)
             for head in range(H):
                 channels = slice(head * W // H, (head + 1) * W // H)
@@ -62,25 +62,24 @@ def test_it_computes_what_the_paper_writes():
 
 
 @pytest.mark.parametrize("T", LENGTHS)
-def test_the_scan_is_as_step_by_step_with_the_same_gradients(T, monkeypatch):
+def test_the_scan_equals_step_by_step_with_its_gradients(T, monkeypatch):
     made, x = block(), torch.randn(2, T, D, requires_grad=True)
-    direction, found = torch.randn(2, T, D), []
+    direction, results = torch.randn(2, T, D), []
     for form in (griffin.scan, recurrence):
         monkeypatch.setattr(griffin, "scan", form)
         y = made(x)
-        found.append((y, torch.autograd.grad(y, [x, *made.parameters()], direction)))
-    (y, gradients), (expected, expected_gradients) = found
+        results.append((y, torch.autograd.grad(y, [x, *made.parameters()], direction)))
+    (y, gradients), (expected, expected_gradients) = results
     torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-3 * theirs.abs().max().item() + 1e-6, rtol=0)
 
 
-def test_it_goes_on_from_a_state_of_constant_size():
+def test_it_continues_from_a_state_of_constant_size():
     check_cached(block(), torch.randn(2, 70, D))
 
 
 def test_stories_of_a_row_do_not_see_each_other():
-    """And a window that is wider than the convolution has no effect."""
     check_stories(block(), torch.randn(2, 70, D))
 
 
@@ -89,48 +88,48 @@ def test_long_sequences_and_bfloat16_are_stable():
     check_stable_in_bfloat16(block(), torch.randn(2, 300, D))
 
 
-def test_gates_that_are_shut_keep_the_state_and_the_gradients_finite():
+def test_closed_gates_keep_the_state_and_finite_gradients():
     made, x = block(), torch.randn(1, 50, D)
     with torch.no_grad():
-        made.remember_bias.fill_(-1e4)  # a is 1: nothing is forgotten, and nothing comes in behind the first token
+        made.remember_bias.fill_(-1e4)  # a is 1: nothing is forgotten, and nothing is added after the first token
     states = []
     made.w_out.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
     gate = nn.functional.gelu(made.w_gate(x), approximate="tanh")
     made(x).sum().backward()
-    kept = states[0] / gate
-    torch.testing.assert_close(kept, kept[:, :1].expand_as(kept), atol=0.05, rtol=0.01)
+    state = states[0] / gate
+    torch.testing.assert_close(state, state[:, :1].expand_as(state), atol=0.05, rtol=0.01)
     assert all(weight.grad.isfinite().all() for weight in made.parameters())
 
 
-def test_it_begins_as_the_paper_says():
+def test_the_initial_decays_are_those_of_the_paper():
     torch.manual_seed(0)
-    kept = RGLRU(512, 4).forgetting.sigmoid() ** 8
-    assert kept.min() > 0.9 and kept.max() < 0.999
-    assert kept.mean().item() == pytest.approx(0.9495, abs=0.005)
+    decays = RGLRU(512, 4).forgetting.sigmoid() ** 8
+    assert decays.min() > 0.9 and decays.max() < 0.999
+    assert decays.mean().item() == pytest.approx(0.9495, abs=0.005)
 
 
 def test_sizes_are_those_of_the_config_or_the_options():
     config = ModelConfig(dim=24, num_heads=4)
-    made = build_block("RGLRU", {}, config)
+    made = build_block("RGLRU", {}, config, vocab_size=50)
     assert made.w_out.weight.shape == (24, 24) and made.w_remember.shape == (4, 6, 6)
-    made = build_block("RGLRU", {"width": 30, "blocks": 5}, config)
+    made = build_block("RGLRU", {"width": 30, "blocks": 5}, config, vocab_size=50)
     assert made.w_out.weight.shape == (24, 30) and made.w_admit.shape == (5, 6, 6)
 
 
-def test_options_that_cannot_be():
+def test_bad_options_are_one_line():
     for options, word in (
         ({"width": 0}, "width=0"), ({"blocks": 0}, "blocks=0"), ({"conv_width": 0}, "conv_width=0"), ({"blocks": 3}, "blocks=3"),
     ):  # fmt: skip
         one_line_error(lambda options=options: block(**options), word)
     layer = "Norm->RGLRU(width=10)->+"
-    one_line_error(lambda: Steps(layer, ModelConfig(), 1), "»RGLRU(width=10)«", "blocks=4", "width=10")
+    one_line_error(lambda: build_branch(layer, ModelConfig(), 50), "»RGLRU(width=10)«", "blocks=4", "width=10")
 
 
-def test_a_state_of_another_batch_size():
+def test_a_state_of_another_batch_size_is_an_error():
     check_wrong_cache(block(), D)
 
 
-def test_flops_hold_the_matrix_products_that_torch_counts():
+def test_flops_include_the_products_that_torch_counts():
     made, T = block(), 64
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         made(torch.randn(1, T, D))
@@ -138,12 +137,12 @@ def test_flops_hold_the_matrix_products_that_torch_counts():
 
 
 @torch.no_grad()
-def test_with_local_attention_it_writes_from_the_cache_what_it_reads_at_once():
+def test_a_griffin_decodes_from_the_cache_as_at_once():
     torch.manual_seed(0)
     layers = ("Norm->RGLRU->+->Norm->MLP->+",) * 2 + ("Norm->Attn(window=6)->+->Norm->MLP->+",)
-    model = GPT(ModelConfig(dim=16, num_layers=3, num_heads=2, num_kv_heads=1, max_seq_len=48, layers=layers), 50).eval()
+    model = build_model(ModelConfig(dim=16, num_layers=3, num_heads=2, num_kv_heads=1, max_seq_len=48, layers=layers), 50).eval()
     tokens, cache = torch.randint(50, (2, 40)), Cache()
     expected, _ = model(tokens)
-    pieces = [model(piece, cache=cache)[0] for piece in tokens.split([13, 1, 1, 25], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-4, rtol=1e-4)
+    chunks = [model(chunk, cache=cache)[0] for chunk in tokens.split([13, 1, 1, 25], dim=1)]
+    torch.testing.assert_close(torch.cat(chunks, dim=1), expected, atol=1e-4, rtol=1e-4)
     assert math.isclose(model.layers[0].branches[0].blocks[1].flops_per_token(8), 2 * (3 * 256 + 2 * 128) + 2 * 4 * 16 + 6 * 16)

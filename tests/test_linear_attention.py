@@ -1,4 +1,4 @@
-"""Promises of modules/linear_attention.py: both forms say the same, as the papers' equations do, for every decay."""
+"""Promises of modules/linear_attention.py: both forms give the papers' equations, for every decay."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ DECAYS = ("learned", "fixed", "none")
 
 
 def block(decay: str, **options) -> LinearAttention:
-    """With decays far from where they begin, and different in every channel."""
+    """Noise on every weight, and decays that differ from channel to channel."""
     torch.manual_seed(0)
     made = LinearAttention(D, H, K, **{"v_dim": V, "decay": decay, "chunk": C} | options)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def angles(T: int):
 
 
 def as_written(made: LinearAttention, x: torch.Tensor, rope) -> torch.Tensor:
-    """What the papers' equations say, number by number, in float64.  (B, T, D) → (B, T, D)"""
+    """The papers' equations, token by token and head by head, in float64.  (B, T, D) -> (B, T, D)"""
     weights = {name: weight.detach().double() for name, weight in made.state_dict().items()}
     x = x.double()
     out = torch.zeros_like(x)
@@ -53,8 +53,8 @@ def as_written(made: LinearAttention, x: torch.Tensor, rope) -> torch.Tensor:
                 alpha = torch.ones(K, dtype=torch.float64)
                 if made.decay == "fixed":
                     alpha *= 1 - 2.0 ** (-5 - h)
-                    turn = torch.complex(*(table[0, t].double() for table in rope))
-                    q, k = (torch.view_as_real(torch.complex(p[: K // 2], p[K // 2 :]) * turn).T.flatten() for p in (q, k))
+                    rotation = torch.complex(*(table[0, t].double() for table in rope))
+                    q, k = (torch.view_as_real(torch.complex(p[: K // 2], p[K // 2 :]) * rotation).T.flatten() for p in (q, k))
                 elif made.decay == "none":
                     q, k = (torch.where(p > 0, p + 1, p.exp()) for p in (q, k))
                 else:
@@ -79,7 +79,7 @@ def test_it_computes_what_the_papers_write(decay):
 
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("T", LENGTHS)
-def test_in_parallel_is_as_step_by_step_with_the_same_gradients(decay, T):
+def test_in_parallel_equals_step_by_step_with_its_gradients(decay, T):
     made, x = block(decay), torch.randn(2, T, D)
     check_forms(made, x, lambda x: (*made.project(x, angles(T)), made.log_decay(x)))
 
@@ -95,12 +95,12 @@ def test_the_chunk_does_not_matter(decay):
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-def test_it_goes_on_from_a_state_of_constant_size(decay):
+def test_it_continues_from_a_state_of_constant_size(decay):
     check_cached(block(decay), torch.randn(2, 70, D))
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-def test_stories_of_a_row_do_not_see_each_other_and_a_window_has_no_effect(decay):
+def test_stories_of_a_row_do_not_see_each_other(decay):
     check_stories(block(decay), torch.randn(2, 70, D))
 
 
@@ -111,7 +111,7 @@ def test_long_sequences_and_bfloat16_are_stable(decay):
     check_stable_in_bfloat16(made, torch.randn(2, 300, D))
 
 
-def test_the_fastest_forgetting_is_finite_and_exact_in_both_forms():
+def test_the_fastest_decay_is_finite_and_exact():
     made, x = block("learned", chunk=32), torch.randn(2, 100, D)
     with torch.no_grad():
         made.w_decay_up.bias.fill_(-1e4)
@@ -119,19 +119,19 @@ def test_the_fastest_forgetting_is_finite_and_exact_in_both_forms():
     check_forms(made, x, lambda x: (*made.project(x, None), made.log_decay(x)))
 
 
-def test_heads_forget_as_in_retention():
-    kept = block("fixed").log_decay(torch.zeros(1, 1, D)).exp().flatten()
-    torch.testing.assert_close(kept, torch.tensor([31 / 32, 63 / 64, 127 / 128]))
+def test_fixed_decays_are_those_of_retention():
+    decays = block("fixed").log_decay(torch.zeros(1, 1, D)).exp().flatten()
+    torch.testing.assert_close(decays, torch.tensor([31 / 32, 63 / 64, 127 / 128]))
     assert block("none").log_decay(torch.zeros(1, 1, D)).eq(0).all()
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-def test_it_says_how_much_it_computes(decay):
+def test_flops_are_those_that_torch_counts(decay):
     check_flops(block(decay), torch.randn(2, 4 * C, D))
     check_flops(block(decay), torch.randn(2, 3 * C + 5, D))
 
 
-def test_options_that_cannot_be():
+def test_bad_options_are_one_line():
     one_line_error(lambda: block("fixed", chunk=0), "chunk=0", "at least 1")
     one_line_error(lambda: block("learned", chunk=64), "chunk=64", "at most 32")
     one_line_error(lambda: block("fixed", v_dim=0), "v_dim=0", "at least 1")

@@ -1,4 +1,4 @@
-"""Promises of model.py: it computes what other people's implementations compute, and the layer string means what it says."""
+"""Promises of model.py: it agrees with other people's implementations, and the layer string means what it says."""
 
 import math
 import sys
@@ -12,17 +12,18 @@ import torch.nn.functional as F
 from errors import one_line_error
 from torch import nn
 
-from config import SANDWICH_NORM, ModelConfig
-from model import GPT, IGNORE, MLP, Attention, Cache, Layer, Steps
-from modules.norms import CosineNorm, LayerNorm, RMSNorm
+from config import SANDWICH_NORM, ModelConfig, gated_width
+from model import GPT, IGNORE, MLP, Attention, Branch, Cache, Layer, LayerNorm, RMSNorm, masked_attention
+from modules.norms import CosineNorm
+from modules.registry import all_blocks, build_branch, build_model
 from runs.presets import PRESETS, preset
+from training.report import num_parameters
 
 V = 98
 TINY = ModelConfig(dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=32)
 POSITIONS = ("rope", "learned", "sinusoidal", "none")
 VARIANTS = {
     **{positions: replace(TINY, positions=positions) for positions in POSITIONS},
-    "plain": replace(TINY, attention="plain"),
     "qk_norm": replace(TINY, qk_norm=True, norm="CosineNorm", num_kv_heads=1),
     "soft_caps": replace(TINY, attention_soft_cap=2.0, logit_soft_cap=0.5, logit_scale=1.7),
     "parallel": replace(TINY, layers=["Norm->Attn->+->Norm->MLP->+", "Norm->Attn->+"]),
@@ -36,7 +37,7 @@ VARIANTS = {
 
 
 def randomised(model: GPT, seed: int = 0) -> GPT:
-    """Every weight away from where it begins, so that no gain of 1, no bias of 0 and no small matrix hides a mistake."""
+    """Add noise to every weight, so that no gain of 1, no bias of 0 and no small matrix hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -50,14 +51,14 @@ def some_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def build(config: ModelConfig, seed: int = 0) -> GPT:
     torch.manual_seed(seed)
-    return randomised(GPT(config, V)).eval()
+    return randomised(build_model(config, V)).eval()
 
 
 EVERY_MODEL = {name: model for name, (model, _) in PRESETS.items()} | VARIANTS
 
 REFERENCES = {
     "llama3_like": (preset("llama3_like").model, references.llama),
-    "llama3_like_plain": (replace(preset("llama3_like").model, attention="plain"), references.llama),
+    "llama3_like, attention written out": (replace(preset("llama3_like").model, attention_soft_cap=1e4), references.llama),
     "the_default": (ModelConfig(), references.llama),
     "gpt2_like": (preset("gpt2_like").model, references.gpt2),
     "gemma1_like": (preset("gemma1_like").model, references.gemma),
@@ -68,7 +69,7 @@ REFERENCES = {
 @pytest.mark.parametrize("config, reference", REFERENCES.values(), ids=REFERENCES)
 def test_logits_gradients_and_size_equal_transformers(config: ModelConfig, reference: Callable):
     torch.manual_seed(0)
-    model = GPT(config, V).eval()
+    model = build_model(config, V).eval()
     with torch.no_grad():
         for weight in model.layers.parameters():  # matrices large enough to matter, norms and biases away from 1 and 0
             if weight.dim() == 1:
@@ -88,17 +89,17 @@ def test_logits_gradients_and_size_equal_transformers(config: ModelConfig, refer
     torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=0)
     loss.backward()
     expected_loss.backward()
-    for ours, their in ((model.embedding, theirs.get_input_embeddings()), (model.head, theirs.get_output_embeddings())):
-        torch.testing.assert_close(ours.weight.grad, their.weight.grad, atol=1e-4, rtol=0)
+    for ours, other in ((model.embedding, theirs.get_input_embeddings()), (model.head, theirs.get_output_embeddings())):
+        torch.testing.assert_close(ours.weight.grad, other.weight.grad, atol=1e-4, rtol=0)
     if reference is references.llama:
         their_gradients = {name: weight.grad for name, weight in theirs.named_parameters(remove_duplicate=False)}
         for name, weight in references.llama_names(model).items():
             torch.testing.assert_close(weight.grad, their_gradients[name], atol=1e-4, rtol=0)
 
-    assert model.num_parameters() == theirs.num_parameters()
+    assert num_parameters(model) == theirs.num_parameters()
     tables = ("embed_tokens", "wte", "wpe", "lm_head")
-    inside = [weight.numel() for name, weight in theirs.named_parameters() if name.split(".")[-2] not in tables]
-    assert model.num_parameters(embeddings=False) == sum(inside)
+    sizes = [weight.numel() for name, weight in theirs.named_parameters() if name.split(".")[-2] not in tables]
+    assert num_parameters(model, embeddings=False) == sum(sizes)
 
 
 @pytest.mark.parametrize("affine, bias", [(False, False), (True, False), (True, True)])
@@ -126,7 +127,7 @@ def test_norms_equal_torch(affine, bias):
     assert torch.isfinite(cosine(torch.zeros(1, 12))).all()
 
 
-def test_a_fresh_norm_gives_channels_of_size_one():
+def test_a_new_norm_gives_channels_of_size_one():
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)) * 7
     for norm in (RMSNorm, LayerNorm, CosineNorm):
         torch.testing.assert_close(norm(64)(x).square().mean(-1), torch.ones(2, 5), atol=1e-3, rtol=0)
@@ -179,44 +180,45 @@ def test_packed_stories_do_not_see_each_other(config: ModelConfig):
     assert (together[:, 15:] - packed[:, 15:]).abs().max() > 1e-3
 
 
-def test_the_loss_ignores_what_is_not_to_be_predicted_and_micro_batches_add_up():
+def test_ignored_targets_do_not_count_and_micro_batches_add_up():
     model = build(TINY)
     tokens, targets = some_tokens(6, 12), some_tokens(6, 12, seed=1)
     for row in range(6):
         targets[row, 2 * row :] = IGNORE
     logits, loss = model(tokens, targets)
-    kept = targets != IGNORE
-    torch.testing.assert_close(loss, -logits.log_softmax(-1)[kept].gather(-1, targets[kept][:, None]).mean())
-    expected = torch.autograd.grad(loss, list(model.parameters()))
+    scored = targets != IGNORE
+    torch.testing.assert_close(loss, -logits.log_softmax(-1)[scored].gather(-1, targets[scored][:, None]).mean())
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
 
-    losses = [model(t, y)[1] * (y != IGNORE).sum() / kept.sum() for t, y in zip(tokens.split(4), targets.split(4), strict=True)]
-    torch.testing.assert_close(sum(losses), loss)
-    for whole, parts in zip(expected, torch.autograd.grad(sum(losses), list(model.parameters())), strict=True):
-        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
+    micro_batches = zip(tokens.split(4), targets.split(4), strict=True)
+    total = sum(model(tokens, targets)[1] * (targets != IGNORE).sum() / scored.sum() for tokens, targets in micro_batches)
+    torch.testing.assert_close(total, loss)
+    for ours, expected in zip(torch.autograd.grad(total, list(model.parameters())), gradients, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
 
 
-def steps(layer: str, config: ModelConfig = TINY) -> Steps:
+def branch(layer: str, config: ModelConfig = TINY) -> Branch:
     torch.manual_seed(0)
-    return randomised(Steps(layer, config, num_residuals=1))
+    return randomised(build_branch(layer, config, V))
 
 
 def by_hand(layer: str, x: torch.Tensor, blocks: list[Callable]) -> torch.Tensor:
-    """What each layer string of the test below means, written out."""
+    """The layer strings of the test below, written out."""
     match layer, blocks:
         case "Norm->MLP->+->Norm->MLP->+", [n1, m1, n2, m2]:  # pre-norm
             h = x + m1(n1(x))
             return h + m2(n2(h))
-        case "MLP->+->Norm->|->MLP->+->Norm", [m1, n1, m2, n2]:  # post-norm: the skip begins behind the norm
+        case "MLP->+->Norm->|->MLP->+->Norm", [m1, n1, m2, n2]:  # post-norm: the skip starts after the norm
             h = n1(x + m1(x))
             return n2(h + m2(h))
-        case "MLP->+->Norm->MLP->+", [m1, n1, m2]:  # without | the skip begins right behind +
+        case "MLP->+->Norm->MLP->+", [m1, n1, m2]:  # without | the skip starts right after +
             h = x + m1(x)
             return h + m2(n1(h))
         case "Norm->MLP->Norm->+", [n1, m1, n2]:  # sandwich
             return x + n2(m1(n1(x)))
         case "Norm->MLP", [n1, m1]:
             return m1(n1(x))
-        case "MLP->|->MLP", [m1, m2]:  # a skip that no one adds
+        case "MLP->|->MLP", [m1, m2]:  # a skip that is never added
             return m2(m1(x))
     raise AssertionError(layer)
 
@@ -230,14 +232,14 @@ def by_hand(layer: str, x: torch.Tensor, blocks: list[Callable]) -> torch.Tensor
 )  # fmt: skip
 def test_the_layer_string_means_what_it_says(layer):
     x = torch.randn(2, 5, 24)
-    module = steps(layer)
+    module = branch(layer)
     torch.testing.assert_close(module(x), by_hand(layer, x, list(module.blocks)))
 
 
-def test_a_list_of_strings_is_branches_side_by_side():
+def test_a_list_of_strings_is_parallel_branches():
     x = torch.randn(2, 5, 24)
     torch.manual_seed(0)
-    layer = randomised(Layer(["Norm->MLP->+->Norm->MLP->+", "Norm->MLP(gated=False)->+"], TINY, 1))
+    layer = randomised(Layer(["Norm->MLP->+->Norm->MLP->+", "Norm->MLP(gated=False)->+"], TINY, all_blocks(TINY), 1.0, V))
     n1, m1, n2, m2 = layer.branches[0].blocks
     n3, m3 = layer.branches[1].blocks
     dense = m1(n1(x)) + m2(n2(x + m1(n1(x))))
@@ -246,18 +248,18 @@ def test_a_list_of_strings_is_branches_side_by_side():
 
 def test_a_tuple_of_layers_tiles_the_depth():
     config = replace(TINY, num_layers=4, layers=("Norm->Attn->+", ["Norm->MLP->+", "Norm->Attn->+"]))
-    kinds = [[[type(b).__name__ for b in s.blocks] for s in layer.branches] for layer in GPT(config, V).layers]
+    kinds = [[[type(b).__name__ for b in branch.blocks] for branch in layer.branches] for layer in build_model(config, V).layers]
     assert kinds == [[["RMSNorm", "Attention"]], [["RMSNorm", "MLP"], ["RMSNorm", "Attention"]]] * 2
 
 
 def test_layers_without_a_skip_can_be_built():
-    assert GPT(replace(TINY, layers="Norm->Attn->MLP"), V)(some_tokens(1, 4))[0].isfinite().all()
+    assert build_model(replace(TINY, layers="Norm->Attn->MLP"), V)(some_tokens(1, 4))[0].isfinite().all()
 
 
 def test_options_in_the_string_win_over_the_config():
     attention_part = "LayerNorm(norm_bias=True)->Attn(num_kv_heads=1, qk_norm=True)->+"
     layer = f"{attention_part}->Norm->MLP(mlp_dim=64, gated=False, activation='ReLU')->+"
-    norm, attention, default_norm, mlp = steps(layer, replace(TINY, norm="CosineNorm")).blocks
+    norm, attention, default_norm, mlp = branch(layer, replace(TINY, norm="CosineNorm")).blocks
     assert isinstance(norm, LayerNorm) and norm.bias is not None
     assert isinstance(default_norm, CosineNorm) and default_norm.bias is None
     assert attention.w_k.weight.shape == (8, 24) and attention.q_norm is not None
@@ -267,9 +269,16 @@ def test_options_in_the_string_win_over_the_config():
 
 
 @pytest.mark.parametrize("mlp_dim", [24, 64, 100, 512, 1152])
-def test_gating_keeps_the_number_of_parameters(mlp_dim):
-    gated, plain = (sum(w.numel() for w in MLP(64, mlp_dim, gated=gated).parameters()) for gated in (True, False))
-    assert abs(gated - plain) <= 3 * 64 * 4  # three matrices, to the nearest multiple of 8
+def test_a_gated_mlp_of_gated_width_has_as_many_parameters(mlp_dim):
+    gated, plain = MLP(64, gated_width(mlp_dim)), MLP(64, mlp_dim, gated=False)
+    assert abs(num_parameters(gated) - num_parameters(plain)) <= 3 * 64 * 4  # three matrices, to the nearest multiple of 8
+
+
+@pytest.mark.parametrize("gated, width", [(True, 64), (False, 96)])
+def test_mlp_dim_is_the_hidden_width_and_4_dim_by_default(gated, width):
+    assert branch("MLP", replace(TINY, gated=gated)).blocks[0].w_in.weight.shape == (width, 24)
+    assert branch("MLP", replace(TINY, gated=gated, mlp_dim=50)).blocks[0].w_in.weight.shape == (50, 24)
+    assert branch("MLP(mlp_dim=30)", replace(TINY, gated=gated, mlp_dim=50)).blocks[0].w_in.weight.shape == (30, 24)
 
 
 @pytest.mark.parametrize(
@@ -300,8 +309,17 @@ def test_the_mlp(activation, formula, gated):
         ("Norm->Attn(num_kv_heads=3)->+", ["num_kv_heads=3", "num_heads=4"]),
     ],
 )
-def test_unknown_blocks_and_options_show_the_menu(layer, words):
-    one_line_error(lambda: GPT(replace(TINY, layers=layer), V), *words)
+def test_unknown_blocks_and_options_list_those_there_are(layer, words):
+    one_line_error(lambda: build_model(replace(TINY, layers=layer), V), *words)
+
+
+def test_the_base_model_alone_knows_the_base_blocks():
+    tokens = some_tokens(2, 9)
+    torch.manual_seed(0)
+    alone = GPT(TINY, V)
+    torch.manual_seed(0)
+    assert build_model(TINY, V)(tokens)[0].equal(alone(tokens)[0])
+    one_line_error(lambda: GPT(replace(TINY, layers="Norm->ShortConv->+"), V), "»ShortConv«", "There are: Attn, MLP, RMSNorm")
 
 
 PLUGIN = """
@@ -309,17 +327,17 @@ import torch
 from torch import nn
 
 class Mean(nn.Module):
-    '''The mean of all tokens of the story so far, and whatever the config and the layer give.'''
+    '''The mean of the story so far, with values of the config and of the layer string.'''
 
     def __init__(self, dim: int, dropout: float, power: int = 1):
         super().__init__()
         self.w_out, self.dropout, self.power = nn.Linear(dim, dim), dropout, power
 
-    def forward(self, x, *, first, rope):
+    def forward(self, x, *, story_start, rope):
         B, T, D = x.shape
         self.rope = rope
         mask = torch.ones(T, T, dtype=torch.bool).tril()
-        mask = mask if first is None else mask & (torch.arange(T) >= first[..., None])
+        mask = mask if story_start is None else mask & (torch.arange(T) >= story_start[..., None])
         return self.w_out((mask / mask.sum(-1, keepdim=True)) @ x) ** self.power
 
 BLOCKS = {"Mean": Mean}
@@ -328,19 +346,19 @@ BLOCKS = {"Mean": Mean}
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """plugin(source) writes a plugin, and gives the config that names it."""
+    """plugin(source) writes a plugin and returns a config that names it."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def write(source: str, **knobs) -> ModelConfig:
+    def write(source: str, **options) -> ModelConfig:
         sys.modules.pop("an_idea", None)  # of another test
         (tmp_path / "an_idea.py").write_text(source, encoding="utf-8")
-        return replace(TINY, plugins=("an_idea",), **knobs)
+        return replace(TINY, plugins=("an_idea",), **options)
 
     yield write
     sys.modules.pop("an_idea", None)
 
 
-def test_a_plugin_gets_what_it_asks_for(plugin):
+def test_a_block_of_a_plugin_gets_the_arguments_it_names(plugin):
     config = plugin(PLUGIN, layers="Norm->Mean(power=2)->+->Norm->MLP->+", dropout=0.125)
     model, tokens = build(config), some_tokens(2, 10)
     mean = model.layers[0].branches[0].blocks[1]
@@ -349,7 +367,7 @@ def test_a_plugin_gets_what_it_asks_for(plugin):
     packed, _ = model(tokens, story_ids=story_ids)
     torch.testing.assert_close(packed[:, 4:], model(tokens[:, 4:])[0], atol=1e-5, rtol=1e-5)
     assert mean.rope[0].shape[-1] == 4
-    one_line_error(lambda: GPT(replace(config, layers="Mena->+"), V), "'Mean'", "There are: Norm, Attn, MLP")
+    one_line_error(lambda: build_model(replace(config, layers="Mena->+"), V), "'Mean'", "There are: Norm, Attn, MLP")
 
 
 @pytest.mark.parametrize(
@@ -364,51 +382,52 @@ def test_a_plugin_gets_what_it_asks_for(plugin):
 )
 def test_a_plugin_that_does_not_fit_is_named(plugin, source, error, words):
     config = plugin(source, layers="Norm->Mean->+")
-    one_line_error(lambda: GPT(config, V), *words, error=error)
+    one_line_error(lambda: build_model(config, V), *words, error=error)
 
 
-def test_a_plugin_that_is_not_there_is_named():
-    one_line_error(lambda: GPT(replace(TINY, plugins=("nobodys_idea",)), V), "nobodys_idea", error=ImportError)
+def test_a_missing_plugin_is_named():
+    one_line_error(lambda: build_model(replace(TINY, plugins=("nobodys_idea",)), V), "nobodys_idea", error=ImportError)
 
 
-def test_residual_outputs_begin_smaller_the_deeper_the_model():
+def test_residual_outputs_start_smaller_in_deeper_models():
     def std(num_layers, block, weight):
         torch.manual_seed(0)
         config = ModelConfig(num_layers=num_layers, layers=("Norm->Attn->+->Norm->MLP->+",))
-        return getattr(GPT(config, V).layers[0].branches[0].blocks[block], weight).weight.std().item()
+        return getattr(build_model(config, V).layers[0].branches[0].blocks[block], weight).weight.std().item()
 
     for block in (1, 3):
         assert std(1, block, "w_out") / std(8, block, "w_out") == pytest.approx(math.sqrt(8), rel=0.03)
     assert std(1, 1, "w_q") == pytest.approx(std(8, 1, "w_q"), rel=0.03)
-    branches = replace(TINY, num_layers=3, layers=["Norm->MLP->+->Norm->MLP->+", "Norm->MLP->+"])  # 9 times +
-    for name, weight in GPT(branches, V).named_parameters():
+    branches = replace(TINY, num_layers=3, layers=["Norm->MLP->+->Norm->MLP->+", "Norm->MLP->+"])  # 9 residuals
+    for name, weight in build_model(branches, V).named_parameters():
         if "w_out" in name:
             assert weight.std().item() == pytest.approx(0.02 / 3, rel=0.1)
 
 
-def test_a_fresh_model_guesses():
-    for name, (config, _) in PRESETS.items():
-        torch.manual_seed(0)
-        _, loss = GPT(config, V)(some_tokens(4, 64), some_tokens(4, 64, seed=1))
-        assert loss.item() == pytest.approx(math.log(V), rel=0.5), name
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_new_model_guesses(name):
+    torch.manual_seed(0)
+    _, loss = build_model(PRESETS[name].model, V)(some_tokens(4, 64), some_tokens(4, 64, seed=1))
+    assert loss.item() == pytest.approx(math.log(V), rel=0.5)
 
 
 def test_tied_embeddings_are_one_table():
-    tied, untied = GPT(TINY, V), GPT(replace(TINY, tied_embeddings=False), V)
+    tied, untied = build_model(TINY, V), build_model(replace(TINY, tied_embeddings=False), V)
     assert tied.head.weight is tied.embedding.weight and untied.head.weight is not untied.embedding.weight
-    assert untied.num_parameters() - tied.num_parameters() == V * 24
-    assert untied.num_parameters(embeddings=False) == tied.num_parameters(embeddings=False) == tied.num_parameters() - V * 24
-    again = GPT(TINY, V)
-    again.load_state_dict(tied.state_dict())
-    assert again.head.weight is again.embedding.weight
-    learned = GPT(replace(TINY, positions="learned"), V)
-    assert learned.num_parameters() == tied.num_parameters() + 32 * 24
-    assert learned.num_parameters(embeddings=False) == tied.num_parameters(embeddings=False)
+    assert num_parameters(untied) - num_parameters(tied) == V * 24
+    assert num_parameters(untied, embeddings=False) == num_parameters(tied, embeddings=False) == num_parameters(tied) - V * 24
+    loaded = build_model(TINY, V)
+    loaded.load_state_dict(tied.state_dict())
+    assert loaded.head.weight is loaded.embedding.weight
+    learned = build_model(replace(TINY, positions="learned"), V)
+    assert num_parameters(learned) == num_parameters(tied) + 32 * 24
+    assert num_parameters(learned, embeddings=False) == num_parameters(tied, embeddings=False)
 
 
-@pytest.mark.parametrize("attention", ["auto", "plain"])
-def test_dropout_is_for_training_and_follows_the_seed(attention):
-    model, without = build(replace(TINY, dropout=0.3, attention=attention)), build(replace(TINY, attention=attention))
+@pytest.mark.parametrize("soft_cap", [None, 50.0], ids=["fused", "written out"])
+def test_dropout_is_for_training_and_follows_the_seed(soft_cap):
+    capped = replace(TINY, attention_soft_cap=soft_cap)
+    model, without = build(replace(capped, dropout=0.3)), build(capped)
     tokens = some_tokens(2, 20)
     torch.testing.assert_close(model(tokens)[0], without(tokens)[0])
     model.train(), without.train()
@@ -422,22 +441,24 @@ def test_dropout_is_for_training_and_follows_the_seed(attention):
     torch.testing.assert_close(without(tokens)[0], without.eval()(tokens)[0])
 
 
-def test_dropout_takes_its_share_of_embeddings_and_residual_updates():
+def test_dropout_drops_its_share_of_embeddings_and_updates():
     model = build(replace(TINY, num_layers=1, layers="MLP->+", positions="none", dropout=0.3)).train()
-    seen = {}
-    model.layers[0].register_forward_hook(lambda layer, inputs, output: seen.update(x=inputs[0], y=output))
+    recorded = {}
+    model.layers[0].register_forward_hook(lambda layer, inputs, output: recorded.update(x=inputs[0], y=output))
     tokens = torch.arange(V).repeat(64, 1)[:, :32]
     model(tokens)
     mlp = model.layers[0].branches[0].blocks[0]
-    for dropped, whole in ((seen["x"], model.embedding(tokens)), (seen["y"] - seen["x"], mlp(seen["x"]))):
-        kept = dropped.abs() > 1e-6
-        assert kept.float().mean().item() == pytest.approx(0.7, abs=0.01)
-        torch.testing.assert_close(dropped[kept], whole[kept] / 0.7, atol=1e-5, rtol=1e-4)
+    x, y = recorded["x"], recorded["y"]
+    for dropped, whole in ((x, model.embedding(tokens)), (y - x, mlp(x))):
+        is_kept = dropped.abs() > 1e-6
+        assert is_kept.float().mean().item() == pytest.approx(0.7, abs=0.01)
+        torch.testing.assert_close(dropped[is_kept], whole[is_kept] / 0.7, atol=1e-5, rtol=1e-4)
 
 
-def test_dropout_keeps_the_expectation_of_attention():
+@pytest.mark.parametrize("soft_cap", [None, 50.0], ids=["fused", "written out"])
+def test_dropout_keeps_the_expectation_of_attention(soft_cap):
     torch.manual_seed(0)
-    attention, x = Attention(24, 4, 2, 8, attention="plain", dropout=0.3), torch.randn(1, 6, 24)
+    attention, x = Attention(24, 4, 2, 8, attention_soft_cap=soft_cap, dropout=0.3), torch.randn(1, 6, 24)
     expected = attention.eval()(x)
     attention.train()
     mean = torch.stack([attention(x) for _ in range(2000)]).mean(0)
@@ -464,67 +485,57 @@ def test_logits_and_queries_may_have_a_scale():
 
     torch.manual_seed(0)
     x = torch.randn(2, 9, 24)
-    as_ever, scaled = Attention(24, 4, 2, 8), Attention(24, 4, 2, 8, query_scale=0.7)
-    scaled.load_state_dict(as_ever.state_dict())
+    default, scaled = Attention(24, 4, 2, 8), Attention(24, 4, 2, 8, query_scale=0.7)
+    scaled.load_state_dict(default.state_dict())
     with torch.no_grad():
-        as_ever.w_q.weight.mul_(0.7 * math.sqrt(8))
-    torch.testing.assert_close(scaled(x), as_ever(x))
+        default.w_q.weight.mul_(0.7 * math.sqrt(8))
+    torch.testing.assert_close(scaled(x), default(x))
     one_line_error(lambda: Attention(24, 4, 2, 8, query_scale=0.0), "query_scale=0.0", "None")
 
 
-def test_fused_attention_equals_the_written_out_one():
+@pytest.mark.parametrize("mask", [None, "boolean", "added"])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_fused_attention_equals_the_written_out_one(num_kv_heads, mask):
     torch.manual_seed(0)
-    x = torch.randn(2, 9, 24)
-    for num_kv_heads in (1, 2, 4):
-        fused, plain = (Attention(24, 4, num_kv_heads, 8, attention=attention) for attention in ("auto", "plain"))
-        plain.load_state_dict(fused.state_dict())
-        torch.testing.assert_close(fused(x), plain(x), atol=1e-6, rtol=1e-5)
+    q, k, v = (torch.randn(2, heads, 9, 8) for heads in (4, num_kv_heads, num_kv_heads))
+    if mask is not None:
+        mask = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool) if mask == "boolean" else torch.randn(4, 9, 9)
+    fused, written_out = (masked_attention(q, k, v, mask, soft_cap) for soft_cap in (None, 1e4))
+    torch.testing.assert_close(fused, written_out, atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_that_begins_at_zero_adds_nothing_and_knows_nothing():
-    model = GPT(replace(TINY, zero_init=True, tied_embeddings=False), V)
+def test_zero_init_adds_nothing_and_predicts_all_alike():
+    model = build_model(replace(TINY, zero_init=True, tied_embeddings=False), V)
     logits, loss = model(some_tokens(2, 9), some_tokens(2, 9, seed=1))
     assert not logits.any() and loss.item() == pytest.approx(math.log(V))
 
 
-@pytest.mark.parametrize("window", [1, 5])
-def test_a_window_is_how_far_back_a_token_may_look(window):
-    model, tokens = build(replace(TINY, num_layers=1)), some_tokens(2, 24)
-    stories = torch.tensor([[0] * 10 + [1] * 14, [0] * 24])
-    seen, _ = model(tokens, story_ids=stories, window=window)
-    for row, place, first in ((0, 23, 24 - window), (0, 11, max(10, 12 - window)), (1, 7, 8 - window)):
-        alone, _ = model(tokens[row : row + 1, first : place + 1])
-        torch.testing.assert_close(seen[row, place], alone[0, -1], atol=1e-5, rtol=1e-5)
-
-
-def test_gradient_checkpointing_and_chunks_of_the_loss_change_nothing_but_the_memory():
-    """Against the model that keeps everything."""
-    tokens, stories = some_tokens(3, 21), torch.tensor([[0] * 8 + [1] * 12]).expand(3, 20)
-    targets = tokens[:, 1:].masked_fill(some_tokens(3, 20, seed=2) < 20, IGNORE)
-    for config in (VARIANTS["modules"], VARIANTS["soft_caps"]):
-        model = build(config).train()
-        gradients = []
-        for model.checkpoint_layers, model.loss_chunk in ((False, None), (True, None), (False, 7), (True, 64)):
-            model.zero_grad()
-            _, loss = model(tokens[:, :-1], targets, story_ids=stories)
-            loss.backward()
-            gradients.append([loss.detach(), *(weight.grad for weight in model.parameters())])
-        for other in gradients[1:]:
-            torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=1e-4)
+@pytest.mark.parametrize("own, window", [(None, 1), (None, 5), (5, None), (5, 3), (3, 5), (5, 1)])
+@torch.no_grad()
+def test_a_token_sees_the_narrower_window_and_its_own_story(own, window):
+    """`own` is the window of the block, `window` the one that grows during training."""
+    model, tokens = build(replace(TINY, num_layers=1, layers=f"Norm->Attn(window={own})->+->Norm->MLP->+")), some_tokens(2, 24)
+    story_ids = torch.tensor([[0] * 10 + [1] * 14, [0] * 24])
+    packed, _ = model(tokens, story_ids=story_ids, window=window)
+    width = min(filter(None, (own, window)))
+    for row, position, story_start in ((0, 23, 10), (0, 11, 10), (0, 3, 0), (1, 7, 0), (1, 23, 0)):
+        earliest = max(story_start, position + 1 - width)
+        alone, _ = model(tokens[row : row + 1, earliest : position + 1])
+        torch.testing.assert_close(packed[row, position], alone[0, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_rope_sees_distances_only():
-    """Later positions, by the same number for all: other angles, the same scores."""
+    """Later positions, all by the same number: other angles, the same scores."""
     model = build(replace(TINY, positions="rope"))
     rope = model.rope_cos, model.rope_sin
     block, x = model.layers[0].branches[0].blocks[1], torch.randn(1, 8, 24)
-    here, there = (tuple(table[None, start : start + 8] for table in rope) for start in (0, 20))
-    torch.testing.assert_close(block(x, rope=here), block(x, rope=there), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(block(x, rope=here), block(x, rope=None), atol=1e-3)
+    early, late = (tuple(table[None, start : start + 8] for table in rope) for start in (0, 20))
+    torch.testing.assert_close(block(x, rope=early), block(x, rope=late), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(block(x, rope=early), block(x, rope=None), atol=1e-3)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_more_than_the_context_is_named(positions):
+def test_more_tokens_than_the_context_are_an_error(positions):
     model = build(replace(TINY, positions=positions))
     assert model(some_tokens(1, 32))[0].shape == (1, 32, V)
     one_line_error(lambda: model(some_tokens(1, 33)), "33 tokens", "max_seq_len=32")
@@ -534,7 +545,7 @@ def test_more_than_the_context_is_named(positions):
 
 
 @pytest.mark.parametrize("config", [TINY, VARIANTS["soft_caps"], VARIANTS["parallel"], replace(TINY, layers=SANDWICH_NORM)])
-def test_compile_needs_no_break(config):
+def test_compile_needs_no_graph_break(config):
     model, tokens, story_ids = build(config), some_tokens(2, 20), torch.tensor([[0] * 7 + [1] * 13] * 2)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

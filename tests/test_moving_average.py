@@ -1,4 +1,4 @@
-"""Promises of modules/moving_average.py: both blocks are what the paper writes, in chunks and from a cache, too."""
+"""Promises of modules/moving_average.py: both blocks are the equations of the paper, in chunks and from a cache, too."""
 
 import cmath
 import math
@@ -15,8 +15,8 @@ D, N, L, G = 6, 3, 8, 2
 LENGTHS = (1, 3, L - 1, L, L + 1, 3 * L + 5, 100)
 
 
-def away(made):
-    """With every weight away from where it begins."""
+def randomised(made):
+    """Add noise to every weight."""
     with torch.no_grad():
         for weight in made.parameters():
             weight.add_(torch.randn_like(weight) * 0.5)
@@ -25,12 +25,12 @@ def away(made):
 
 def average(**options) -> CEMA:
     torch.manual_seed(0)
-    return away(CEMA(D, **{"state_dim": N, "chunk": L} | options))
+    return randomised(CEMA(D, **{"state_dim": N, "chunk": L} | options))
 
 
 def norm(groups: int = G) -> TimestepNorm:
     torch.manual_seed(0)
-    return away(TimestepNorm(D, groups))
+    return randomised(TimestepNorm(D, groups))
 
 
 def sigmoid(number: float) -> float:
@@ -38,7 +38,7 @@ def sigmoid(number: float) -> float:
 
 
 def average_as_written(made: CEMA, x: torch.Tensor) -> torch.Tensor:
-    """Section 3.1 of arXiv 2404.08801 in Python's complex numbers, with the skip.  (B, T, D) → (B, T, D)"""
+    """Section 3.1 of arXiv 2404.08801 in Python's complex numbers, with the skip.  (B, T, D) -> (B, T, D)"""
     B, T, D = x.shape
     N = made.alpha.shape[1]
     out = torch.zeros(B, T, D, dtype=torch.float64)
@@ -49,20 +49,20 @@ def average_as_written(made: CEMA, x: torch.Tensor) -> torch.Tensor:
                 y = made.skip[j].item() * x[b, t, j].item()
                 for k in range(N):
                     alpha, delta = sigmoid(made.alpha[j, k].item()), sigmoid(made.delta[j, k].item())
-                    turn = cmath.exp(1j * 2 * math.pi * (k + 1) / N * sigmoid(made.base_angle[j].item()))
-                    h[k] = alpha * turn * x[b, t, j].item() + (1 - alpha * delta) * turn * h[k]
+                    rotation = cmath.exp(1j * 2 * math.pi * (k + 1) / N * sigmoid(made.base_angle[j].item()))
+                    h[k] = alpha * rotation * x[b, t, j].item() + (1 - alpha * delta) * rotation * h[k]
                     y += (complex(*made.eta[j, k].tolist()) * h[k]).real
                 out[b, t, j] = y
     return out
 
 
 def norm_as_written(made: TimestepNorm, x: torch.Tensor) -> torch.Tensor:
-    """Section 3.2 of arXiv 2404.08801, in float64.  (B, T, D) → (B, T, D)"""
+    """Section 3.2 of arXiv 2404.08801, in float64.  (B, T, D) -> (B, T, D)"""
     x, out = x.double(), torch.zeros_like(x, dtype=torch.float64)
     width = x.shape[2] // made.groups
     for t in range(x.shape[1]):
-        for begin in range(0, x.shape[2], width):
-            channels = slice(begin, begin + width)
+        for start in range(0, x.shape[2], width):
+            channels = slice(start, start + width)
             so_far = x[:, : t + 1, channels].flatten(1)
             mean, variance = so_far.mean(dim=1, keepdim=True), so_far.var(dim=1, correction=0, keepdim=True)
             normed = (x[:, t, channels] - mean) / (variance + made.eps).sqrt()
@@ -79,20 +79,20 @@ class TestCEMA:
         torch.testing.assert_close(made.step_by_step(x)[0].double(), expected, atol=1e-4, rtol=1e-4)
 
     @pytest.mark.parametrize("T", LENGTHS)
-    @pytest.mark.parametrize("begins", [True, False])
-    def test_in_chunks_is_as_step_by_step_with_the_same_gradients(self, T, begins):
-        made, found = average(), []
+    @pytest.mark.parametrize("has_state", [False, True])
+    def test_in_chunks_equals_step_by_step_with_its_gradients(self, T, has_state):
+        made, results = average(), []
         x, state = torch.randn(2, T, D), torch.randn(2, D, N, dtype=torch.complex64)
         direction, end_direction = torch.randn(2, T, D), torch.randn(2, D, N, dtype=torch.complex64)
         for form in (made.step_by_step, lambda x, state: made.in_chunks(x, state, keep=True)):
-            given = [x.clone().requires_grad_()] if begins else [x.clone().requires_grad_(), state.clone().requires_grad_()]
-            y, end = form(given[0], None if begins else given[1])
+            leaves = [leaf.clone().requires_grad_() for leaf in ((x, state) if has_state else (x,))]
+            y, end = form(leaves[0], leaves[1] if has_state else None)
             loss = (y * direction).sum() + (end * end_direction).real.sum()
-            found.append(([y, end], torch.autograd.grad(loss, [*given, *made.parameters()], materialize_grads=True)))
-        (results, gradients), (in_chunks, chunk_gradients) = found
-        for ours, expected in zip(in_chunks, results, strict=True):
+            results.append(([y, end], torch.autograd.grad(loss, [*leaves, *made.parameters()], materialize_grads=True)))
+        (expected_outputs, expected_gradients), (outputs, gradients) = results
+        for ours, expected in zip(outputs, expected_outputs, strict=True):
             torch.testing.assert_close(ours, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
-        for ours, expected in zip(chunk_gradients, gradients, strict=True):
+        for ours, expected in zip(gradients, expected_gradients, strict=True):
             torch.testing.assert_close(ours, expected, atol=1e-3 * expected.abs().max().item() + 1e-6, rtol=0)
 
     @torch.no_grad()
@@ -102,23 +102,24 @@ class TestCEMA:
         for chunk in (1, 5, 50, 300):
             torch.testing.assert_close(average(chunk=chunk)(x), expected, atol=1e-4, rtol=1e-4)
 
-    def test_it_goes_on_from_a_state_of_constant_size(self):
+    def test_it_continues_from_a_state_of_constant_size(self):
         check_cached(average(), torch.randn(2, 70, D))
 
-    def test_stories_of_a_row_do_not_see_each_other_and_a_window_has_no_effect(self):
+    def test_stories_of_a_row_do_not_see_each_other(self):
         check_stories(average(), torch.randn(2, 70, D))
 
     def test_rows_may_have_different_stories(self):
         made, x = average(), torch.randn(2, 40, D)
-        first = torch.zeros(2, 40, dtype=torch.int32)
-        first[1, 11:] = 11
-        expected = torch.cat([made(x[1:, :11]), made(x[1:, 11:])], dim=1)
-        torch.testing.assert_close(made(x, first=first), torch.cat([made(x[:1]), expected]), atol=1e-5, rtol=1e-4)
+        story_start = torch.zeros(2, 40, dtype=torch.long)
+        story_start[1, 11:] = 11
+        row = torch.cat([made(x[1:, :11]), made(x[1:, 11:])], dim=1)
+        expected = torch.cat([made(x[:1]), row])
+        torch.testing.assert_close(made(x, story_start=story_start), expected, atol=1e-5, rtol=1e-4)
 
-    def test_no_gradient_goes_from_a_story_to_the_one_before(self):
+    def test_no_gradient_flows_from_a_story_to_the_one_before(self):
         made, x = average(), torch.randn(1, 40, D, requires_grad=True)
-        first = torch.where(torch.arange(40) < 13, 0, 13)[None]
-        made(x, first=first)[:, 13:].sum().backward()
+        story_start = torch.where(torch.arange(40) < 13, 0, 13)[None]
+        made(x, story_start=story_start)[:, 13:].sum().backward()
         assert not x.grad[:, :13].any() and x.grad[:, 13:].any()
 
     def test_long_sequences_and_bfloat16_are_stable(self):
@@ -126,7 +127,7 @@ class TestCEMA:
         check_stable_in_bfloat16(average(), torch.randn(2, 300, D))
 
     @pytest.mark.parametrize("size", [-40.0, 40.0])
-    def test_states_that_are_lost_at_once_or_never_are_finite(self, size):
+    def test_the_fastest_and_slowest_decays_are_finite(self, size):
         made, x = average(), torch.randn(2, 60, D)
         with torch.no_grad():
             made.alpha.fill_(size)
@@ -136,21 +137,21 @@ class TestCEMA:
         y.sum().backward()
         assert all(weight.grad.isfinite().all() for weight in made.parameters())
 
-    def test_it_begins_with_slow_and_fast_turns_and_real_outputs(self):
+    def test_initial_rotations_are_slow_to_fast_and_outputs_real(self):
         torch.manual_seed(0)
         made = CEMA(64)
         angles = made.base_angle.sigmoid().sort().values
         assert angles[0] < 0.02 and angles[-1] > 0.9
         assert made.eta[..., 0].std().item() == pytest.approx(0.25, rel=0.1) and not made.eta[..., 1].any()
 
-    def test_options_that_cannot_be(self):
+    def test_bad_options_are_one_line(self):
         one_line_error(lambda: CEMA(8, state_dim=0), "state_dim=0", "at least 1")
         one_line_error(lambda: CEMA(8, chunk=-1), "chunk=-1", "at least 1")
 
-    def test_a_state_of_another_batch_size(self):
+    def test_a_state_of_another_batch_size_is_an_error(self):
         check_wrong_cache(average(), D)
 
-    def test_flops_are_the_products_that_torch_counts_and_the_recurrence_between_them(self):
+    def test_flops_are_those_torch_counts_and_the_recurrence(self):
         made, T = average(), 5 * L
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             made(torch.randn(1, T, D))
@@ -166,29 +167,28 @@ class TestTimestepNorm:
         torch.testing.assert_close(norm(1)(x).double(), norm_as_written(norm(1), x), atol=1e-4, rtol=1e-4)
 
     @torch.no_grad()
-    def test_numbers_that_are_far_from_zero_keep_their_variance(self):
+    def test_a_large_mean_does_not_spoil_the_variance(self):
         x = torch.randn(1, 200, D) + 1000
         torch.testing.assert_close(norm()(x).double(), norm_as_written(norm(), x), atol=1e-3, rtol=0)
 
     def test_its_gradients_are_those_of_the_formula(self):
         made, x = norm(), torch.randn(2, 30, D, requires_grad=True)
         direction = torch.randn(2, 30, D)
-        found = torch.autograd.grad(made(x), [x, made.weight, made.bias], direction)
-        wanted = torch.autograd.grad(norm_as_written(made, x), [x, made.weight, made.bias], direction.double())
-        for ours, expected in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
+        leaves = [x, made.weight, made.bias]
+        expected = torch.autograd.grad(norm_as_written(made, x), leaves, direction.double())
+        torch.testing.assert_close(torch.autograd.grad(made(x), leaves, direction), expected, atol=1e-4, rtol=1e-3)
 
     @torch.no_grad()
-    def test_it_goes_on_from_a_cache_of_constant_size(self):
-        made, x, cache, parts = norm(), torch.randn(2, 60, D), {}, []
-        for piece in x.split([7, 1, 1, 30, 2, 19], dim=1):
-            parts.append(made(piece, cache=cache))
+    def test_it_continues_from_a_cache_of_constant_size(self):
+        made, x, cache, outputs = norm(), torch.randn(2, 60, D), {}, []
+        for chunk in x.split([7, 1, 1, 30, 2, 19], dim=1):
+            outputs.append(made(chunk, cache=cache))
             assert cache["mean"].shape == cache["variance"].shape == (2, G)
-        torch.testing.assert_close(torch.cat(parts, dim=1), made(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.cat(outputs, dim=1), made(x), atol=1e-5, rtol=1e-5)
         assert cache["num_tokens"] == 60
         one_line_error(lambda: made(x[:1], cache=cache), "state of 2", "x has 1")
 
-    def test_stories_of_a_row_do_not_see_each_other_and_a_window_has_no_effect(self):
+    def test_stories_of_a_row_do_not_see_each_other(self):
         check_stories(norm(), torch.randn(2, 70, D))
 
     def test_long_sequences_and_bfloat16_are_stable(self):
@@ -199,6 +199,6 @@ class TestTimestepNorm:
         assert rounded.dtype == torch.bfloat16
         torch.testing.assert_close(rounded.float(), norm()(x), atol=0.05, rtol=0.05)
 
-    def test_options_that_cannot_be(self):
+    def test_bad_options_are_one_line(self):
         for groups in (0, 4, 6, -1):
             one_line_error(lambda groups=groups: TimestepNorm(6, groups), f"groups={groups}", "dim=6")

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_presets_with_a_recurrence_have_the_parameters_of_1m(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("_like")])
-def test_published_models_are_scaled_down_to_what_a_laptop_trains_in_minutes(name):
+def test_published_models_are_scaled_down_to_about_a_million(name):
     assert 0.8e6 <= num_parameters(name) <= 1.5e6
 
 
@@ -164,15 +165,16 @@ def storyworld(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains_and_generates(name, storyworld):
-    """50 steps of two rows of 32 tokens, with the optimizer of the preset."""
+    """One tile of its layers, 25 steps of two rows of 32 tokens, with its optimizer."""
     model_config, train_config = preset(name)
+    model_config = replace(model_config, num_layers=len(model_config.layers) if isinstance(model_config.layers, tuple) else 1)
     tokenizer, data = storyworld(train_config.tokenizer, 32)
     torch.manual_seed(0)
     model = build_model(model_config, tokenizer.vocab_size).train()
     fast.use(model, kernels=False, loss_chunk=train_config.loss_chunk)
     optimizers = build_optimizers(model, train_config)
     losses = []
-    for step in range(50):
+    for step in range(25):
         batch = data.batch(2 * step, 2, seed=0)
         _, loss = model(batch.inputs, batch.targets, story_ids=batch.story_ids)
         loss.backward()
@@ -183,7 +185,7 @@ def test_a_preset_trains_and_generates(name, storyworld):
             optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] > math.log(tokenizer.vocab_size) - 1
-    assert sum(losses[-10:]) / 10 < losses[0] - 1.5
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.3
 
     story = generate(model, tokenizer, "Once", max_new_tokens=12, temperature=0.0)
     assert story.startswith("Once") and len(story) > len("Once")

@@ -8,13 +8,18 @@ import torch
 from errors import one_line_error
 from gradient_checkpointing import check_gradient_checkpointing
 
-from config import HYPER_CONNECTIONS, PERI_NORM, POST_NORM, PRE_NORM, SANDWICH_NORM, U_NET, ModelConfig
+from config import PRE_NORM, SANDWICH_NORM, ModelConfig
 from conftest import MODEL
 from model import GPT, MLP, Attention, Cache, Steps
 from modules.norms import DynamicTanh, RMSNorm
 from modules.residual import HyperRead
 
 D = MODEL.dim
+POST_NORM = "Attn->+->Norm->|->MLP->+->Norm"
+PERI_NORM = SANDWICH_NORM  # with "Norm->|->" before the first layer, which norms the embeddings (arXiv 2502.02732, section 3)
+# For two layers: the first half of a deeper model repeats the first of them, the second half the second.
+U_NET = (f"{PRE_NORM}->SkipOut", f"SkipIn->|->{PRE_NORM}")
+HYPER_CONNECTIONS = "HyperRead->Norm->Attn->HyperWrite->HyperRead->Norm->MLP->HyperWrite"
 
 
 def randomised(model):

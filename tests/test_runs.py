@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -219,12 +220,18 @@ for save in (lambda: run.save("checkpoint.pth", too_large), lambda: run.save_tex
 """
 
 KEEPS_SAVING = """
-import itertools
+import itertools, os, sys
 import torch
 from runs.folder import Run
 run = Run("mine")
-for number in itertools.count():
-    run.save("checkpoint.pth", {"numbers": torch.full((100_000,), number)})
+for line in sys.stdin:  # each asks for a process that saves until it is killed
+    child = os.fork()
+    if not child:
+        for number in itertools.count():
+            run.save("checkpoint.pth", {"numbers": torch.full((100_000,), number)})
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("dead", flush=True)
 """
 
 
@@ -273,14 +280,17 @@ class TestNothingIsLost:
     def test_a_kill_at_any_moment_leaves_a_whole_file(self):
         run = Run("mine")
         run.folder.mkdir(parents=True)
-        for delay in (0.0, 0.003, 0.007, 0.012):
-            process = subprocess.Popen([sys.executable, "-c", KEEPS_SAVING], cwd=ROOT)
-            path = run.folder / "checkpoint.pth"
-            path.unlink(missing_ok=True)
-            while not path.exists():
-                time.sleep(0.001)
-            time.sleep(delay)
-            process.kill()
-            process.wait()
-            numbers = run.load("checkpoint.pth", {"numbers"})["numbers"]
-            assert len(numbers) == 100_000 and (numbers == numbers[0]).all()
+        path = run.folder / "checkpoint.pth"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([sys.executable, "-c", KEEPS_SAVING], cwd=ROOT, **pipes) as parent:
+            for delay in (0.0, 0.002, 0.003, 0.005, 0.007, 0.012):
+                path.unlink(missing_ok=True)
+                print(file=parent.stdin, flush=True)
+                child = int(parent.stdout.readline())
+                while not path.exists():
+                    time.sleep(0.001)
+                time.sleep(delay)
+                os.kill(child, signal.SIGKILL)
+                assert parent.stdout.readline() == "dead\n"
+                numbers = run.load("checkpoint.pth", {"numbers"})["numbers"]
+                assert len(numbers) == 100_000 and (numbers == numbers[0]).all()

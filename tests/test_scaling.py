@@ -34,7 +34,8 @@ def presets(monkeypatch, make_config):
     """Two tiny architectures, called small and plain."""
     train = make_config(threads=1, warmup_steps=1)
     monkeypatch.setitem(PRESETS, "small", Preset(MODEL, train))
-    monkeypatch.setitem(PRESETS, "plain", Preset(replace(MODEL, gated=False, mlp_dim=24, positions="none", norm="LayerNorm"), train))
+    plain = replace(MODEL, gated=False, mlp_dim=24, positions="none", norm="LayerNorm")
+    monkeypatch.setitem(PRESETS, "plain", Preset(plain, train))
     return train
 
 
