@@ -9,7 +9,7 @@ from errors import one_line_error
 import fast
 from config import HYPER_CONNECTIONS, PRE_NORM, U_NET, TrainConfig
 from conftest import MODEL
-from model import IGNORE, GPT, Layer
+from model import GPT, IGNORE, Layer
 from modules.registry import build_model
 from training.configure import CheckpointedLayer, configure_for_training
 

@@ -42,7 +42,9 @@ HAND = ModelConfig(dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=1
 ELEMENTWISE = [getattr(torch.ops.aten, name) for name in ("mul", "mul_", "add", "add_", "sub", "addcmul", "sum", "cumsum")]
 # As much as a product with a matrix, half of which is zero; torch does not count it.
 SOLUTION = {torch.ops.aten.linalg_solve_triangular: lambda left, right, *_, out_shape, **__: left[-1] * out_shape.numel()}
-COUNTED = [name for name, block in all_blocks(CONFIG).items() if hasattr(block, "flops_per_token") or issubclass(block, Attention)]
+COUNTED = [
+    name for name, block in all_blocks(CONFIG).items() if hasattr(block, "flops_per_token") or issubclass(block, Attention)
+]
 
 
 class TestByHand:
@@ -229,7 +231,7 @@ def sinks_written_out(q, k, v, mask, sinks, soft_cap=None, dropout=0.0):
 class TestBlocksThatCountForThemselves:
     @pytest.fixture(autouse=True)
     def counted_inside(self, monkeypatch):
-        """Here Mamba goes step by step, and attention has its sinks in the softmax: torch sees one operation, or a channel more."""
+        """Mamba step by step, where torch would see one operation, and sinks in the softmax instead of in one more channel."""
         monkeypatch.setattr(mamba, "in_pieces", lambda *given: mamba.step_by_step(*given[:5], state=given[6]))
         monkeypatch.setattr(attention, "masked_attention_with_sinks", sinks_written_out)
 
