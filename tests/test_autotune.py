@@ -1,4 +1,4 @@
-"""Promises of training/autotune.py: it measures, keeps what it learned, falls back in words, and never changes what is trained."""
+"""Promises of training/autotune.py: it measures, remembers, falls back in words, and never changes what is trained."""
 
 import copy
 import json
@@ -227,8 +227,8 @@ def test_rows_that_no_longer_fit_are_fewer(model, measured, monkeypatch, capsys)
     assert capsys.readouterr().err.count("2 rows at a time instead of 4") == 2
     assert all(weight.grad is None for weight in model.parameters())
     monkeypatch.setattr(autotune, "available_memory", lambda _: weights)
-    for again in (lambda: autotune.choose_plan(model, prescribed, CPU), lambda: autotune.resumed_plan(before, model, prescribed, CPU)):
-        one_line_error(again, "smaller model", error=MemoryError)
+    one_line_error(lambda: autotune.choose_plan(model, prescribed, CPU), "smaller model", error=MemoryError)
+    one_line_error(lambda: autotune.resumed_plan(before, model, prescribed, CPU), "smaller model", error=MemoryError)
 
 
 def test_chunks_of_the_loss_and_checkpointed_layers_need_less(model):

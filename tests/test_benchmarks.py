@@ -15,7 +15,7 @@ from config import ModelConfig, TrainConfig
 from runs.presets import Preset, preset
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["model.dim=16", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1", "model.mlp_dim=24"]
+TINY = ["model.dim=16", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1", "model.mlp_dim=16"]
 QUICK = [*TINY, "model.max_seq_len=32", "train.batch_size=2", "train.compile=False", "train.max_minutes=0.01"]
 
 

@@ -6,27 +6,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import ModelConfig
+import fast
+from config import ModelConfig, format_step
 from conftest import MODEL
 from inference import load_model
 from metrics import cost
 from metrics.cost import (
     as_torch_does_it,
+    attention_flops,
     block_costs,
     comparison,
     config_of,
     cost_of,
     main,
     model_cost,
+    num_parameters,
     steps_with_signs,
-    written,
 )
-from model import GPT, SoftmaxAttention
-from modules import mamba
+from model import GPT, Attention
+from modules import attention, mamba
 from modules.contract import CONFIG, layers_to_try
-from modules.registry import block_menu, build_model
+from modules.latent_attention import LatentAttention
+from modules.registry import all_blocks, build_model
 from runs.folder import Run
 from runs.presets import PRESETS
 from train import train
@@ -34,17 +38,19 @@ from train import train
 VOCAB_SIZE = 61
 T = 480  # a multiple of every stride and block in the examples
 LONG = replace(CONFIG, max_seq_len=T)
-HAND = ModelConfig(dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=10, mlp_dim=36, max_seq_len=20)
+HAND = ModelConfig(dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=10, mlp_dim=24, max_seq_len=20)
 ELEMENTWISE = [getattr(torch.ops.aten, name) for name in ("mul", "mul_", "add", "add_", "sub", "addcmul", "sum", "cumsum")]
 # As much as a product with a matrix, half of which is zero; torch does not count it.
 SOLUTION = {torch.ops.aten.linalg_solve_triangular: lambda left, right, *_, out_shape, **__: left[-1] * out_shape.numel()}
-WITH_METHOD = [name for name, block in block_menu(CONFIG).items() if hasattr(block, "flops_per_token")]
+COUNTED = [
+    name for name, block in all_blocks(CONFIG).items() if hasattr(block, "flops_per_token") or issubclass(block, Attention)
+]
 
 
 class TestByHand:
     def test_parameters_of_each_kind(self):
         cost = model_cost(GPT(HAND, VOCAB_SIZE))
-        attention, mlp = 24 * (40 + 20 + 20) + 40 * 24, 3 * 24 * 24  # 36 * 2 / 3 is 24
+        attention, mlp = 24 * (40 + 20 + 20) + 40 * 24, 3 * 24 * 24
         assert cost.by_kind("parameters") == {
             "embedding": VOCAB_SIZE * 24, "RMSNorm": 7 * 24, "Attention": 3 * attention, "MLP": 3 * mlp, "head": 0,
         }  # fmt: skip
@@ -67,7 +73,7 @@ class TestByHand:
         assert (cost.cache_per_token, cost.cache_fixed) == (3 * 2 * 2 * 10 * 4, 0) and cost.cache == 20 * cost.cache_per_token
         cost = model_cost(GPT(replace(HAND, layers="Norm->Attn(window=5)->+"), VOCAB_SIZE))
         assert (cost.cache_per_token, cost.cache_fixed) == (0, 3 * 2 * 2 * 10 * 4 * 4)  # itself and the 4 before it
-        cost = model_cost(GPT(replace(HAND, layers="ShortConv(width=4)->Norm->Attn->+"), VOCAB_SIZE))
+        cost = model_cost(build_model(replace(HAND, layers="ShortConv(width=4)->Norm->Attn->+"), VOCAB_SIZE))
         assert cost.by_kind("cache_fixed")["ShortConv"] == 3 * 3 * 24 * 4
         assert cost.by_kind("cache_per_token") == {
             "embedding": 0, "ShortConv": 0, "RMSNorm": 0, "Attention": 3 * 2 * 2 * 10 * 4, "head": 0,
@@ -91,15 +97,15 @@ class TestModels:
         config = replace(config, max_seq_len=40)
         model = build_model(config, vocab_size)
         cost = model_cost(model)
-        assert cost.parameters == model.num_parameters() == sum(weight.numel() for weight in model.parameters())
+        assert cost.parameters == num_parameters(model) == sum(weight.numel() for weight in model.parameters())
         assert len({part.place for part in cost.parts}) == len(cost.parts)
 
     def test_nothing_counted_is_lost(self, monkeypatch):
         """Without what blocks say of themselves, the parts add up to what torch counts for the whole."""
-        for block in block_menu(CONFIG).values():
+        for block in all_blocks(CONFIG).values():
             if "flops_per_token" in vars(block):
                 monkeypatch.delattr(block, "flops_per_token")
-        monkeypatch.delattr(SoftmaxAttention, "flops_per_token", raising=False)
+        monkeypatch.setattr("metrics.cost.Attention", type(None))
         branches = ["Norm->Attn->+->Norm->MLP->+", "Norm->MLP(gated=False)->+"]
         config = replace(HAND, layers=(branches, "|->MLP->+", "Attn->+->Norm"))
         model = GPT(config, VOCAB_SIZE)
@@ -114,13 +120,14 @@ class TestModels:
         ]  # fmt: skip
 
     def test_the_model_is_left_as_it_was(self):
-        model = GPT(replace(HAND, attention="sdpa", dropout=0.5), VOCAB_SIZE).train()
+        model = GPT(replace(HAND, dropout=0.5), VOCAB_SIZE).train()
+        fast.use(model, kernels=False, loss_chunk=5)
         weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-        backends = [module.backend for module in model.modules() if hasattr(module, "backend")]
+        classes = [type(module) for module in model.modules()]
         state = torch.get_rng_state()
         model_cost(model)
         assert model.training and all(module.training for module in model.modules())
-        assert [module.backend for module in model.modules() if hasattr(module, "backend")] == backends
+        assert [type(module) for module in model.modules()] == classes and model.loss_chunk == 5
         assert torch.get_rng_state().equal(state) and not any(module._forward_hooks for module in model.modules())
         assert all(weight.equal(weights[name]) for name, weight in model.state_dict().items())
         cost_of("1m", 4)
@@ -162,43 +169,71 @@ class TestModels:
         assert cost.parameters == sum(weight.numel() for weight in model.parameters())
 
 
+class Scores(TorchDispatchMode):
+    """How many scores went through a softmax, and how many of them were not hidden, while it is `inside` of a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.made, self.seen = False, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.inside and func.overloadpacket in (torch.ops.aten._softmax, torch.ops.aten._safe_softmax):
+            self.made, self.seen = self.made + args[0].numel(), self.seen + (args[0] > -torch.inf).sum().item()
+        return func(*args, **(kwargs or {}))
+
+
 def measure(layer: str, name: str):
     """The block in a layer string; what torch counts for each of T tokens: FLOPs of products, and of elementwise work; and of
     all heads the scores that were made, and those among them that are not hidden."""
     torch.manual_seed(0)
     model = build_model(replace(LONG, layers=layer), VOCAB_SIZE).eval()
-    found = zip(model.layers[0].branches[0].blocks, steps_with_signs(layer), strict=True)
-    block = next(block for block, (step, _, _) in found if step == name)
-    counted, made, seen = [], 0, 0
-    softmax = getattr(block, "softmax", None)
+    placed = zip(model.layers[0].branches[0].blocks, steps_with_signs(layer), strict=True)
+    block = next(block for block, (step, _, _) in placed if step == name)
+    scores = Scores()
 
-    def watched(scores):
-        nonlocal made, seen
-        made, seen = made + scores.numel(), seen + (scores > -torch.inf).sum().item()
-        return softmax(scores)
+    def count(counter: FlopCounterMode) -> float:
+        counted = 0
 
-    if softmax:
-        block.softmax = watched
-    block.register_forward_pre_hook(lambda *_: counted.append(-counter.get_total_flops()))
-    block.register_forward_hook(lambda *_: counted.append(counter.get_total_flops()))
+        def before(*_):
+            nonlocal counted
+            counted, scores.inside = counted - counter.get_total_flops(), True
+
+        def after(*_):
+            nonlocal counted
+            counted, scores.inside = counted + counter.get_total_flops(), False
+
+        hooks = block.register_forward_pre_hook(before), block.register_forward_hook(after)
+        with counter:
+            model(torch.randint(VOCAB_SIZE, (1, T)), memory=memory)
+        for hook in hooks:
+            hook.remove()
+        return counted / T
+
     memory = torch.randn(1, T, getattr(block, "memory_dim", LONG.dim))
+    formulas = SOLUTION | {operation: (lambda *_, out_shape, **__: out_shape.numel()) for operation in ELEMENTWISE}
     with torch.no_grad(), as_torch_does_it(model):
-        with FlopCounterMode(display=False, custom_mapping=SOLUTION) as counter:
-            model(torch.randint(VOCAB_SIZE, (1, T)), memory=memory)
-        products, made_once, seen_once = sum(counted), made, seen
-        counted.clear()
-        formulas = SOLUTION | {operation: (lambda *_, out_shape, **__: out_shape.numel()) for operation in ELEMENTWISE}
-        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-            model(torch.randint(VOCAB_SIZE, (1, T)), memory=memory)
-    return block, products / T, (sum(counted) - products) / T, made_once / T, seen_once / T
+        with scores:
+            products = count(FlopCounterMode(display=False, custom_mapping=SOLUTION))
+        elementwise = count(FlopCounterMode(display=False, custom_mapping=formulas)) - products
+    return block, products, elementwise, scores.made / T, scores.seen / T
 
 
-@pytest.mark.parametrize("name", WITH_METHOD)
+def said_by(block, length: int) -> float:
+    return block.flops_per_token(length) if hasattr(block, "flops_per_token") else attention_flops(block, length)
+
+
+def sinks_written_out(q, k, v, mask, sinks, soft_cap=None, dropout=0.0):
+    scores = attention.attention_scores(q, k, soft_cap).masked_fill(~mask, -torch.inf)
+    return attention.average(attention.softmax_with_sinks(scores, sinks), v)
+
+
+@pytest.mark.parametrize("name", COUNTED)
 class TestBlocksThatCountForThemselves:
     @pytest.fixture(autouse=True)
     def counted_inside(self, monkeypatch):
-        """Mamba's pieces are a single operation for torch, so here it goes step by step."""
+        """Mamba step by step, where torch would see one operation, and sinks in the softmax instead of in one more channel."""
         monkeypatch.setattr(mamba, "in_pieces", lambda *given: mamba.step_by_step(*given[:5], state=given[6]))
+        monkeypatch.setattr(attention, "masked_attention_with_sinks", sinks_written_out)
 
     def test_against_torch(self, name):
         """Attention counts what is seen, torch all that is multiplied: the difference is the scores that are hidden.
@@ -206,27 +241,28 @@ class TestBlocksThatCountForThemselves:
         All others count products as torch does. Recurrences count the steps of their formula, where torch sees the products of
         whole chunks, half of them hidden, and sums of which one may do several steps: there it is the same order.
         """
-        for layer in layers_to_try(name, block_menu(LONG)[name]):
+        for layer in layers_to_try(name, all_blocks(LONG)[name]):
             block, products, elementwise, made, seen = measure(layer, name)
-            said = block.flops_per_token(T)
-            has_more_inside = any(hasattr(inner, "flops_per_token") for inner in block.modules() if inner is not block)
-            if isinstance(block, SoftmaxAttention) and not has_more_inside:
+            said = said_by(block, T)
+            if isinstance(block, Attention | LatentAttention):
                 narrow = block.head_dim - getattr(block, "v_dim", block.head_dim)  # values padded to the width of keys
                 assert said == pytest.approx(products - 4 * block.head_dim * (made - seen) - 2 * narrow * seen)
                 assert said < products or made == seen
             elif said != pytest.approx(products):
-                hidden = 4 * getattr(block, "head_dim", 0) * (made - seen)
+                hidden = 0
+                if made > seen:  # each score is a product of two heads' channels, and the weight of a value
+                    hidden = 2 * (block.head_dim + block.value_dim // block.num_heads) * (made - seen)
                 assert 0.75 * (products - hidden) <= said <= products + 4 * elementwise
 
     def test_it_is_not_less_than_its_matrices(self, name):
-        for layer in layers_to_try(name, block_menu(LONG)[name]):
+        for layer in layers_to_try(name, all_blocks(LONG)[name]):
             block = measure(layer, name)[0]
             matrices = sum(2 * inner.weight.numel() for inner in block.modules() if type(inner) is nn.Linear)
-            assert all(block.flops_per_token(length) >= matrices for length in (1, 7, 60, T))
+            assert all(said_by(block, length) >= matrices for length in (1, 7, 60, T))
 
 
 def test_a_short_convolution_counts_as_torchs_own():
-    block = block_menu(CONFIG)["ShortConv"](dim=24, width=4)
+    block = all_blocks(CONFIG)["ShortConv"](dim=24, width=4)
     with FlopCounterMode(display=False) as counter:
         F.conv1d(torch.zeros(1, 24, 50 + 3), torch.zeros(24, 1, 4), groups=24)
     assert block.flops_per_token(50) * 50 == counter.get_total_flops()
@@ -236,13 +272,13 @@ def test_the_whole_square_is_what_torch_counts_for_plain_attention():
     """So what is not seen is (T - 1) / 2 pairs for each token."""
     block, products, _, made, seen = measure("Attn", "Attn")
     assert made == 4 * T and seen == 4 * (T + 1) / 2
-    assert products - block.flops_per_token(T) == pytest.approx(4 * 4 * 8 * (T - 1) / 2)
+    assert products - attention_flops(block, T) == pytest.approx(4 * 4 * 8 * (T - 1) / 2)
 
 
 class TestTables:
     def test_every_block_of_the_menu_has_a_row(self):
         shown = block_costs(CONFIG, 16)
-        assert list(shown.index) == list(block_menu(CONFIG))
+        assert list(shown.index) == list(all_blocks(CONFIG))
         assert list(shown) == ["in", "parameters", "FLOPs per token", "cache bytes per token", "cache bytes fixed"]
         assert shown.loc["MLP", "FLOPs per token"] == 2 * shown.loc["MLP", "parameters"]
         assert shown.loc["Norm"].drop("in").equals(shown.loc["RMSNorm"].drop("in"))
@@ -251,7 +287,7 @@ class TestTables:
         shown = comparison("1m", tiny_run, T=30)
         assert list(shown) == ["1m", "tiny"] and shown.loc["context", "tokens"].tolist() == [30, 30]
         model, _ = load_model(tiny_run)
-        assert shown.loc[("parameters", "all"), "tiny"] == model.num_parameters()
+        assert shown.loc[("parameters", "all"), "tiny"] == num_parameters(model)
         for label in ("parameters", "FLOPs per token", "cache bytes per token"):
             rows = shown.loc[label]
             assert rows.drop([row for row in rows.index if row.startswith("all")]).sum().tolist() == rows.loc["all"].tolist()
@@ -280,7 +316,7 @@ class TestTables:
 def test_a_layer_string_and_its_steps():
     steps = steps_with_signs("|->Norm->Attn(window=64, norm='LayerNorm')->+->|->MLP")
     assert steps == [("Norm", {}, ()), ("Attn", {"window": 64, "norm": "LayerNorm"}, ("+", "|")), ("MLP", {}, ())]
-    assert written(*steps[1][:2]) == "Attn(window=64, norm='LayerNorm')" and written("MLP", {}) == "MLP"
+    assert format_step(*steps[1][:2]) == "Attn(window=64, norm='LayerNorm')" and format_step("MLP", {}) == "MLP"
 
 
 def test_a_run_logs_what_it_has_spent(tiny_run):

@@ -11,7 +11,7 @@ from evaluation.diff import diff, main
 from evaluation.diff_view import as_page, weight_shapes
 from metrics.cost import cost_of
 
-BASE = ModelConfig(dim=24, num_layers=4, num_heads=4, num_kv_heads=2, mlp_dim=48, max_seq_len=16)
+BASE = ModelConfig(dim=24, num_layers=4, num_heads=4, num_kv_heads=2, mlp_dim=32, max_seq_len=16)
 
 
 def marks(left: ModelConfig, right: ModelConfig) -> list[str]:

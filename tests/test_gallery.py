@@ -8,17 +8,17 @@ import torch
 from config import ModelConfig
 from metrics.cost import model_cost
 from metrics.gallery import as_html, families, show_blocks, watch
-from modules.registry import block_menu, build_model
+from modules.registry import all_blocks, build_model
 
-TOY = ModelConfig(dim=16, num_heads=8, num_kv_heads=2, head_dim=4, mlp_dim=48, max_seq_len=7)
+TOY = ModelConfig(dim=16, num_heads=8, num_kv_heads=2, head_dim=4, mlp_dim=32, max_seq_len=7)
 TOKENS = torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(0))
 
 
 def test_every_block_is_in_one_family():
     found = families(TOY)
-    assert sorted(name for names in found.values() for name in names) == sorted(block_menu(TOY).keys() - {"Norm"})
-    assert found["modules.values"] == ["ValueAttn"]
-    assert all(block_menu(TOY)[name].__module__ == module for module, names in found.items() for name in names)
+    assert sorted(name for names in found.values() for name in names) == sorted(all_blocks(TOY).keys() - {"Norm"})
+    assert found["model"] == ["Attn", "MLP", "RMSNorm", "LayerNorm"] and found["modules.norms"] == ["CosineNorm", "DynamicTanh"]
+    assert all(all_blocks(TOY)[name].__module__ == module for module, names in found.items() for name in names)
 
 
 def test_every_block_is_displayed(monkeypatch):
@@ -30,7 +30,7 @@ def test_every_block_is_displayed(monkeypatch):
     for module, names in families(TOY).items():
         expected += [f"### {module.replace('.', '/')}.py", *(f"#### {name}" for name in names)]
     assert headings == expected
-    for name, block in block_menu(TOY).items():
+    for name, block in all_blocks(TOY).items():
         if name != "Norm":
             text = shown[shown.index(next(text for text in shown if text.startswith(f"#### {name}\n"))) + 1]
             assert block.__name__ in text and "(3, 5, 16) → (3, 5, 16)" in html.unescape(text) and "✗" not in text
@@ -52,8 +52,8 @@ def test_a_plugin_shows_by_itself():
 def test_state_and_cost(name, layer, remembers):
     shown = watch(name, layer, TOY, TOKENS, vocab_size=11)
     assert shown.remembers == remembers and shown.layer == layer
-    config = ModelConfig(dim=16, num_layers=1, layers=layer, num_heads=8, num_kv_heads=2, head_dim=4, mlp_dim=48, max_seq_len=5)
-    kind = block_menu(TOY)[name].__name__
+    config = ModelConfig(dim=16, num_layers=1, layers=layer, num_heads=8, num_kv_heads=2, head_dim=4, mlp_dim=32, max_seq_len=5)
+    kind = all_blocks(TOY)[name].__name__
     assert shown.part.flops == model_cost(build_model(config, 11)).by_kind("flops")[kind]
     told = as_html(shown)
     assert f"{shown.part.parameters:,} parameters" in told and ("nothing" in told) == (not remembers)

@@ -29,7 +29,7 @@ CONFIGS = {
     "learned": replace(TINY, positions="learned"),
     "sinusoidal": replace(TINY, positions="sinusoidal"),
     "none": replace(TINY, positions="none"),
-    "grok_like": replace(preset("grok_like").model, dim=24, num_layers=1, num_heads=2, mlp_dim=24, max_seq_len=48),
+    "grok_like": replace(preset("grok_like").model, dim=24, num_layers=1, num_heads=2, mlp_dim=16, max_seq_len=48),
 }
 
 

@@ -43,7 +43,7 @@ from tokenizer import Tokenizer, load_tokenizer
 from train import train
 from training.report import LivePlot, plot_losses, table, write_report
 
-MODEL = ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=24, max_seq_len=64, dropout=0.1)
+MODEL = ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16, max_seq_len=64, dropout=0.1)
 TRAIN = TrainConfig(
     data="storyworld:200", batch_size=2, max_steps=6, max_minutes=None, eval_every=2, eval_stories=200, checkpoint_every=3,
     warmup_steps=1, grade_stories=5,
