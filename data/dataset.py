@@ -74,10 +74,10 @@ class Data:
         """The tokens of these rows, pad_id where there is none: a LongTensor (B, T + 1)."""
         import torch
 
-        places = np.arange(first, first + batch_size, dtype=np.uint64)
-        epoch, position = np.divmod(places, np.uint64(self.num_rows))
         batch = np.full((batch_size, self._capacity), self._pad_id, np.int64)
-        for line, row in zip(batch, shuffled(position, self.num_rows, seed, epoch).tolist(), strict=True):
+        for line, position in zip(batch, range(first, first + batch_size), strict=True):
+            epoch, index = divmod(position, self.num_rows)
+            row = shuffled(self.num_rows, seed, epoch)[index]
             at = 0
             for start, length in self._pieces[self._first[row]:self._first[row + 1]].tolist():
                 line[at:at + length] = self._tokens[start:start + length]

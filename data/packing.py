@@ -3,11 +3,11 @@
 B batch, T time.
 """
 
-import math
 import random
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -115,33 +115,7 @@ def story_ids(tokens, bos_id: int, eos_id: int):
     return ids
 
 
-def shuffled(position: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
-    """Which of `size` rows comes at a position of an epoch: a permutation of range(size) for each seed and epoch, in no memory.
-
-    position, epoch: uint64 (B,) -> uint64 (B,). A Feistel network over pairs (left, right), of which there are a * b >= size; a
-    number outside of range(size) goes through it again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
-    """
-    a = math.isqrt(size - 1) + 1
-    b = -(-size // a)
-    key = _mix(_mix(np.full_like(position, seed % 2**64)) ^ epoch)
-
-    def scramble(number: np.ndarray, key: np.ndarray) -> np.ndarray:
-        left, right = np.divmod(number, np.uint64(b))
-        for _ in range(4):
-            key = _mix(key)
-            left = (left + _mix(key ^ right) % a) % a
-            right = (right + _mix(key + left) % b) % b
-        return left * np.uint64(b) + right
-
-    number = scramble(position, key)
-    while (outside := number >= size).any():
-        number[outside] = scramble(number[outside], key[outside])
-    return number
-
-
-def _mix(number: np.ndarray) -> np.ndarray:
-    """A uint64 whose every bit depends on every bit of the input: the output function of SplitMix64 (Steele et al. 2014)."""
-    number = number + np.uint64(0x9E3779B97F4A7C15)
-    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return number ^ (number >> np.uint64(31))
+@lru_cache(maxsize=4)
+def shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the rows in an epoch: a permutation of range(num_rows).  (num_rows,)"""
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)
