@@ -525,8 +525,8 @@ def test_unknown_sources(source, error, message):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"packing": "tight"}, "packing='tight' should be 'packed' or 'padded'"),
-    ({"max_seq_len": 1}, "max_seq_len=1 should be at least 2"),
+    ({"packing": "tight"}, "packing='tight': give 'packed' or 'padded'"),
+    ({"max_seq_len": 1}, "max_seq_len=1: give at least 2"),
 ])
 def test_bad_arguments(folder, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
