@@ -3,9 +3,9 @@
     python tokenizer.py --data ../stories.txt --vocab_size 1024 --name my_tokenizer
 
 The character-pair tokenizer is byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) over 95 characters instead of bytes:
-newline, 93 printable ASCII characters and U+FFFD, the visible replacement for everything that `normalise` can't write in ASCII.
-A merge never crosses a word: the letters of a word and the space before them belong together, every other character stands alone.
-Hugging Face's `tokenizers` learns the merges and applies them; a tokenizer file is its JSON and opens there as well.
+newline, 93 printable ASCII characters, and U+FFFD for everything that `normalise` can't write in ASCII. Text is first split into
+words, each with the space before it, and single other characters; merges stay inside of these. Hugging Face's `tokenizers` learns
+and applies the merges; a tokenizer file is its JSON.
 """
 
 import difflib
@@ -25,13 +25,12 @@ REPLACEMENT = "\ufffd"
 ALPHABET = "".join(sorted(["\n", *(chr(code) for code in range(0x20, 0x7F) if chr(code) not in "`~"), REPLACEMENT]))
 WORD = r" ?[A-Za-z]+|[^A-Za-z]"
 
-# The special tokens by the names they go by; the first of each list is what a tokenizer that has none is given.
+# Usual names of the special tokens; a tokenizer without one gets the first name of the list.
 BOS_NAMES = ["<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]", "<|endoftext|>"]
 EOS_NAMES = ["<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]"]
 PAD_NAMES = ["<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>"]
 
-
-# What NFKD does not bring to ASCII. U+00AD is the soft hyphen, U+0085, U+2028 and U+2029 end lines.
+# Characters that NFKD does not bring to ASCII. U+00AD is the soft hyphen; U+0085, U+2028 and U+2029 are line ends.
 TO_ASCII = {"~": "-", "\u2212": "-", "\u00ad": "-", "\u2044": "/", "\u2026": "...", "ß": "ss", "ẞ": "SS", "ı": "i"}
 TO_ASCII |= {"æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "Đ": "D"}
 TO_ASCII |= dict.fromkeys("\t\v\f", " ") | dict.fromkeys("\r\u0085\u2028\u2029", "\n")
@@ -40,7 +39,7 @@ TO_ASCII |= dict.fromkeys("\u00ab\u00bb\u201c\u201d\u201e\u201f\u2033", '"')
 
 
 class CharacterTable(dict):
-    """For `str.translate`: what a character becomes, worked out when it is first met."""
+    """A table for `str.translate` that is filled as characters come up."""
 
     def __missing__(self, code: int) -> str:
         self[code] = result = self.ascii_for(chr(code))
@@ -51,7 +50,7 @@ class CharacterTable(dict):
             return character
         if character in TO_ASCII:
             return TO_ASCII[character]
-        if "\u0300" <= character <= "\u036f":  # an accent that follows its letter
+        if "\u0300" <= character <= "\u036f":  # a combining accent
             return ""
         category = unicodedata.category(character)
         if category in ("Zs", "Pd"):
@@ -67,25 +66,27 @@ _CHARACTERS = CharacterTable()
 
 
 def normalise(text: str) -> str:
-    """The text in the 95 characters of ALPHABET.
+    """Write a text in the 95 characters of ALPHABET.
 
-    Curly quotes and the backtick become straight quotes, dashes and the tilde '-', odd spaces and tabs ' ', '\\r\\n' and other
-    line ends '\\n', '…' '...', and letters with accents, ligatures and full-width forms their plain letters (NFKD). Whatever
-    is left becomes U+FFFD, one for each character. Only the accents U+0300 to U+036F vanish.
+    Quotes become straight, dashes and the tilde '-', spaces and tabs ' ', line ends '\\n', '…' '...'; letters with accents,
+    ligatures and full-width forms become plain letters (NFKD). Any other character becomes U+FFFD.
+
+    >>> normalise("“Café” – a crêpe…")
+    '"Cafe" - a crepe...'
     """
     return text.replace("\r\n", "\n").translate(_CHARACTERS)
 
 
 def count_replacements(texts: str | Iterable[str]) -> int:
-    """How many U+FFFD the normalised text, or texts, hold: the characters a character-pair tokenizer can't tell apart."""
+    """The number of U+FFFD in the normalised texts: the characters that a character-pair tokenizer loses."""
     return sum(normalise(text).count(REPLACEMENT) for text in ([texts] if isinstance(texts, str) else texts))
 
 
 class Tokenizer:
-    """A tokenizer of Hugging Face's `tokenizers`, given as its JSON, with the bos, eos and pad that baseGPT needs.
+    """A tokenizer of Hugging Face's `tokenizers`, from its JSON.
 
-    vocab_size counts every id, bos, eos and pad included. Those three are found among the added tokens by their usual names,
-    or appended. Only `bos=True` and `eos=True` put them into the ids: "<bos>" in a text is ordinary text.
+    bos, eos and pad are added tokens with one of the usual names, or are appended; vocab_size includes them. Only `bos=True` and
+    `eos=True` put them into the ids: "<bos>" in a text is ordinary text.
     """
 
     def __init__(self, name: str, content: str):
@@ -118,20 +119,19 @@ class Tokenizer:
         return f"{type(self).__name__}({self.name!r}, vocab_size={self.vocab_size})"
 
     def _prepare(self, text: str) -> str:
-        return re.sub("[\ud800-\udfff]", REPLACEMENT, text)  # half a surrogate pair can't be written as UTF-8
+        return re.sub("[\ud800-\udfff]", REPLACEMENT, text)  # lone surrogates, which UTF-8 does not allow
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """The ids of a text; an empty text has none."""
+        """The ids of a text."""
         return self.encode_batch([text], bos, eos)[0]
 
     def encode_batch(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
-        """The ids of each text. Much faster than one call a text."""
-        before, after = [self.bos_id] * bos, [self.eos_id] * eos
+        """The ids of each text; much faster than one call per text."""
         encodings = self.engine.encode_batch_fast([self._prepare(text) for text in texts], add_special_tokens=False)
-        return [before + encoding.ids + after for encoding in encodings]
+        return [[self.bos_id] * bos + encoding.ids + [self.eos_id] * eos for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, without bos, eos and pad. Raises ValueError for an id that is not in the vocabulary."""
+        """The text of some ids, without bos, eos and pad. Raises ValueError for an id outside of the vocabulary."""
         ids = [int(index) for index in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = next(index for index in ids if not 0 <= index < self.vocab_size)
@@ -140,11 +140,11 @@ class Tokenizer:
         return self.engine.decode([index for index in ids if index not in special], skip_special_tokens=True)
 
     def normalise(self, text: str) -> str:
-        """What is left of a text after encoding and decoding, by definition: decode(encode(text))."""
+        """The text after encoding and decoding: decode(encode(text))."""
         return self.decode(self.encode(text))
 
     def tokens(self, text: str) -> list[str]:
-        """The piece of the text that each id stands for, for display. Of a character cut in several, the first id has it all."""
+        """The piece of text of each id, for display. A character made of several ids is shown with the first."""
         text, pieces, end = self._prepare(text), [], 0
         for start, stop in self.engine.encode(text, add_special_tokens=False).offsets:
             pieces.append(text[max(start, end) : stop])
@@ -152,42 +152,42 @@ class Tokenizer:
         return pieces
 
     def bytes_per_token(self, texts: Sequence[str]) -> float:
-        """UTF-8 bytes of the texts, as they are given, for each of their tokens. Raises ValueError where there is no token."""
+        """UTF-8 bytes of the texts as given, per token. Raises ValueError if there are no tokens."""
         num_tokens = sum(map(len, self.encode_batch(texts)))
         if num_tokens == 0:
-            raise ValueError(f"bytes per token of {len(texts)} texts without a token: give at least one that is not empty")
+            raise ValueError(f"the {len(texts)} texts have no tokens: give at least one that is not empty")
         return sum(len(text.encode("utf-8", "replace")) for text in texts) / num_tokens
 
     def to_html(self, text: str) -> str:
-        """The text with every token on its own colour, as HTML for a notebook."""
+        """The text as HTML for a notebook, with a background colour for each token."""
         colours = ("#cde7ff", "#ffe3b8", "#d5f0c9", "#f5d0e2", "#e3d9fb")
-        spans = [
+        spans = "".join(
             f'<span style="background:{colours[i % len(colours)]}; color:black">{html.escape(piece)}</span>'
             for i, piece in enumerate(self.tokens(text))
-        ]
-        return f'<div style="white-space:pre-wrap; font-family:monospace; line-height:1.6">{"".join(spans)}</div>'
+        )
+        return f'<div style="white-space:pre-wrap; font-family:monospace; line-height:1.6">{spans}</div>'
 
 
 class CharacterPairTokenizer(Tokenizer):
-    """Ids 0 to 94 are ALPHABET, the merges follow in the order in which they were learned, then bos, eos and pad."""
+    """Ids: ALPHABET (0 to 94), the merges in the order in which they were learned, bos, eos, pad."""
 
     def _prepare(self, text: str) -> str:
         return normalise(text)
 
     def normalise(self, text: str) -> str:
-        """See the function `normalise`: decode(encode(text)) == normalise(text) for every text."""
+        """The function `normalise`; decode(encode(text)) == normalise(text) for every text."""
         return normalise(text)
 
     @property
     def merges(self) -> list[tuple[str, str]]:
-        """The pairs that were joined, in the order in which they were learned."""
+        """The merged pairs, in the order in which they were learned."""
         return [tuple(pair) for pair in json.loads(self.content)["model"]["merges"]]
 
     def cut(self, vocab_size: int, name: str) -> "CharacterPairTokenizer":
-        """The tokenizer that stopped learning at `vocab_size` tokens (bos, eos and pad not counted)."""
+        """The tokenizer as it was when it had learned `vocab_size` tokens (without bos, eos and pad)."""
         _check_vocab_size(vocab_size)
         if vocab_size > self.bos_id:
-            raise ValueError(f"vocab_size={vocab_size}: {self.name} knows {self.bos_id} tokens; cut it to at most that")
+            raise ValueError(f"vocab_size={vocab_size}: {self.name} has only {self.bos_id} tokens, so give at most that")
         vocabulary, merges = list(ALPHABET), []
         for left, right in self.merges:
             if len(vocabulary) == vocab_size:
@@ -198,7 +198,7 @@ class CharacterPairTokenizer(Tokenizer):
         return _assemble(name, vocabulary, merges)
 
     def save(self, overwrite: bool = False) -> Path:
-        """Writes tokenizers/`name`.model and returns its path. Raises FileExistsError rather than overwrite one unasked."""
+        """Write tokenizers/`name`.model and return its path. Raises FileExistsError if it exists, unless overwrite."""
         path = check_new_name(self.name, overwrite)
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_name(path.name + ".unfinished")
@@ -224,15 +224,39 @@ def _assemble(name: str, vocabulary: list[str], merges: list[tuple[str, str]]) -
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str, progress: bool = False) -> CharacterPairTokenizer:
-    """Learns a character-pair tokenizer: again and again, the pair of neighbours that is most frequent becomes a token.
+    """Learn a character-pair tokenizer: merge the most frequent pair of neighbours into a token, again and again.
 
-    vocab_size counts ALPHABET and merges; bos, eos and pad come on top. Of pairs that are equally frequent, the one with the
-    smallest ids is joined. A pair that occurs once is not learned. The same texts give the same tokenizer, in any order.
-    Raises ValueError if vocab_size is below 95, if there is no text, or if there are too few pairs in it.
+    The same texts give the same tokenizer in any order: of equally frequent pairs, the one with the smallest ids is merged.
+
+    Parameters
+    ----------
+    texts : iterable of str
+        What to learn from; read once.
+    vocab_size : int
+        Number of characters (95) and merges; bos, eos and pad come on top.
+    name : str
+        Its name, under which `save` writes it.
+    progress : bool, default False
+        Show a progress bar.
+
+    Returns
+    -------
+    CharacterPairTokenizer
+
+    Raises
+    ------
+    ValueError
+        If vocab_size is below 95, if there is no text, or if too few pairs occur twice in it.
+
+    Examples
+    --------
+    >>> train_tokenizer(["the cat and the hat"], vocab_size=97, name="my_tokenizer").merges
+    [('a', 't'), ('h', 'e')]
     """
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Engine
 
+    # read and normalise the texts, and count their characters
     _check_vocab_size(vocab_size)
     num_characters = 0
 
@@ -242,12 +266,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str, progress: 
             num_characters += len(text)
             yield normalise(text)
 
+    # learn the merges
     engine = Engine(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "isolated")
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, initial_alphabet=list(ALPHABET), show_progress=progress)
     engine.train_from_iterator(normalised(), trainer)
     if num_characters == 0:
         raise ValueError("there is no text to learn a tokenizer from: give data with at least one story")
+
+    # number the tokens, and check that there are enough
     model = json.loads(engine.to_str())["model"]
     if len(model["vocab"]) < vocab_size:
         raise ValueError(
@@ -264,7 +291,7 @@ def _check_vocab_size(vocab_size: int) -> None:
 
 
 def check_new_name(name: str, overwrite: bool = False) -> Path:
-    """The file that a new tokenizer will be saved in. Raises ValueError or FileExistsError if the name can't be used."""
+    """The path of a new tokenizer. Raises ValueError or FileExistsError if the name can't be used."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
         raise ValueError(f"{name!r} can't be a tokenizer's name: use letters, digits, '_', '-' and '.', such as my_tokenizer")
     path = TOKENIZERS_DIR / f"{name}.model"
@@ -274,29 +301,50 @@ def check_new_name(name: str, overwrite: bool = False) -> Path:
 
 
 def available_tokenizers() -> list[str]:
-    """The names of the tokenizers in the folder tokenizers/, smallest number first."""
+    """The names of the tokenizers in tokenizers/, in the order of the numbers in them."""
     numbers = re.compile(r"\d+")
     names = (path.stem for path in TOKENIZERS_DIR.glob("*.model"))
     return sorted(names, key=lambda name: (numbers.sub("", name), [int(number) for number in numbers.findall(name)]))
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Opens "bpe_tokenizer_1024" (a file in tokenizers/), a .model or tokenizer.json file, a folder with one, or "hf:gpt2".
+    """Load a tokenizer by name or path.
 
-    After "hf:" comes a name on the Hugging Face hub, or a local folder or file. Raises FileNotFoundError, or ValueError for a
-    file that is damaged or is no tokenizer.
+    Parameters
+    ----------
+    name : str
+        A name in tokenizers/ ("bpe_tokenizer_1024"), a .model or tokenizer.json file, a folder with one, or "hf:" and a name
+        on the Hugging Face hub ("hf:gpt2") or a local path.
+
+    Returns
+    -------
+    Tokenizer
+        A CharacterPairTokenizer for a file of ours.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such tokenizer, or its file is damaged.
+
+    Examples
+    --------
+    >>> tokenizer = load_tokenizer("bpe_tokenizer_1024")
+    >>> tokenizer.tokens("Once upon a time")
+    ['Once', ' upon', ' a', ' time']
+    >>> tokenizer.decode(tokenizer.encode("Once upon a time"))
+    'Once upon a time'
     """
     path = _find_tokenizer(str(name))
     try:
         content = path.read_text(encoding="utf-8")
         parsed = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or no tokenizer ({error}): copy it again, or make it anew") from error
+        raise ValueError(f"{path} is damaged or not a tokenizer ({error}): copy it again, or make a new one") from error
     try:
         vocabulary = parsed["model"]["vocab"]
-        ours = isinstance(vocabulary, dict) and sorted(vocabulary, key=vocabulary.get)[: len(ALPHABET)] == list(ALPHABET)
-        return (CharacterPairTokenizer if ours else Tokenizer)(str(name), content)
-    except Exception as error:  # `tokenizers` raises bare Exception for a JSON that it can't use
+        is_ours = isinstance(vocabulary, dict) and sorted(vocabulary, key=vocabulary.get)[: len(ALPHABET)] == list(ALPHABET)
+        return (CharacterPairTokenizer if is_ours else Tokenizer)(str(name), content)
+    except Exception as error:  # `tokenizers` raises bare Exceptions
         raise ValueError(f"{path} is JSON, but not of a tokenizer ({error!r}): give a file that `tokenizers` wrote") from error
 
 
@@ -326,7 +374,7 @@ def _download(repository: str) -> Path:
         if isinstance(cached, str):
             return Path(cached)
         return Path(hf_hub_download(repository, "tokenizer.json"))
-    except Exception as error:  # no network, no such repository, no tokenizer.json in it: many types, one cure
+    except Exception as error:  # the network, the repository or the file: many types, one cure
         raise FileNotFoundError(
             f"can't get tokenizer.json of {repository!r} from the Hugging Face hub ({type(error).__name__}): check the name and "
             f"the network, or give a local folder as hf:FOLDER"
@@ -343,11 +391,11 @@ def main(
     """Learn a character-pair tokenizer and save it in tokenizers/.
 
     Args:
-        data: Where the stories come from, as in training: tinystories, storyworld, hub:owner/name, a file or a folder.
+        data: Source of the stories, as in training: tinystories, storyworld, hub:owner/name, a file or a folder.
         vocab_size: Number of characters (95) and merges; bos, eos and pad come on top.
-        name: Name to save it under; train with it by --train.tokenizer NAME.
-        num_stories: Learn from at most so many stories; more hardly change the merges.
-        overwrite: Replace a tokenizer that has this name.
+        name: Name of the new tokenizer, for --train.tokenizer NAME.
+        num_stories: Learn from at most this many stories; more hardly change the merges.
+        overwrite: Replace a tokenizer of this name.
     """
     from data.dataset import read_stories
 
@@ -357,7 +405,7 @@ def main(
     tokenizer = train_tokenizer(stories, vocab_size, name, progress=True)
     path = tokenizer.save(overwrite)
     print("merges learned:", " ".join(repr(left + right) for left, right in tokenizer.merges))
-    print(f"bytes per token: {tokenizer.bytes_per_token(stories[:2000]):.3f} (its first {min(2000, len(stories))} stories)")
+    print(f"bytes per token: {tokenizer.bytes_per_token(stories[:2000]):.3f} (on the first {min(2000, len(stories))} stories)")
     print(f"characters replaced by U+FFFD: {count_replacements(stories)}")
     print(f"saved as {path}")
 

@@ -1,6 +1,6 @@
-"""The cache folder: where it is, and entries that are built once and checked when they are opened. No torch.
+"""The cache folder, and entries that are built once and checked when they are opened; small helpers. No torch.
 
-An entry is a folder with files and an info.json, which holds the sizes of the files and whatever its builder returned.
+An entry is a folder of files and an info.json with their sizes and whatever its builder returned.
 """
 
 import hashlib
@@ -16,20 +16,19 @@ from pathlib import Path
 
 
 def default_cache_dir() -> Path:
-    """$BASEGPT_CACHE, else basegpt in %LOCALAPPDATA% on Windows and in $XDG_CACHE_HOME or ~/.cache elsewhere."""
-    if chosen := os.environ.get("BASEGPT_CACHE"):
-        return Path(chosen)
+    """$BASEGPT_CACHE, or else basegpt in %LOCALAPPDATA% on Windows, and in $XDG_CACHE_HOME or ~/.cache elsewhere."""
+    if folder := os.environ.get("BASEGPT_CACHE"):
+        return Path(folder)
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "basegpt"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "basegpt"
 
 
 def open_or_build(folder: Path, build: Callable[[Path], dict]) -> tuple[dict, bool]:
-    """Open an entry, or build it where it is missing or damaged: (info, whether it was built).
+    """Open an entry, or build it if it is missing or damaged; returns (info, whether it was built).
 
-    `build` fills the folder it is given and returns the info. It works in a temporary folder next to the entry, which is moved
-    there in one step: an interrupted run leaves no half entry, and of two processes that build at once the second uses the
-    entry of the first.
+    `build` fills the folder that it is given and returns the info. The folder is temporary and is moved into place in one step,
+    so that an interrupted run leaves no half entry. Of two processes that build at once, the second uses the entry of the first.
     """
     if (problem := find_damage(folder)) is None:
         return json.loads((folder / "info.json").read_text(encoding="utf-8"))["info"], False
@@ -37,7 +36,7 @@ def open_or_build(folder: Path, build: Callable[[Path], dict]) -> tuple[dict, bo
         say(f"the cache entry {folder} is damaged ({problem}): building it again")
     folder.parent.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.parent.glob("building-*"):
-        with suppress(FileNotFoundError):  # another process has finished and removed its own
+        with suppress(FileNotFoundError):  # another process has just removed its own
             if time.time() - unfinished.stat().st_mtime > 24 * 60 * 60:
                 shutil.rmtree(unfinished, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent, ignore_cleanup_errors=True) as name:
@@ -57,7 +56,7 @@ def open_or_build(folder: Path, build: Callable[[Path], dict]) -> tuple[dict, bo
 
 
 def find_damage(folder: Path) -> str | None:
-    """The first missing file of an entry, or the first whose size has changed; None where the entry is whole."""
+    """What is wrong with an entry: a missing file, or one whose size has changed. None if it is whole."""
     try:
         sizes = json.loads((folder / "info.json").read_text(encoding="utf-8"))["sizes"]
     except (OSError, ValueError, KeyError) as error:
@@ -78,10 +77,10 @@ def say(line: str) -> None:
 
 
 def digest(*parts: object) -> str:
-    """24 hex digits of the SHA-256 of the parts, as text where they are not bytes."""
+    """24 hex digits of the SHA-256 of the parts, which are bytes or are taken as text."""
     return hashlib.sha256(b"\0".join(part if isinstance(part, bytes) else str(part).encode() for part in parts)).hexdigest()[:24]
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """The first line of an error's message, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,21 +1,18 @@
-"""How stories become rows: packing them, telling them apart again, and the order in which the rows come.
+"""Packing stories into rows, numbering the stories of a row, and the order of the rows.  B batch, T time."""
 
-B batch, T time.
-"""
-
-import math
 import random
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
-MIN_PIECE = 16  # tokens of a tail: a shorter one is lengthened backwards, as it would say too little
+MIN_PIECE = 16  # tokens; shorter tails are extended backwards for context
 
 
 class FreeSpace:
-    """Rows by how many tokens still fit into them. The tightest fit is found in the bits of one integer."""
+    """Rows by the number of tokens that still fit. The tightest fit is found in the bits of one integer."""
 
     def __init__(self):
         self.rows, self.bits = defaultdict(list), 0
@@ -31,7 +28,7 @@ class FreeSpace:
         return row
 
     def tightest(self, length: int) -> int | None:
-        """The smallest space that is at least length."""
+        """The smallest space of at least length; None if there is none."""
         fitting = self.bits >> length
         return length + (fitting & -fitting).bit_length() - 1 if fitting else None
 
@@ -40,70 +37,75 @@ class FreeSpace:
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[tuple[int, int, int]]]:
-    """Packs stories into rows of capacity tokens. A row is a list of pieces (story, start, length).
+    """Pack stories of these lengths into rows of capacity tokens. A row is a list of pieces (story, start, length).
 
-    Every row begins with a story's beginning, and the first `capacity` tokens of every story appear once, in one piece. What a
-    longer story has beyond them, its tail, goes into the free space behind other stories, cut where a row ends; a piece begins
-    with the last token of the piece before, so that every token is predicted once. What finds no place is left out. Then the rows
-    are filled up, longest story first, each into the tightest gap (best-fit decreasing; on why best fit beats cutting the stream
-    of stories into equal parts see Ding et al. 2024, arXiv 2404.10830), and gaps that remain with the cropped beginning of a
-    story drawn at random. A piece that does not end its story is always the last of its row, so story_ids finds all boundaries.
+    Every row begins with the start of a story. The first `capacity` tokens of each story appear once, in one piece. The rest of
+    a long story, its tail, goes into the free space of other rows and is cut where a row ends; a piece starts with the last token
+    of the previous one, so that every token is predicted once. What does not fit anywhere is left out. Whole stories are placed
+    longest first, each in the tightest gap (best-fit decreasing; Ding et al. 2024, arXiv 2404.10830, compare it with cutting the
+    stream into equal parts). Gaps that remain are filled with the start of a random story. Only the last piece of a row may stop
+    before the end of its story, so that story_ids finds all boundaries.
+
+    >>> pack([3, 9, 4], capacity=8)
+    [[(1, 0, 8)], [(2, 0, 4), (1, 5, 4)], [(0, 0, 3), (1, 0, 5)]]
     """
-    least = max(2, min(MIN_PIECE, capacity // 2))
+    min_piece = max(2, min(MIN_PIECE, capacity // 2))
     longest_first = sorted(range(len(lengths)), key=lambda story: -lengths[story])
     long = [story for story in longest_first if lengths[story] > capacity]
     short = longest_first[len(long):]
     rows = [[(story, 0, capacity)] for story in long]
 
-    behind = FreeSpace()
+    # give each short story a row, and put the tails of the long ones into the free space of these rows
+    free = FreeSpace()
     for story in short:
-        behind.add([(story, 0, lengths[story])], capacity - lengths[story])
+        free.add([(story, 0, lengths[story])], capacity - lengths[story])
     for story in long:
         start = capacity - 1
         while start < lengths[story] - 1:
-            start = min(start, lengths[story] - least)
-            space = behind.tightest(lengths[story] - start) or behind.widest()
-            if space < least:
+            start = min(start, lengths[story] - min_piece)
+            space = free.tightest(lengths[story] - start) or free.widest()
+            if space < min_piece:
                 break
             length = min(lengths[story] - start, space)
-            behind.add([*behind.take(space), (story, start, length)], space - length)
+            free.add([*free.take(space), (story, start, length)], space - length)
             start += length - 1
 
-    gaps = FreeSpace()
-    alone = []
-    for space, found in behind.rows.items():
-        for row in found:
+    # merge the rows without a tail, longest story first, each into the tightest gap
+    gaps, single = FreeSpace(), []
+    for space, rows_with_space in free.rows.items():
+        for row in rows_with_space:
             if len(row) == 1:
-                alone.append(row)
+                single.append(row)
             else:
                 rows.append(row)
                 gaps.add(row, space)
-    for row in sorted(alone, key=lambda row: -row[0][2]):
+    for row in sorted(single, key=lambda row: -row[0][2]):
         length = row[0][2]
         space = gaps.tightest(length)
         if space is None:
             rows.append(row)
             gaps.add(row, capacity - length)
         else:
-            fitting = gaps.take(space)
-            fitting += row
-            gaps.add(fitting, space - length)
+            target = gaps.take(space)
+            target += row
+            gaps.add(target, space - length)
 
-    random_state, least_crop = random.Random(seed), max(2, capacity // 32)  # shorter gaps stay padding: at most 3% of a row
-    for space, found in gaps.rows.items():
-        longer = bisect_left(longest_first, -space, key=lambda story: -lengths[story])
-        if space >= least_crop and longer:
-            for row in found:
-                row.append((longest_first[random_state.randrange(longer)], 0, space))
+    # fill the remaining gaps with cropped stories; up to 3% of a row stays padding
+    rng, min_crop = random.Random(seed), max(2, capacity // 32)
+    for space, rows_with_space in gaps.rows.items():
+        num_longer = bisect_left(longest_first, -space, key=lambda story: -lengths[story])
+        if space >= min_crop and num_longer:
+            for row in rows_with_space:
+                row.append((longest_first[rng.randrange(num_longer)], 0, space))
     return rows
 
 
 def story_ids(tokens, bos_id: int, eos_id: int):
-    """Which story of its row a token belongs to: tokens (B, T) -> ids (B, T), counted from 0, padding an id of its own.
+    """Number the stories of each row: tokens (B, T) -> ids (B, T) from 0 up; padding counts as a story.
 
-    A story ends with its eos; in packed rows a piece without eos is always the last. Where bos and eos are the same token, as in
-    GPT-2, the first token of a row and a second one in succession are bos, all others eos. What follows an eos is the next story:
-    a loss over packed rows that should equal that of single stories leaves out the targets with ids[:, 1:] != ids[:, :-1].
+    A story ends with its eos. Where bos and eos are the same token, as in GPT-2, the first token of a row and the second of two
+    in succession are bos, all others eos. A target with ids[:, 1:] != ids[:, :-1] is the first token of the next story, which
+    cannot be predicted from the previous one.
     """
     ends = tokens == eos_id
     if bos_id == eos_id:
@@ -115,33 +117,7 @@ def story_ids(tokens, bos_id: int, eos_id: int):
     return ids
 
 
-def shuffled(position: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
-    """Which of `size` rows comes at a position of an epoch: a permutation of range(size) for each seed and epoch, in no memory.
-
-    position, epoch: uint64 (B,) -> uint64 (B,). A Feistel network over pairs (left, right), of which there are a * b >= size; a
-    number outside of range(size) goes through it again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
-    """
-    a = math.isqrt(size - 1) + 1
-    b = -(-size // a)
-    key = _mix(_mix(np.full_like(position, seed % 2**64)) ^ epoch)
-
-    def scramble(number: np.ndarray, key: np.ndarray) -> np.ndarray:
-        left, right = np.divmod(number, np.uint64(b))
-        for _ in range(4):
-            key = _mix(key)
-            left = (left + _mix(key ^ right) % a) % a
-            right = (right + _mix(key + left) % b) % b
-        return left * np.uint64(b) + right
-
-    number = scramble(position, key)
-    while (outside := number >= size).any():
-        number[outside] = scramble(number[outside], key[outside])
-    return number
-
-
-def _mix(number: np.ndarray) -> np.ndarray:
-    """A uint64 whose every bit depends on every bit of the input: the output function of SplitMix64 (Steele et al. 2014)."""
-    number = number + np.uint64(0x9E3779B97F4A7C15)
-    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return number ^ (number >> np.uint64(31))
+@lru_cache(maxsize=4)
+def shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the rows in an epoch: a permutation of range(num_rows).  (num_rows,)"""
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)

@@ -1,4 +1,4 @@
-"""Where stories come from: the Hugging Face hub, local files, the built-in storyworld."""
+"""Sources of stories: the Hugging Face hub, local files, and the built-in storyworld."""
 
 import codecs
 import difflib
@@ -21,7 +21,7 @@ HUB_NAMES = {
     "tinystories_v2": "noanabeshima/TinyStoriesV2",
     "tinystories_gpt4_clean": "karpathy/tinystories-gpt4-clean",
 }
-HUB_SECONDS = 6  # how long the hub may take to answer before it counts as unreachable
+HUB_SECONDS = 6  # without an answer in this time, the hub is unreachable
 SEPARATOR = "<|endoftext|>"
 SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
                "dev": "validation", "test": "test", "testing": "test"}
@@ -29,19 +29,16 @@ SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation"
 
 @dataclass(frozen=True)
 class Source:
-    """Raw stories by split, None where the data has a null.
-
-    fingerprint(cache_dir) is a digest of the content, which may keep notes in the cache.
-    """
+    """Raw texts by split, None for a null. fingerprint(cache_dir) is a digest of the content; it may use the cache."""
 
     name: str
     splits: dict[str, Callable[[], Iterable[str | None]]]
     fingerprint: Callable[[Path], str]
-    num_train: int | None = None  # where it is known beforehand, for the progress bar
-    note: str = ""  # what the reader should know about the choice of files
+    num_train: int | None = None  # for the progress bar, if known
+    note: str = ""  # on the choice of files
 
     def stories(self, split: str, skipped: Counter) -> Iterator[str]:
-        """Stripped, non-empty stories; what is skipped is counted. SEPARATOR inside a text starts another story."""
+        """The non-empty stories, stripped; skipped rows are counted. SEPARATOR in a text starts another story."""
         for text in self.splits[split]():
             if not isinstance(text, str | None):
                 raise ValueError(f"{self.name}: the column of the stories holds {text!r:.40}. It has to be strings")
@@ -51,18 +48,40 @@ class Source:
             yield from stories
 
     def say(self, skipped: Counter) -> None:
-        """Tells what was not used, if anything."""
-        if remarks := [f"{count:,} {what}" for what, count in skipped.items()] + [self.note] * bool(self.note):
+        """Print what was not used, if anything."""
+        remarks = [f"{count:,} {reason}" for reason, count in skipped.items()] + [self.note] * bool(self.note)
+        if remarks:
             say(f"{self.name}: {', '.join(remarks)}")
 
 
 def read_stories(source: str, split: str = "train") -> Iterator[str]:
-    """Streams the stories of a source, without white space at both ends, in the order of the source.
+    """Stream the stories of a source in its order, stripped of white space.
 
-    source: "tinystories", "tinystories_v2", "tinystories_gpt4_clean" or their hub ids; "hub:owner/name" (anything that
-    `datasets.load_dataset` takes and that has a text column); "storyworld" or "storyworld:COUNT"; a folder or file of .parquet,
-    .jsonl or .txt (stories separated by <|endoftext|>, lacking that by blank lines); "auto" is TinyStories where the hub or its
-    cache can be reached and else storyworld, which is said. Raises FileNotFoundError, ConnectionError or ValueError.
+    Parameters
+    ----------
+    source : str
+        "tinystories", "tinystories_v2", "tinystories_gpt4_clean" or their names on the hub;
+        "hub:owner/name", any data set of the hub with a text column, or a local folder as `datasets.load_dataset` reads it;
+        "storyworld" or "storyworld:COUNT";
+        a file or folder of .parquet, .jsonl or .txt (stories separated by <|endoftext|>, or else by blank lines);
+        "auto" is tinystories if it is in the cache or the hub can be reached, else storyworld, and a line says so.
+    split : str, default "train"
+        Which split to read.
+
+    Yields
+    ------
+    str
+        A story.
+
+    Raises
+    ------
+    FileNotFoundError, ConnectionError, ValueError
+        If the source cannot be read, with the cure.
+
+    Examples
+    --------
+    >>> next(read_stories("storyworld"))[:16]
+    'Once upon a time'
     """
     opened = open_source(source)
     if split not in opened.splits:
@@ -73,7 +92,7 @@ def read_stories(source: str, split: str = "train") -> Iterator[str]:
 
 
 def open_source(source: str) -> Source:
-    """Finds out what a source's name means. Only "auto" may become something else than what it says."""
+    """Open a source by its name, see `read_stories`."""
     if source == "auto":
         try:
             return _hub_source("tinystories", HUB_NAMES["tinystories"])
@@ -97,14 +116,14 @@ def open_source(source: str) -> Source:
 
 
 def _unknown_source(source: str) -> Source:
-    menu = ["auto", *HUB_NAMES, "storyworld"]
+    names = ["auto", *HUB_NAMES, "storyworld"]
     is_path = "/" in source or "\\" in source
-    if not is_path and (close := difflib.get_close_matches(source, menu, n=1)):
-        raise ValueError(f"no data source is called {source!r}. Did you mean {close[0]!r}? There are: {', '.join(menu)}, "
+    if not is_path and (close := difflib.get_close_matches(source, names, n=1)):
+        raise ValueError(f"no data source is called {source!r}. Did you mean {close[0]!r}? There are: {', '.join(names)}, "
                          "hub:owner/name, or a local folder or file")
     hint = f", or hub:{source} for a data set of the Hugging Face hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
     raise FileNotFoundError(f"no file, folder or data source is called {source!r}. Give an existing path{hint}, or one of: "
-                            f"{', '.join(menu)}")
+                            f"{', '.join(names)}")
 
 
 def _storyworld_source(source: str) -> Source:
@@ -112,20 +131,19 @@ def _storyworld_source(source: str) -> Source:
 
     count = source.partition(":")[2] or "50000"
     if not count.isdigit() or int(count) < 2:
-        raise ValueError(f"{source!r} should be storyworld:COUNT with COUNT at least 2, for instance storyworld:50000")
+        raise ValueError(f"{source!r} should be storyworld:COUNT with a COUNT of at least 2, such as storyworld:50000")
     counts = {"train": int(count), "validation": min(int(count), 3000)}
     splits = {split: lambda split=split: storyworld.stories(split, counts[split]) for split in counts}
 
     def fingerprint(cache_dir: Path) -> str:
-        """Digest the first stories of both splits, not the code: it changes if and only if the world tells other stories."""
-        told = [story for split in counts for story in storyworld.stories(split, 100)]
-        return digest("storyworld", count, *told)
+        """Digest the first stories of both splits, not the code, so that it changes only with the stories."""
+        return digest("storyworld", count, *(story for split in counts for story in storyworld.stories(split, 100)))
 
     return Source("storyworld", splits, fingerprint, counts["train"])
 
 
 def _hub_source(name: str, repo: str) -> Source:
-    """A data set of the hub, or a local folder as `datasets.load_dataset` reads it."""
+    """Open a data set of the hub, or a local folder, with `datasets`."""
     dataset = _load_dataset(repo)
     roles = {SPLIT_WORDS.get(split, split): split for split in dataset}
     if "train" not in roles:
@@ -146,9 +164,9 @@ def _hub_source(name: str, repo: str) -> Source:
 
 
 def _load_dataset(repo: str):
-    """What `datasets` has in its cache if it has it (so every run sees the same revision), else from the hub.
+    """Load from the cache of `datasets`, so that every run has the same revision, or else from the hub.
 
-    Raises ConnectionError within 10 seconds when the hub can't be reached.
+    Raises ConnectionError within 10 seconds if the hub can't be reached.
     """
     import datasets
     from datasets.data_files import EmptyDatasetError
@@ -164,7 +182,7 @@ def _load_dataset(repo: str):
             raise FileNotFoundError(f"no data set can be called {repo!r}. Write hub:owner/name. {cure}")
         try:
             return Cache(dataset_name=repo.split("/")[-1], repo_id=repo, version="auto", hash="auto").as_dataset()
-        except (ValueError, FileNotFoundError):  # not cached, or the download was broken off
+        except (ValueError, FileNotFoundError):  # not cached, or an incomplete download
             _check_hub(repo, cure)
         say(f"downloading {repo} from the Hugging Face hub, once, into {datasets.config.HF_DATASETS_CACHE}")
         return datasets.load_dataset(repo)
@@ -172,14 +190,14 @@ def _load_dataset(repo: str):
         raise ValueError(f"`datasets` can't read {repo}: {first_line(error)}. {cure}") from error
     except OSError:
         raise
-    except Exception as error:  # of the hub's clients for HTTP and Xet: many types, one cure
+    except Exception as error:  # the hub's HTTP and Xet clients raise many types
         raise ConnectionError(f"{repo} could not be downloaded from the hub ({first_line(error)}). Try again. {cure}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
 
 
 def _check_hub(repo: str, cure: str) -> None:
-    """Asks the hub for a data set in a thread of its own: name look-up and proxies can hang beyond any timeout of the client."""
+    """Check that the hub has a data set, in a thread, as name look-up and proxies can hang beyond the client's timeout."""
     import huggingface_hub
 
     answer = []
@@ -187,7 +205,7 @@ def _check_hub(repo: str, cure: str) -> None:
     def ask() -> None:
         try:
             answer.append(huggingface_hub.HfApi().dataset_info(repo, timeout=HUB_SECONDS))
-        except Exception as error:  # handed over to the caller's thread, which raises it
+        except Exception as error:  # raised in the caller's thread
             answer.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -196,22 +214,20 @@ def _check_hub(repo: str, cure: str) -> None:
     if answer and isinstance(answer[0], huggingface_hub.errors.RepositoryNotFoundError):
         raise FileNotFoundError(f"the hub has no data set {repo!r} that may be read without permission. {cure}") from answer[0]
     if not answer or isinstance(answer[0], Exception):
-        why = first_line(answer[0]) if answer else f"no answer in {HUB_SECONDS} s"
-        raise ConnectionError(f"{repo} is not cached and the Hugging Face hub can't be reached ({why}). {cure}")
+        reason = first_line(answer[0]) if answer else f"no answer in {HUB_SECONDS} s"
+        raise ConnectionError(f"{repo} is not cached and the Hugging Face hub can't be reached ({reason}). {cure}")
 
 
 def _local_source(path: Path) -> Source:
-    """A file is all training; of a folder's files the names say the split, as on the hub: train-00000-of-00001.parquet."""
-    inside = [
-        file for file in path.rglob("*")
-        if not any(part.startswith(".") for part in file.relative_to(path).parts) and not ABOUT.match(file.name)
-    ]  # fmt: skip
-    files = [path] if path.is_file() else sorted(file for file in inside if file.suffix.lower() in READERS)
-    kinds = ", ".join(READERS)
-    if not files:
-        raise ValueError(f"{path} holds no file that can be read. Readable are: {kinds}")
+    """A file is all training data; in a folder, names such as train-00000-of-00001.parquet say the split, as on the hub."""
     if path.is_file() and path.suffix.lower() not in READERS:
-        raise ValueError(f"{path} is of a kind that can't be read. Readable are: {kinds}")
+        raise ValueError(f"{path} is of a kind that can't be read. Readable are: {', '.join(READERS)}")
+    files = [path] if path.is_file() else sorted(
+        file for file in path.rglob("*") if file.suffix.lower() in READERS and not NOT_STORIES.match(file.name)
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )  # fmt: skip
+    if not files:
+        raise ValueError(f"{path} holds no file that can be read. Readable are: {', '.join(READERS)}")
     roles = defaultdict(list)
     for file in files:
         words = re.split(r"[^a-z]+", file.relative_to(path).as_posix().lower()) if path.is_dir() else []
@@ -219,8 +235,8 @@ def _local_source(path: Path) -> Source:
     others, note = roles.pop("other", []), ""
     if "train" not in roles:
         if not others:
-            named = ", ".join(file.name for file in files[:5])
-            raise ValueError(f"{path} has no file to train on, only {named}. Add a train.* file")
+            names = ", ".join(file.name for file in files[:5])
+            raise ValueError(f"{path} has no file to train on, only {names}. Add a train.* file")
         roles["train"] = others
     elif others:
         note = f"{len(others)} files not used, as their names say no split (such as {others[0].name})"
@@ -234,7 +250,7 @@ def _local_source(path: Path) -> Source:
 
 def _read_file(path: Path) -> Iterator[str | None]:
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty. Delete it or put stories into it")
+        raise ValueError(f"{path} is empty. Delete it, or put stories into it")
     yield from READERS[path.suffix.lower()](path)
 
 
@@ -273,7 +289,7 @@ def _read_jsonl(path: Path) -> Iterator[str | None]:
 
 
 def _read_txt(path: Path) -> Iterator[str]:
-    """Line by line: SEPARATOR ends a story if it is anywhere in the file, else a blank line does."""
+    """Stories end at SEPARATOR if the file has one, else at blank lines. Reads line by line, to bound memory."""
     def lines() -> Iterator[str]:
         offset = 0
         with open(path, "rb") as file:
@@ -288,20 +304,20 @@ def _read_txt(path: Path) -> Iterator[str]:
     has_separator = any(SEPARATOR in line for line in lines())
     story = []
     for line in itertools.chain(lines(), [SEPARATOR]):
-        ended, found, rest = line.rpartition(SEPARATOR)
-        if found or (not has_separator and not line.strip()):
-            if text := "".join([*story, ended]).strip():
+        before, separator, after = line.rpartition(SEPARATOR)
+        if separator or (not has_separator and not line.strip()):
+            if text := "".join([*story, before]).strip():
                 yield text
             story = []
-        story.append(rest)
+        story.append(after)
 
 
-ABOUT = re.compile(r"(readme|licen[cs]e).*\.txt$|(dataset_infos?|state)\.json$", re.IGNORECASE)  # not stories
+NOT_STORIES = re.compile(r"(readme|licen[cs]e).*\.txt$|(dataset_infos?|state)\.json$", re.IGNORECASE)
 READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_jsonl, ".txt": _read_txt}
 
 
 def _text_column(columns: dict[str, bool], where: object) -> str:
-    """The column of the stories, from the columns' names and whether they hold strings: `text`, else the only one of strings."""
+    """The column of the stories: `text`, or the only column of strings. columns: whether each holds strings."""
     strings = [name for name, is_string in columns.items() if is_string]
     if "text" in columns or len(strings) == 1:
         return "text" if "text" in columns else strings[0]
@@ -310,16 +326,16 @@ def _text_column(columns: dict[str, bool], where: object) -> str:
 
 
 def _file_digest(path: Path, cache_dir: Path) -> str:
-    """Digest of a file's bytes. Above 64 MB it is remembered under the file's path, size and time of change."""
+    """Digest of a file's bytes. Above 64 MB it is cached by path, size and modification time."""
     stat = path.stat()
-    note = cache_dir / "files" / digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    if stat.st_size > 64 * 2**20 and note.exists():
-        return note.read_text(encoding="utf-8")
+    cached = cache_dir / "files" / digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    if stat.st_size > 64 * 2**20 and cached.exists():
+        return cached.read_text(encoding="utf-8")
     with open(path, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     if stat.st_size > 64 * 2**20:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False, encoding="utf-8") as draft:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False, encoding="utf-8") as draft:
             draft.write(content)
-        os.replace(draft.name, note)
+        os.replace(draft.name, cached)
     return content

@@ -144,23 +144,10 @@ def test_packing_ends_for_every_mixture_of_lengths(capacity):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 97, 1000, 4096])
 def test_every_epoch_is_another_permutation(size):
-    position = np.arange(size, dtype=np.uint64)
-    keys = [(0, 0), (0, 1), (1, 0)]
-    orders = [shuffled(position, size, seed, np.full(size, epoch, np.uint64)).tolist() for seed, epoch in keys]
+    orders = [shuffled(size, seed, epoch).tolist() for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
     assert all(sorted(order) == list(range(size)) for order in orders)
     if size > 90:
-        assert all(sum(a == b for a, b in zip(one, two, strict=True)) < 10 for one, two in itertools.pairwise(orders))
-
-
-def test_the_shuffle_looks_random():
-    size, trials = 50, 1000
-    position = np.arange(size, dtype=np.uint64)
-    first = np.array([shuffled(position, size, seed, position * np.uint64(0)) for seed in range(trials)])
-    counts = np.array([np.bincount(first[:, place].astype(int), minlength=size) for place in range(size)])
-    chi_square_per_degree = ((counts - trials / size) ** 2 / (trials / size)).sum() / (size - 1) ** 2
-    assert 0.9 < chi_square_per_degree < 1.1
-    followed_by_its_neighbour = (np.diff(first.astype(int), axis=1) == 1).mean()
-    assert abs(followed_by_its_neighbour - 1 / size) < 0.002
+        assert all(sum(a == b for a, b in zip(one, two, strict=True)) < 10 for one, two in itertools.combinations(orders, 2))
 
 
 def test_a_batch_is_a_function_of_its_arguments(folder, tmp_path):
@@ -538,8 +525,8 @@ def test_unknown_sources(source, error, message):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"packing": "tight"}, "packing='tight' should be 'packed' or 'padded'"),
-    ({"max_seq_len": 1}, "max_seq_len=1 should be at least 2"),
+    ({"packing": "tight"}, "packing='tight': give 'packed' or 'padded'"),
+    ({"max_seq_len": 1}, "max_seq_len=1: give at least 2"),
 ])
 def test_bad_arguments(folder, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):

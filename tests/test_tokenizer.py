@@ -243,7 +243,7 @@ def test_a_cut_is_what_training_to_that_size_gives():
     large = train_tokenizer(texts, 180, "large")
     for size in (95, 96, 120, 180):
         assert large.cut(size, "cut").fingerprint == train_tokenizer(reversed(texts), size, "direct").fingerprint
-    with pytest.raises(ValueError, match="vocab_size=181: large knows 180"):
+    with pytest.raises(ValueError, match="vocab_size=181: large has only 180"):
         large.cut(181, "cut")
 
 
@@ -300,7 +300,7 @@ def test_unknown_names_get_the_nearest_match(tmp_path):
 def test_damaged_and_foreign_files(tmp_path, content):
     path = tmp_path / "bad.model"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"bad\.model is (damaged or no tokenizer|JSON, but not of a tokenizer)"):
+    with pytest.raises(ValueError, match=r"bad\.model is (damaged or not a tokenizer|JSON, but not of a tokenizer)"):
         load_tokenizer(path)
 
 
