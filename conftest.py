@@ -90,10 +90,10 @@ def make_run(tiny_run):
     """Make a run with losses by story of its own: those of the tiny run, shifted by some bits per byte, and noise."""
     import numpy as np
 
-    from metrics.story_losses import COLUMNS, keep_losses, read_losses
+    from metrics.story_losses import COLUMNS, read_losses, save_losses
     from runs.folder import Run
 
-    keep_losses(tiny_run)
+    save_losses(tiny_run)
 
     def make(name, shift=0.0, seed=0, group=None, noise=0.01, **facts):
         run = Run(name)

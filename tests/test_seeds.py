@@ -121,7 +121,7 @@ class TestSideBySide:
 
     def test_the_command_of_a_member(self, quick):
         member = Arguments(name="group-seed3", model=MODEL, train=replace(quick, seed=3), group="group")
-        python, script, *words = seeds.words_of(member)
+        python, script, *words = seeds.child_command(member)
         assert python == sys.executable and script.endswith("train.py")
         assert parse(words) == replace(member, preset=parse(words).preset)
 
