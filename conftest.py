@@ -88,9 +88,9 @@ def tiny_run(trained_folder, folders):
 @pytest.fixture
 def make_run(tiny_run):
     """`shifted_run`, in this test's own folder."""
-    from metrics.story_losses import keep_losses
+    from metrics.story_losses import save_losses
 
-    keep_losses(tiny_run)
+    save_losses(tiny_run)
     return shifted_run
 
 

@@ -1,7 +1,7 @@
-"""Named changes of a preset, which worth.py --ablate compares with the preset itself.
+"""Named ablations of a preset, for worth.py --ablate.
 
-A change is a list of "group.field=value": the group is model or train, the value is written as in Python, a string without
-quotes. One that turns a trick off is named no_TRICK, one that turns it on is named by the trick.
+An ablation is a list of changes "group.field=value": the group is model or train, the value a Python literal or a string without
+quotes. no_TRICK turns a trick off, TRICK turns it on.
 """
 
 import ast
@@ -13,7 +13,7 @@ from runs.presets import PRESETS, Preset
 
 
 def layers(*replaced: tuple[str, str]) -> str:
-    """The change of the speedrun's layer strings that puts one piece in the place of another."""
+    """Change the speedrun's layer strings by replacing substrings: (old, new) pairs."""
     strings = PRESETS["speedrun"].model.layers
     for old, new in replaced:
         strings = tuple(string.replace(old, new) for string in strings)
@@ -23,7 +23,7 @@ def layers(*replaced: tuple[str, str]) -> str:
 VALUES = "ValueAttn(residual=False, embedding=True)"
 
 ABLATIONS: dict[str, list[str]] = {
-    # what the speedrun has
+    # tricks of the speedrun
     "AdamW": ["train.optimizer=AdamW", "train.lr_max=0.004", "train.betas=(0.9, 0.95)"],
     "no_embedding_decay": ["train.embedding_decay=0.0"],
     "weight_decay_of_0.1": ["train.weight_decay=0.1"],
@@ -47,7 +47,7 @@ ABLATIONS: dict[str, list[str]] = {
     "batches_of_8": ["train.batch_size=8", "train.batch_size_start=None"],
     "batches_of_32": ["train.batch_size=32", "train.batch_size_start=None"],
     "growing_batches": ["train.batch_size=32", "train.batch_size_start=8"],
-    # what it does not have
+    # tricks that it does not use
     "logit_soft_cap": ["model.logit_soft_cap=15.0"],
     "value_residual": [layers(("->Attn", "->ValueAttn"), (VALUES, "ValueAttn(residual=True, embedding=True)"))],
     "convolutions_in_each_layer": [
@@ -70,7 +70,7 @@ ABLATIONS: dict[str, list[str]] = {
 
 
 def chosen_ablations(names: Iterable[str]) -> dict[str, list[str]]:
-    """The changes of these names, or all. Raises ValueError for a name that is none."""
+    """Look up ablations by name; "all" gives all. Raises ValueError for an unknown name."""
     if "all" in names:
         return ABLATIONS
     for name in names:
@@ -80,13 +80,13 @@ def chosen_ablations(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def changed(preset: Preset, changes: list[str] | tuple[str, ...]) -> Preset:
-    """The preset with these changes: ["model.dim=64", "train.dtype=bfloat16"]. Raises ValueError that names what cannot be."""
+    """Apply changes such as ["model.dim=64", "train.dtype=bfloat16"] to a preset. Raises ValueError for an invalid one."""
     values = {"model": {}, "train": {}}
     for change in changes:
         where, equals, text = change.partition("=")
         group, _, name = where.partition(".")
         if group not in values or not equals:
-            raise ValueError(f"{change!r} is no change: write group.field=value with the group model or train")
+            raise ValueError(f"{change!r} is not a change: write group.field=value with the group model or train")
         names = [field.name for field in fields(getattr(preset, group))]
         if name not in names:
             raise ValueError(f"{change!r}: {group} has no field {name!r}.{did_you_mean(name, names)}")

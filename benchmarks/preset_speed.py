@@ -1,16 +1,16 @@
-"""How presets train and write as stories get longer: time and memory of a step, what takes the time, tokens a second of writing.
+"""Training and generation of presets by sequence length: time and memory of a step, profile, tokens/s of generation.
 
     python benchmarks/preset_speed.py
     python benchmarks/preset_speed.py --threads 1 --presets 1m mamba_like --lengths 512 1024
 
-A step is forward, backward and AdamW on as many made-up tokens at every length T, in fewer rows the longer they are, and in
-micro-batches of about 2,048 tokens or of one row. The presets take turns in rounds, each in a process of its own, and the times
-are told as a multiple of the first one's in the same round. Growth is the power of T that the time of a row, and the memory for
-one, grow with, over the longer half of the lengths: 1 is linear, 2 quadratic.
+A step is forward, backward and AdamW on the same number of random tokens at every length T, in micro-batches of about 2,048
+tokens or of one row. The presets take turns in rounds, each in its own process; times are multiples of the first preset's in the
+same round. Growth is the exponent of T for time and memory of a row, over the longer half of the lengths: 1 is linear, 2
+quadratic.
 
-What takes the time is read from torch's profile of one step: the share of each kind of operation, at the shortest and at the
-longest T. A view costs nothing but its call; what is outside of operations is Python and torch's own bookkeeping, with what the
-profile adds to it. Writing is one token after the other, one story at a time, behind so many tokens that the model has read.
+The profile of one step shows the share of each kind of operation, at the shortest and at the longest T. A view only costs its
+call; time outside of operations is Python, torch's bookkeeping and the overhead of the profiler. Generation is token by token,
+one story at a time, after a prefix of the given length.
 
 T time.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler shall not tell when it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no log lines of torch's profiler
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,36 +44,36 @@ from training.autotune import Choices
 RECURRENT = (
     "mamba_like", "mamba2_like", "griffin_like", "megalodon_like", "gated_deltanet_like", "mamba2_hybrid_like", "qwen3.5_like",
 )  # fmt: skip
-KINDS = {  # what the names of operations in a profile begin with
+KINDS = {  # prefixes of the names of operations in a profile
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linalg_solve", "aten::triangular_solve"),
     "attention": ("basegpt::attention", "aten::scaled_dot_product", "aten::_scaled_dot_product", "Attention"),
     "scan": ("basegpt::scan", "basegpt::selective_scan", "Scan", "SelectiveScan"),
     "optimizer": ("Optimizer.", "aten::_fused_adam"),
     "calls": ("autograd::engine",),
 }
-VIEWS = {  # what only makes a tensor, and touches none of its numbers
+VIEWS = {  # operations that do not touch the data of a tensor
     "view", "_unsafe_view", "reshape", "_reshape_alias", "as_strided", "expand", "t", "transpose", "permute", "unsqueeze",
     "squeeze", "select", "slice", "split", "unbind", "unflatten", "flatten", "detach", "alias", "empty", "empty_like",
     "empty_strided", "new_empty", "lift_fresh",
 }  # fmt: skip
-REST = "elementwise and copies"  # each number is read and written for little computing: traffic of memory
-WHOLE = ("attention", "scan", "optimizer")  # all that is done inside is of this kind
-MICRO_BATCH = 2048  # tokens that go through the model at once, or a single row
-READ_AT_ONCE = 256  # tokens, before the writing begins
-WRITTEN = 48  # tokens at each place
+REST = "elementwise and copies"  # memory-bound
+WHOLE = ("attention", "scan", "optimizer")  # kinds that include all operations inside
+MICRO_BATCH = 2048  # tokens per forward pass, at least one row
+READ_AT_ONCE = 256  # tokens of the prefix per forward pass
+WRITTEN = 48  # tokens generated after each prefix
 
 
 @dataclass(frozen=True)
 class Arguments:
     presets: tuple[str, ...] = ("1m", *RECURRENT)  # the others are compared with the first
     lengths: tuple[int, ...] = (256, 2048, 4096, 8192)  # T
-    tokens: int = 8192  # of a step
-    places: tuple[int, ...] = (16, 500, 4000)  # how many tokens a story has when the writing is timed, from few to many
-    threads: int | None = None  # of the CPU; None is as many as torch takes by itself
+    tokens: int = 8192  # per step
+    places: tuple[int, ...] = (16, 500, 4000)  # lengths of the prefixes for generation, increasing
+    threads: int | None = None  # of the CPU; None is torch's default
     vocab_size: int = 1024
-    rounds: int = 5  # how often the presets take turns
-    seconds: float = 1.0  # how long a turn is, of a step at least
-    short: bool = False  # a glance: two presets, two lengths, three short rounds
+    rounds: int = 5  # turns of each preset
+    seconds: float = 1.0  # per turn, at least one step
+    short: bool = False  # quick check: two presets, two lengths, three short rounds
     save: bool = False  # write the tables to benchmarks/preset_speed.md
 
 
@@ -94,18 +94,18 @@ def main(arguments: Arguments):
 
 
 def check(arguments: Arguments):
-    """Raises ValueError for what cannot be measured."""
+    """Raise ValueError for invalid arguments."""
     lengths, places = arguments.lengths, arguments.places
     if list(lengths) != sorted(set(lengths)) or arguments.tokens < max(lengths):
-        raise ValueError(f"lengths={lengths}: give them from short to long, none of more than tokens={arguments.tokens}")
+        raise ValueError(f"lengths={lengths}: give increasing lengths of at most tokens={arguments.tokens}")
     if any(later - earlier < WRITTEN for earlier, later in itertools.pairwise((-WRITTEN, *places))):
-        raise ValueError(f"places={places}: give them from few to many, {WRITTEN} tokens apart, as so many are written at each")
+        raise ValueError(f"places={places}: give increasing numbers, at least {WRITTEN} apart, the tokens generated at each")
     if arguments.threads is not None and arguments.threads < 1:
         raise ValueError(f"threads={arguments.threads}: give a whole number of at least 1")
 
 
 def training_table(chosen: dict[str, Preset], arguments: Arguments) -> tuple[list[str], dict[str, dict[str, float]]]:
-    """A row for each length, printed as it grows; and the shares of time by preset and length."""
+    """Measure and print a row per length; return the table, and the shares of time by preset and length."""
     first, *_ = chosen
     lines = show(table([f"a step: times {first}; tokens/s; MB", *chosen], []))
     paces, memories, shares = {name: [] for name in chosen}, {name: [] for name in chosen}, {}
@@ -130,7 +130,7 @@ def training_table(chosen: dict[str, Preset], arguments: Arguments) -> tuple[lis
 
 
 def growth_rows(lengths: tuple[int, ...], paces: dict[str, list], memories: dict[str, list]) -> list[str]:
-    """How time grows, and memory from where on a row goes through the model by itself. No rows where lengths are too few."""
+    """Growth of time, and of memory once a micro-batch is one row; no rows for too few lengths."""
     rows = []
     if len(lengths) > 1:
         rows.append(["growth of time", *(f"{growth(lengths, 1 / np.array(of)):.2f}" for of in paces.values())])
@@ -143,7 +143,7 @@ def growth_rows(lengths: tuple[int, ...], paces: dict[str, list], memories: dict
 
 
 def shares_of_time() -> dict[str, float]:
-    """What a step of the variant that this process was made ready for spends on each kind of operation, of all its time."""
+    """Profile a step of the variant of this process: share of time by kind of operation."""
     ((_, step),) = UNDER_WAY
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         began = time.perf_counter()
@@ -157,7 +157,7 @@ def shares_of_time() -> dict[str, float]:
 
 
 def kind_of(event) -> str:
-    """The kind of an operation of a profile, or of the one that it is a part of."""
+    """Kind of an operation in a profile, or of an operation that contains it."""
     found = own_kind(event.name)
     while event.cpu_parent is not None:
         event = event.cpu_parent
@@ -174,7 +174,7 @@ def own_kind(name: str) -> str:
 
 
 def limits_table(shares: dict[str, dict[str, float]]) -> list[str]:
-    """A row for each preset and length: the shares of its time, and what takes most of it."""
+    """Tabulate the shares of time by preset and length, and the largest one."""
     kinds = [*KINDS, REST]
     rows = [[name, *(f"{of[kind]:.0%}" for kind in kinds), max(kinds, key=of.__getitem__)] for name, of in shares.items()]
     return table(["share of a step's time", *kinds, "most"], rows)
@@ -207,7 +207,7 @@ def writing_table(chosen: dict[str, Preset], arguments: Arguments) -> list[str]:
 
 @torch.no_grad()
 def writing_speeds(made: Preset, places: tuple[int, ...], vocab_size: int, threads: int) -> list[float]:
-    """Tokens per second, one after the other, behind so many each time. For a process of its own."""
+    """Tokens per second of generation after each prefix. Runs in its own process."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = build_model(replace(made.model, max_seq_len=places[-1] + WRITTEN), vocab_size).eval()

@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: the command line, processes of their own for what is measured, and pages with tables."""
+"""Shared by the benchmark scripts: command line, separate processes for measurements, tables and pages."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def run_script(main: Callable, arguments_type: type, description: str, when_stopped: str = ""):
-    """Call main with the arguments of the command line. What is wrong with them is told in a line, and so is Ctrl-C."""
+    """Call main with the command line arguments; report errors and Ctrl-C in one line."""
     try:
         main(tyro.cli(arguments_type, use_underscores=True, description=description))
     except (ValueError, OSError, MemoryError) as error:
@@ -33,15 +33,15 @@ def run_script(main: Callable, arguments_type: type, description: str, when_stop
 
 
 def new_process() -> ProcessPoolExecutor:
-    """A process of its own, so that no variant sees what another one has set: threads, memory allocator, compiler.
+    """Start a separate process, so that variants do not share settings of threads, memory allocator and compiler.
 
-    To be started while this process is small, since Linux lets the peak memory of a new one begin at that of its parent.
+    Start it while this process is small: on Linux a child inherits the peak memory of its parent.
     """
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
 def in_new_process(function: Callable, *arguments):
-    """Call a function in a process of its own, from which nothing is left."""
+    """Call a function in a separate process that ends with the call."""
     with new_process() as process:
         return process.submit(function, *arguments).result()
 
@@ -58,7 +58,7 @@ def quartiles(values: Iterable[float], style: str) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in markdown, line by line."""
+    """Format a markdown table as a list of lines."""
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 

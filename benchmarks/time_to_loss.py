@@ -1,10 +1,10 @@
-"""How long a preset takes to a loss, and how low it comes in a given time, over several seeds.
+"""Time to reach a loss, and loss reached in a given time, for a preset and several seeds.
 
     python benchmarks/time_to_loss.py --preset speedrun --minutes 10 --seeds 0 1 2 --at 1.03 0.64 --save speedrun
 
-Bits per byte on whole validation stories of at most 700 bytes, against the seconds since train() was called. Every run has a
-process of its own and finds nothing that an earlier one has compiled or measured; only the tokens lie ready. The curve is
-what the run itself scores on its way, at most 200 of the stories; in the end model.pth is scored on all of them.
+Bits per byte on whole validation stories of at most 700 bytes, against the seconds since train() was called. Every run has its
+own process and starts without any compiled code or measurements of earlier runs; only the tokenised data are cached. The curve
+is from the evaluations of the run itself, on at most 200 of the stories; at the end model.pth is scored on all of them.
 """
 
 import json
@@ -33,36 +33,36 @@ from data.dataset import choose_validation, load_data, open_source, story_hash
 from runs.presets import Preset, preset
 from tokenizer import load_tokenizer
 
-EVALUATIONS = 15  # of a run with a constant batch; of one whose batch grows it is more, most of them early
+EVALUATIONS = 15  # per run with a constant batch size; a growing one gives more, most of them early
 MAX_EVALUATED = 200
 
 
 @dataclass(frozen=True)
 class Arguments:
     preset: str = "speedrun"
-    minutes: float = 10.0  # of a run, from the call of train() on
+    minutes: float = 10.0  # per run, from the call of train()
     seeds: tuple[int, ...] = (0, 1, 2)
-    data: str = "tinystories"  # any source that training takes
-    longest_story: int | None = 700  # leave out validation stories of more bytes; None takes all
-    set: tuple[str, ...] = ()  # changes of the preset in every run, such as train.lr_max=1e-2 model.zero_init=False
-    at: tuple[float, ...] = (1.03, 0.64)  # bits per byte whose time is told
-    results: Path | None = None  # a .jsonl file that a run is added to at once; those it holds are not run again
+    data: str = "tinystories"  # any source that training accepts
+    longest_story: int | None = 700  # maximum bytes of a validation story; None for no limit
+    set: tuple[str, ...] = ()  # changes of the preset, such as train.lr_max=1e-2 model.zero_init=False
+    at: tuple[float, ...] = (1.03, 0.64)  # levels of bits per byte to report the time of
+    results: Path | None = None  # a .jsonl file that finished runs are appended to; runs it holds are not repeated
     save: str | None = None  # write tables and curves to benchmarks/SAVE.md and SAVE.png
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: a line of the results."""
+    """A finished run: one line of the results file."""
 
     seed: int
-    settings: dict  # all that decides what it comes to
+    settings: dict  # everything that affects the result
     eval_every: int
     steps: int
     tokens: int
-    seconds: float  # from the call of train() until it was done
+    seconds: float  # from the call of train() to its end
     tokens_per_second: float  # median of the steps, without evaluations
     curve: list[list[float]]  # [seconds, bits per byte] of each evaluation
-    bits_per_byte: float  # of model.pth on all stories; inf where the loss was no longer finite
+    bits_per_byte: float  # of model.pth on all stories; inf if the run diverged
 
 
 def main(arguments: Arguments):
@@ -81,7 +81,7 @@ def main(arguments: Arguments):
 
 
 def check_early(arguments: Arguments):
-    """What is missing is better missed now than after hours. Raises OSError."""
+    """Check the output paths before hours of training. Raises OSError."""
     if arguments.results:
         arguments.results.touch()
     if arguments.save and not (page := HERE / f"{arguments.save}.md").parent.is_dir():
@@ -89,7 +89,7 @@ def check_early(arguments: Arguments):
 
 
 def run_missing(arguments: Arguments, chosen: Preset) -> list[Result]:
-    """The results of each seed: those of the file, and those of the runs that it lacks."""
+    """The result of each seed: from the results file, or else from a new run."""
     with tempfile.TemporaryDirectory(prefix="time_to_loss-") as folder:
         fingerprint = write_stories(arguments, chosen, Path(folder))
         chosen = with_train(chosen, data=str(Path(folder, "stories")))
@@ -111,7 +111,7 @@ def run_missing(arguments: Arguments, chosen: Preset) -> list[Result]:
 
 
 def base_preset(arguments: Arguments) -> Preset:
-    """What every run begins with: the preset with the budget and the changes of the command line."""
+    """The preset with the budget and the changes of the command line."""
     chosen = preset(arguments.preset)
     evaluated = min(MAX_EVALUATED, chosen.train.eval_stories)
     budget = with_train(chosen, max_steps=None, max_minutes=arguments.minutes, eval_stories=evaluated)
@@ -123,9 +123,9 @@ def with_train(chosen: Preset, **values) -> Preset:
 
 
 def write_stories(arguments: Arguments, chosen: Preset, folder: Path) -> str:
-    """Write the training stories and the validation stories that are short enough as a source of its own into folder/stories.
+    """Write the training stories and the short validation stories as a data source into folder/stories; return its digest.
 
-    Returns a digest of them. Raises ValueError where no validation story is short enough.
+    Raises ValueError if no validation story is short enough.
     """
     source = open_source(arguments.data)
     validation = choose_validation(source, Counter())
@@ -146,15 +146,15 @@ def write_stories(arguments: Arguments, chosen: Preset, folder: Path) -> str:
 
 
 def settings_of(chosen: Preset, fingerprint: str) -> dict:
-    """All that decides what a run comes to, but for the seed, as JSON gives it back."""
+    """Everything but the seed that affects the result of a run, as read from JSON."""
     ignored = {"data": fingerprint, "seed": None, "eval_every": None}
     return json.loads(json.dumps({"model": asdict(chosen.model), "train": asdict(chosen.train) | ignored}))
 
 
 def read_results(path: Path | None, settings: dict) -> dict[int, Result]:
-    """The runs of the file that were made with these settings, by seed.
+    """Read the runs of a results file with these settings, by seed.
 
-    A field that the configs did not have at the time is not compared. Raises ValueError for a line that cannot be read.
+    Config fields that are newer than the file are not compared. Raises ValueError for an invalid line.
     """
     results, others = {}, 0
     lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
@@ -162,7 +162,7 @@ def read_results(path: Path | None, settings: dict) -> dict[int, Result]:
         try:
             result = Result(**json.loads(line))
         except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}, is no result ({error}): delete the line") from error
+            raise ValueError(f"{path}, line {number}, is not a result ({error}): delete the line") from error
         if all(result.settings[group].items() <= settings[group].items() for group in settings):
             results[result.seed] = result
         else:
@@ -173,7 +173,7 @@ def read_results(path: Path | None, settings: dict) -> dict[int, Result]:
 
 
 def choose_eval_every(arguments: Arguments, chosen: Preset, results: dict[int, Result], folder: Path) -> int:
-    """Steps between evaluations: what the command line says, or as in the results, or by the pace of a short trial."""
+    """Steps between evaluations: from the command line, the results, or the speed of a short trial."""
     if any(change.startswith("train.eval_every=") for change in arguments.set):
         return chosen.train.eval_every
     if results:
@@ -182,12 +182,12 @@ def choose_eval_every(arguments: Arguments, chosen: Preset, results: dict[int, R
 
 
 def seconds_per_step(chosen: Preset, folder: Path) -> float:
-    """How long a step of the full batch takes, evaluations not included."""
+    """Seconds per step at the full batch size, without evaluations."""
     with cold_start(chosen, folder):
         from train import train
 
         times = []
-        config = replace(chosen.train, eval_every=10**9, compile=chosen.train.compile is True)  # auto would try it out first
+        config = replace(chosen.train, eval_every=10**9, compile=chosen.train.compile is True)  # auto would run a trial first
         for _ in islice(train(chosen.model, config, "trial"), 12):
             times.append(time.perf_counter())
     paces = [later - earlier for earlier, later in pairwise(times)]
@@ -195,7 +195,7 @@ def seconds_per_step(chosen: Preset, folder: Path) -> float:
 
 
 def run(chosen: Preset, folder: Path) -> dict:
-    """Train and score one model: what a Result tells of it. To be called in a process of its own."""
+    """Train and score one model in its own process; return the fields of Result."""
     from inference import load_model
     from metrics.scores import evaluate
     from train import train
@@ -231,7 +231,7 @@ def run(chosen: Preset, folder: Path) -> dict:
 
 @contextmanager
 def cold_start(chosen: Preset, folder: Path) -> Iterator[list[str]]:
-    """Nothing is compiled or measured yet, but the tokens lie ready. Gives the validation stories."""
+    """Set up empty caches but for the tokenised data; yield the validation stories."""
     config, tokens = chosen.train, folder / "cache"
     data = load_data(
         config.data, load_tokenizer(config.tokenizer), chosen.model.max_seq_len,
@@ -245,12 +245,12 @@ def cold_start(chosen: Preset, folder: Path) -> Iterator[list[str]]:
 
 
 def seconds_to(result: Result, bits_per_byte: float) -> float:
-    """When an evaluation first came to this loss; inf where none did."""
+    """Time of the first evaluation at or below a level; inf if there is none."""
     return next((seconds for seconds, reached in result.curve if reached <= bits_per_byte), math.inf)
 
 
 def time_table(results: list[Result], at: tuple[float, ...]) -> list[str]:
-    """A row for each seed, then the medians and the ranges."""
+    """Tabulate the seeds, and their medians and ranges."""
     columns = {
         "steps": ([result.steps for result in results], ",.0f"),
         "tokens": ([result.tokens for result in results], ",.0f"),

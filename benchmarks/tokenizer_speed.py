@@ -1,8 +1,8 @@
-"""How fast the tokenizers in tokenizers/ encode, on one core, in batches.
+"""Encoding speed of the tokenizers in tokenizers/, on one core, in batches.
 
     python benchmarks/tokenizer_speed.py --data ../stories.txt
 
-MB/s is text in, lists of ids out: the median of the runs, and behind ± half the distance from the slowest to the fastest.
+MB/s of text: the median of the runs ± half the range from the slowest to the fastest.
 """
 
 import os
@@ -24,10 +24,10 @@ def main(data: str = "storyworld", num_stories: int = 5000, num_runs: int = 5, t
     """Print a table of MB/s and bytes per token.
 
     Args:
-        data: Where the stories come from: a file, a folder, or any source that training takes.
-        num_stories: Encode at most so many of its training stories.
-        num_runs: How often every tokenizer encodes them.
-        tokenizers: Names of tokenizers; those in tokenizers/ if none is given.
+        data: Source of the stories: a file, a folder, or any other source that training accepts.
+        num_stories: Maximum number of training stories to encode.
+        num_runs: Number of runs per tokenizer.
+        tokenizers: Names of tokenizers; by default all in tokenizers/.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     stories = list(islice(read_stories(data, split="train"), num_stories))

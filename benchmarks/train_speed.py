@@ -1,15 +1,15 @@
-"""How fast a model is trained: ours against the same Llama of `transformers`, in tokens a second and in memory.
+"""Training speed and memory of our model against the same Llama of `transformers`.
 
     python benchmarks/train_speed.py
     python benchmarks/train_speed.py --sweep --set train.compile=False
 
-A step is forward, backward, clipping and fused AdamW, on made-up tokens: rows of one story each, or in ours, with
-train.mask_stories=True, of several. The ways to do it take turns in rounds, so that whatever else the machine does hits all
-of them; ratios are taken within a round.
+A step is forward, backward, clipping and fused AdamW on random tokens: one story per row, or several in ours with
+train.mask_stories=True. The variants take turns in rounds, so that other load on the machine affects all of them; ratios are
+taken within a round.
 
-The share of the peak is that of the fastest square matrix product in the same number format. A token costs 6 x the parameters
-in matrix products + 12 x layers x T x dim x 1/2 operations: a causal model looks at half of all pairs, and no more are counted,
-though some ways compute all; of masked stories only the pairs within them.
+"of peak" is relative to the fastest square matrix product in the same number format. A token costs 6 x the parameters in matrix
+products + 12 x layers x T x dim x 1/2 FLOPs: only visible pairs of tokens count, half of all in a causal model, fewer with
+masked stories, although some variants compute all.
 
 B batch, T time.
 """
@@ -45,28 +45,28 @@ SHAPE = Preset(
     TrainConfig(batch_size=32, max_minutes=10, mask_stories=False),
 )
 SHORT = ["model.num_layers=2", "train.batch_size=8", "train.compile=False"]
-PEAKS = (512, 1024, 2048), 0.1  # sizes of square matrix products, and seconds for each
+PEAKS = (512, 1024, 2048), 0.1  # sizes of square matrix products, seconds per size
 VARIANTS = ("transformers_float32", "transformers_bfloat16_compiled", "ours_float32", "ours_probed")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    set: tuple[str, ...] = ()  # changes of the shape and of how ours is trained, such as model.dim=64 train.compile=False
+    set: tuple[str, ...] = ()  # changes of the model and of our training, such as model.dim=64 train.compile=False
     vocab_size: int = 2048
-    variants: tuple[str, ...] = VARIANTS  # which to compare; the ratios are to the first, and to those of transformers
-    rounds: int = 9  # how often each takes its turn
-    seconds: float = 2.0  # how long a turn is
-    sweep: bool = False  # ours alone, over widths, depths and contexts, instead of the comparison
-    dims: tuple[int, ...] = (64, 128, 256, 512)  # the widths of the sweep; a head and the shape of the MLP stay as they are
-    depths: tuple[int, ...] = (4, 8, 16, 32)  # its numbers of layers
-    contexts: tuple[int, ...] = (128, 256, 512, 1024)  # its max_seq_len; the tokens of a step stay as many
-    short: bool = False  # a glance: two layers, eight rows, nothing of ours compiled, three short rounds
+    variants: tuple[str, ...] = VARIANTS  # to compare; ratios are relative to the first, and to those of transformers
+    rounds: int = 9  # turns of each variant
+    seconds: float = 2.0  # per turn
+    sweep: bool = False  # measure only ours, over widths, depths and contexts
+    dims: tuple[int, ...] = (64, 128, 256, 512)  # widths of the sweep, with the same head_dim and proportions of the MLP
+    depths: tuple[int, ...] = (4, 8, 16, 32)  # numbers of layers of the sweep
+    contexts: tuple[int, ...] = (128, 256, 512, 1024)  # max_seq_len of the sweep, with the same tokens per step
+    short: bool = False  # quick check: two layers, eight rows, ours not compiled, three short rounds
     save: bool = False  # write the table to benchmarks/train_speed.md, or train_speed_sweep.md
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train one shape."""
+    """A library, an execution plan and a model to measure."""
 
     library: str  # ours or transformers
     choices: Choices
@@ -75,7 +75,7 @@ class Variant:
 
     @property
     def tokens(self) -> int:
-        """How many a step learns from."""
+        """Tokens per step."""
         return self.shape.train.batch_size * self.shape.model.max_seq_len
 
 
@@ -89,7 +89,7 @@ def main(arguments: Arguments):
 
 
 def compare(shape: Preset, arguments: Arguments) -> list[str]:
-    """The table of the variants, printed line by line and returned."""
+    """Measure the variants; print and return the table."""
     vocab_size = arguments.vocab_size
     num_parameters, ways = in_new_process(prepare, shape, vocab_size, arguments.variants)
     with ExitStack() as stack:
@@ -121,7 +121,7 @@ def compare(shape: Preset, arguments: Arguments) -> list[str]:
 
 
 def sweep(shape: Preset, arguments: Arguments) -> list[str]:
-    """The table of ours over widths, depths and contexts, one at a time, printed as it grows and returned."""
+    """Measure ours over widths, depths and contexts, one at a time; print and return the table."""
     points = [wider(shape, dim) for dim in arguments.dims]
     points += [[f"model.num_layers={depth}"] for depth in arguments.depths]
     for context in arguments.contexts:
@@ -145,7 +145,7 @@ def sweep(shape: Preset, arguments: Arguments) -> list[str]:
 
 
 def wider(shape: Preset, dim: int) -> list[str]:
-    """The changes to another width: more heads or fewer of the same size, and an MLP of the same proportion."""
+    """Changes to another width: a different number of heads of the same size, an MLP of the same proportions."""
     model = shape.model
     head_dim, mlp_dim = model.block_values()["head_dim"], round(model.block_values()["mlp_dim"] * dim / model.dim)
     num_heads = max(1, dim // head_dim)
@@ -155,12 +155,12 @@ def wider(shape: Preset, dim: int) -> list[str]:
 
 
 def prepare(shape: Preset, vocab_size: int, names: Iterable[str]) -> tuple[int, dict[str, Variant]]:
-    """The number of parameters, which is the same for both libraries, and the variants."""
+    """The number of parameters, equal in both libraries, and the variants."""
     return check_same(shape, vocab_size), list_variants(shape, vocab_size, names)
 
 
 def list_variants(shape: Preset, vocab_size: int, names: Iterable[str]) -> dict[str, Variant]:
-    """The variants of these names. Raises ValueError for a name that is none."""
+    """Look up variants by name. Raises ValueError for an unknown name."""
     rows, threads = shape.train.batch_size, torch.get_num_threads()
     plain = Choices("float32", "sdpa", rows, threads, compile=False)
     variants = {}
@@ -184,7 +184,7 @@ def build_model(shape: Preset, vocab_size: int) -> GPT:
 
 
 def training_step(variant: Variant) -> Callable[[], float]:
-    """A function that trains for a step and returns its loss, as train.py does it; all begin with the same weights."""
+    """Make a function that trains for one step as train.py does and returns the loss; initial weights are equal."""
     choices, model = variant.choices, build_model(variant.shape, variant.vocab_size)
     batch = made_up_tokens(variant.shape, variant.vocab_size)
     stories = made_up_stories(variant.shape) if variant.shape.train.mask_stories else None
@@ -214,7 +214,7 @@ def training_step(variant: Variant) -> Callable[[], float]:
 
 
 def loss_of(model: torch.nn.Module, rows: torch.Tensor, stories: torch.Tensor | None = None) -> torch.Tensor:
-    """The mean loss of rows (B, T + 1), whoever wrote the model; stories (1, T) are for ours, theirs has no masks for them."""
+    """Mean loss of rows (B, T + 1) by either library; stories (1, T) are only masked by ours."""
     inputs, targets = rows[:, :-1], rows[:, 1:].contiguous()  # (B, T)
     if isinstance(model, GPT):
         return model(inputs, targets, story_ids=None if stories is None else stories.expand_as(inputs))[1]
@@ -228,12 +228,12 @@ def made_up_tokens(shape: Preset, vocab_size: int) -> torch.Tensor:
 
 
 def made_up_stories(shape: Preset) -> torch.Tensor:
-    """The number of each token's story, (1, T): stories as long as those that the probe makes up."""
+    """Story ids (1, T), of stories as long as in autotuning."""
     return (torch.arange(shape.model.max_seq_len) // probe.STORY_TOKENS)[None]
 
 
 def llama(model: GPT) -> torch.nn.Module:
-    """transformers' Llama with our weights, as it ships."""
+    """The Llama of transformers, unmodified, with our weights."""
     sys.path.append(str(HERE.parent / "tests"))
     import references
 
@@ -241,9 +241,9 @@ def llama(model: GPT) -> torch.nn.Module:
 
 
 def check_same(shape: Preset, vocab_size: int) -> int:
-    """The number of parameters. Raises ValueError where theirs are more or fewer, or their loss is another.
+    """Return the number of parameters. Raises ValueError if parameters or losses of the two libraries differ.
 
-    The weights are far from those that a training begins with, so that every block has its say.
+    The initial weights are scaled up, so that every block affects the loss.
     """
     model, rows = build_model(shape, vocab_size), made_up_tokens(shape, vocab_size)[:2]
     with torch.no_grad():
@@ -253,16 +253,16 @@ def check_same(shape: Preset, vocab_size: int) -> int:
         losses = [loss_of(either, rows).item() for either in (model, theirs)]
     sizes = [sum(weight.numel() for weight in either.parameters()) for either in (model, theirs)]
     if sizes[0] != sizes[1] or not abs(losses[0] - losses[1]) < 1e-4:
-        raise ValueError(f"these are two models: {sizes} parameters, losses of {losses}. Take a shape that Llama has, too")
+        raise ValueError(f"the two models differ: {sizes} parameters, losses of {losses}. Take a shape that Llama supports")
     print(f"both models have {sizes[0]:,} parameters and the same loss within {abs(losses[0] - losses[1]):.1e}", file=sys.stderr)
     return sizes[0]
 
 
-UNDER_WAY: list[tuple[Variant, Callable]] = []  # in a process of its own: the variant that it measures, and its step
+UNDER_WAY: list[tuple[Variant, Callable]] = []  # the variant that this process measures, and its step
 
 
 def warm_up(variant: Variant) -> tuple[float, float]:
-    """Make ready for take_turn with three steps. Their peak memory in MB, and what of it came after the imports."""
+    """Prepare take_turn by three steps; return their peak memory in MB, in total and without imports."""
     import torch._dynamo  # every optimizer does so
 
     if variant.library == "transformers":
@@ -278,7 +278,7 @@ def warm_up(variant: Variant) -> tuple[float, float]:
 
 
 def take_turn(seconds: float) -> float:
-    """Tokens per second of the variant that this process was made ready for."""
+    """Tokens per second of the variant that warm_up prepared in this process."""
     ((variant, step),) = UNDER_WAY
     count, began = 0, time.perf_counter()
     while count == 0 or time.perf_counter() - began < seconds:
@@ -288,13 +288,13 @@ def take_turn(seconds: float) -> float:
 
 
 def flops_per_token(variant: Variant) -> float:
-    """Of forward and backward."""
+    """FLOPs per token, forward and backward."""
     config = variant.shape.model
     T = config.max_seq_len
     stories = [T]
     if variant.library == "ours" and variant.shape.train.mask_stories:
         stories = torch.bincount(made_up_stories(variant.shape)[0]).tolist()
-    attended = sum(length**2 for length in stories) / T / 2  # tokens that one sees, on average
+    attended = sum(length**2 for length in stories) / T / 2  # mean number of visible tokens
     model = GPT(config, variant.vocab_size)
     in_products = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     attention_dim = config.num_heads * config.block_values()["head_dim"]

@@ -1,16 +1,15 @@
-"""What presets, or the tricks of one, are worth: bits per byte of each after equal minutes.
+"""Compare presets, or ablations of one, by bits per byte after equal minutes of training.
 
     python benchmarks/worth.py --runs ../worth --side_by_side 2 --save worth
     python benchmarks/worth.py --runs ../worth --budget clock --presets 1m mamba_like --minutes 5
     python benchmarks/worth.py --runs ../ablations --presets speedrun --ablate all --minutes 2 --save ablations
 
-Presets are also told by where in a story they gain or lose; --ablate compares one preset with changes of it, one at a time,
-which ablations.py lists. Every preset is trained with every seed, as train.py does it, into a folder of its own in --runs. What
-is finished there is not trained again and what was begun is gone on with, so that the same command may be stopped at any time
-and given again.
+Presets are also compared by position in the story; --ablate compares one preset with changes of it, one at a time, from
+ablations.py. Every preset is trained with every seed, as by train.py, into its own folder in --runs. Finished runs are not
+repeated and unfinished ones are resumed, so the command can be stopped at any time and given again.
 
---budget steps does not depend on how busy the machine is: first each preset's speed is measured, in turns and with nothing beside
-(--measure_only stops there), and kept in speeds.json; then each is trained for as many steps as the minutes would have taken at
+--budget steps does not depend on the load of the machine: first the speed of each preset is measured, in turns on a quiet
+machine (--measure_only stops there), and saved in speeds.json; then each is trained for as many steps as fit into the minutes at
 that speed. --budget clock trains for the minutes by the clock, evaluations included.
 """
 
@@ -50,8 +49,8 @@ from training import seeds
 from training.autotune import Choices
 from training.optim import growing_batch_size
 
-EVALUATIONS = 4  # of a run that is trained for a number of steps
-NO_TIME = (  # fields of the config that a step takes as long with as without, or that are not in the step that is measured
+EVALUATIONS = 4  # per run with --budget steps
+NO_TIME = (  # fields that do not affect the time of a step, or are not part of the measured step
     "lr_init", "lr_max", "lr_min", "warmup_steps", "schedule", "betas", "eps", "weight_decay", "embedding_decay", "muon_lr_scale",
     "muon_momentum", "weight_averaging", "grad_clip", "window_start", "batch_size_start",
 )  # fmt: skip
@@ -59,30 +58,30 @@ NO_TIME = (  # fields of the config that a step takes as long with as without, o
 
 @dataclass(frozen=True)
 class Arguments:
-    runs: Path | None = None  # the folder of the trained runs, made where it is missing; by default $BASEGPT_RUNS
+    runs: Path | None = None  # folder for the runs, created if missing; by default $BASEGPT_RUNS
     presets: tuple[str, ...] = ("1m", *RECURRENT)  # the others are compared with the first
-    ablate: tuple[str, ...] = ()  # names in ablations.py, or all: changes that a single preset is compared with
-    minutes: float = 10.0  # of a run
-    seeds: int = 3  # of each preset, from 0 on
-    budget: Literal["steps", "clock"] = "steps"  # steps that the minutes would have taken on a quiet machine, or the clock
-    side_by_side: int = 1  # how many runs at a time, in a process each
-    threads: int = 1  # of each run
-    data: str = "tinystories"  # any source that training takes
+    ablate: tuple[str, ...] = ()  # names in ablations.py, or all: ablations of a single preset
+    minutes: float = 10.0  # per run
+    seeds: int = 3  # per preset, from 0
+    budget: Literal["steps", "clock"] = "steps"  # steps that fit into the minutes on a quiet machine, or the clock
+    side_by_side: int = 1  # runs at a time, each in its own process
+    threads: int = 1  # per run
+    data: str = "tinystories"  # any source that training accepts
     set: tuple[str, ...] = ()  # changes of every preset, such as train.lr_max=2e-3
-    rounds: int = 9  # how often the presets take turns when their speed is measured
-    seconds: float = 3.0  # how long a turn is
-    measure_only: bool = False  # measure the speeds, which needs a quiet machine, and train nothing yet
-    position_stories: int = 500  # validation stories whose loss is told by position
+    rounds: int = 9  # turns of each preset in the measurement of speeds
+    seconds: float = 3.0  # per turn
+    measure_only: bool = False  # only measure the speeds, on a quiet machine; do not train
+    position_stories: int = 500  # validation stories for the loss by position
     save: str | None = None  # write tables and curves to benchmarks/SAVE.md and SAVE.png
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured of a preset while nothing else ran: an entry of speeds.json."""
+    """Measured speed of a preset on a quiet machine: an entry of speeds.json."""
 
-    settings: dict  # what the preset was then
-    choices: dict  # how the machine trains it fastest
-    tokens_per_second: list[float]  # of each turn
+    settings: dict  # of the preset at that time
+    choices: dict  # its execution plan
+    tokens_per_second: list[float]  # by turn
     machine: str
 
 
@@ -99,7 +98,7 @@ def main(arguments: Arguments):
     failed = train_missing(presets, arguments)
     result = compare(*(name for name in presets if any(map(is_scored, seeds.member_names(group_of(name, presets, arguments))))))
 
-    if arguments.ablate:  # what helps most when it is changed stands on top
+    if arguments.ablate:  # the most helpful change first
         result.groups[1:] = sorted(result.groups[1:], key=lambda candidate: candidate.values.mean())
     lines = show([describe_machine(), "", caption(arguments, speeds), "", *worth_table(result, speeds), ""])
     if arguments.ablate:
@@ -142,7 +141,7 @@ def check_early(arguments: Arguments):
 
 
 def chosen_presets(arguments: Arguments) -> dict[str, Preset]:
-    """What to compare with the first, by name: presets, or the changes of a single one that change something in it."""
+    """Presets by name, or a single preset and its ablations, without those that change nothing; the first is the baseline."""
     presets = {name: base_preset(name, arguments) for name in arguments.presets}
     (base, *_) = presets.values()
     for name, change in chosen_ablations(arguments.ablate).items():
@@ -154,21 +153,21 @@ def chosen_presets(arguments: Arguments) -> dict[str, Preset]:
 
 
 def base_preset(name: str, arguments: Arguments) -> Preset:
-    """The preset with the minutes and the changes of the command line. Not compiled, which would take its share of them."""
+    """The preset with the minutes and the changes of the command line, without compile, which would use up time."""
     shared = {"data": arguments.data, "threads": arguments.threads, "compile": False}
     return changed(with_train(preset(name), max_steps=None, max_minutes=arguments.minutes, **shared), arguments.set)
 
 
 def measured_speeds(presets: dict[str, Preset], arguments: Arguments) -> dict[str, Speed]:
-    """The speed of each preset: from speeds.json, or else measured and kept there.
+    """Read the speed of each preset from speeds.json, or measure and save it.
 
-    Raises ValueError where it was measured with other settings.
+    Raises ValueError if it was measured with other settings.
     """
     path = runs_folder() / "speeds.json"
     known = {name: Speed(**entry) for name, entry in json.loads(path.read_text()).items()} if path.exists() else {}
     settings = {name: settings_of(chosen, arguments.data) for name, chosen in presets.items()}
     for group in settings.values():
-        del group["train"]["max_minutes"]  # a speed serves for any budget
+        del group["train"]["max_minutes"]  # a speed holds for any budget
     for name in known.keys() & presets.keys():
         then, now = known[name].settings, settings[name]
         if not all(then[group].items() <= now[group].items() for group in now):
@@ -181,7 +180,7 @@ def measured_speeds(presets: dict[str, Preset], arguments: Arguments) -> dict[st
 
 
 def measure(presets: dict[str, Preset], settings: dict[str, dict], arguments: Arguments) -> dict[str, Speed]:
-    """The presets train in turns, each in a process of its own, so that what disturbs one disturbs all."""
+    """Measure the presets in turns, each in its own process, so that other load affects all of them."""
     stand_ins = as_fast(presets)
     variants = {name: in_new_process(fastest_way, presets[name]) for name in dict.fromkeys(stand_ins.values())}
     with ExitStack() as stack:
@@ -196,7 +195,7 @@ def measure(presets: dict[str, Preset], settings: dict[str, dict], arguments: Ar
 
 
 def as_fast(presets: dict[str, Preset]) -> dict[str, str]:
-    """For each preset the first that only differs from it in what takes no time: one measurement serves them all."""
+    """Map each preset to the first one of equal speed, which differs only in NO_TIME: they share a measurement."""
     first, same = {}, {field: getattr(TrainConfig(), field) for field in NO_TIME}
     return {name: first.setdefault(str(with_train(chosen, **same)), name) for name, chosen in presets.items()}
 
@@ -207,9 +206,9 @@ def fastest_way(chosen: Preset) -> Variant:
 
 
 def for_steps(chosen: Preset, speed: Speed, minutes: float) -> Preset:
-    """The preset trained for as many steps as the minutes take at this speed, and in the way that it was measured in.
+    """Set the preset to the number of steps that fit into the minutes at this speed, and to the plan of the measurement.
 
-    A batch that grows counts as its mean, and its tokens as fast as those of the whole one.
+    A growing batch size counts as its mean, at the tokens/s of the full batch size.
     """
     choices = Choices(**speed.choices)
     rows = np.mean([growing_batch_size(share, chosen.train) for share in np.linspace(0, 1, 1000, endpoint=False)])
@@ -223,11 +222,11 @@ def for_steps(chosen: Preset, speed: Speed, minutes: float) -> Preset:
 
 
 def train_missing(presets: dict[str, Preset], arguments: Arguments) -> dict[str, str]:
-    """Train every run that is not finished: why some failed, by their names. Raises KeyboardInterrupt after Ctrl-C."""
+    """Train every unfinished run; return the reasons of failures by name. Raises KeyboardInterrupt after Ctrl-C."""
     todo = [run for name in presets for run in seeds.members(group_of(name, presets, arguments))]
     total = len(presets) * arguments.seeds
     print(f"{total - len(todo)} of {total} runs are finished", file=sys.stderr, flush=True)
-    by_seed = sorted(todo, key=lambda run: run.train.seed)  # what is stopped early has as many of each preset
+    by_seed = sorted(todo, key=lambda run: run.train.seed)  # so that presets have equally many runs if stopped early
     failed, stopped = seeds.run_side_by_side(by_seed, arguments.side_by_side)
     if stopped:
         raise KeyboardInterrupt
@@ -235,7 +234,7 @@ def train_missing(presets: dict[str, Preset], arguments: Arguments) -> dict[str,
 
 
 def group_of(name: str, presets: dict[str, Preset], arguments: Arguments) -> Training:
-    """The runs of a preset, as the command line of train.py would have them."""
+    """The group of runs of a preset, as command line arguments of train.py."""
     model, train = presets[name]
     group = Training(preset=name, name=name, seeds=arguments.seeds, model=model, train=replace(train, seed=0))
     begun = any(Run(member).folder.exists() for member in seeds.member_names(group))
@@ -257,15 +256,15 @@ def caption(arguments: Arguments, speeds: dict[str, Speed]) -> str:
         told += [f"Each run had {minutes} by the clock with {threads}, evaluations included, {arguments.side_by_side} at a time."]
     else:
         measured = " and ".join(sorted({speed.machine for speed in speeds.values()}))
-        told += [f"The budget of a run is a number of steps: as many as {minutes} hold at the tokens/s of its preset. Those were",
-                 f"measured once, in turns and with nothing beside, with {threads} ({measured}). Evaluations and the start are",
-                 "not counted, and it does not matter how busy the machine was during the training."]  # fmt: skip
+        told += [f"The budget of a run is the number of steps that fit into {minutes} at the tokens/s of its preset, which were",
+                 f"measured once, in turns on a quiet machine, with {threads} ({measured}). Evaluations and start-up are not",
+                 "counted, and the load of the machine during the training does not matter."]  # fmt: skip
     if arguments.set:
         told += [f"Changed in all: {', '.join(arguments.set)}."]
     return " ".join([
-        *told, "Bits per byte are of all validation stories, ± is the 95% interval over seeds (Student's t). The difference to",
-        "the first is paired by seed, which also decides the order of the stories, and once more by story: that interval says",
-        "what other stories would give, but not what other seeds would. p is corrected for all comparisons (Holm).",
+        *told, "Bits per byte are on all validation stories, ± is the 95% interval over seeds (Student's t). The difference to",
+        "the first is paired by seed, which also determines the order of the stories, and again by story: that interval",
+        "covers other stories, but not other seeds. p is corrected for multiple comparisons (Holm).",
     ])  # fmt: skip
 
 
@@ -278,7 +277,7 @@ def speed_table(presets: dict[str, Preset], speeds: dict[str, Speed]) -> list[st
 
 
 def worth_table(result: Comparison, speeds: dict[str, Speed]) -> list[str]:
-    """A row for each preset that has a finished run."""
+    """Tabulate the presets that have a finished run."""
     first, rows = result.groups[0], []
     for candidate in result.groups:
         logs = [member.log for member in candidate.members]
@@ -292,7 +291,7 @@ def worth_table(result: Comparison, speeds: dict[str, Speed]) -> list[str]:
 
 
 def differences(first: Candidate, other: Candidate, result: Comparison) -> list[str]:
-    """The difference by seed with its p-value, and by story."""
+    """Cells of the table: difference by seed, p-value, difference by story."""
     pair = f"{other.name} - {first.name}"
     if pair not in result.differences.index:
         return ["not compared", "–", "–"]
@@ -305,7 +304,7 @@ def differences(first: Candidate, other: Candidate, result: Comparison) -> list[
 
 
 def from_nothing(values: np.ndarray) -> Difference:
-    """The mean of several seeds (seeds, ...) with its interval; without one where there is a single seed."""
+    """Mean over seeds of values (seeds, ...) with its interval; a single seed has none."""
     if len(values) < 2:
         return Difference(values[0], *[values[0] + math.nan] * 3)
     return over_seeds(np.zeros_like(values), values, paired=True)
@@ -317,18 +316,18 @@ def with_margin(value: Difference, style: str) -> str:
 
 @dataclass(frozen=True)
 class ByPosition:
-    """The losses of all presets by position in the story."""
+    """Losses of all presets by position in the story."""
 
-    names: list[str]  # of the octaves: 1 to 1, 2 to 3, 4 to 7, …
-    tokens: np.ndarray  # (octaves,) how many were scored
-    losses: dict[str, np.ndarray]  # of each preset (seeds, octaves), nats per token
+    names: list[str]  # of the octaves: 1 to 1, 2 to 3, 4 to 7, ...
+    tokens: np.ndarray  # (octaves,) number of scored tokens
+    losses: dict[str, np.ndarray]  # by preset: (seeds, octaves), nats per token
     seeds: dict[str, list[int]]
 
     def means(self, preset_name: str) -> Difference:
         return from_nothing(self.losses[preset_name])
 
     def to_first(self, preset_name: str) -> Difference:
-        """How much more than the first preset, by octave; paired where the seeds are the same."""
+        """Difference to the first preset by octave, paired if the seeds are equal."""
         base = next(iter(self.losses))
         first, other = self.losses[base], self.losses[preset_name]
         if self.seeds[base] == self.seeds[preset_name]:
@@ -362,7 +361,7 @@ def position_table(found: ByPosition) -> list[str]:
 
 
 def draw_differences(result: Comparison, path: Path):
-    """How much more than the first each of the others comes to, one below the other."""
+    """Plot the difference of each preset to the first."""
     from matplotlib.figure import Figure
 
     found = result.differences.sort_values("difference")
@@ -379,7 +378,7 @@ def draw_differences(result: Comparison, path: Path):
 
 
 def draw_positions(found: ByPosition, path: Path):
-    """On the left the loss by position, on the right how much more it is than the first preset's."""
+    """Plot the loss by position (left) and its difference to the first preset (right)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")

@@ -1,11 +1,11 @@
-"""Numbers of one model: scores, losses by story, cost, and grades of the storyworld.
+"""Metrics of one model: scores, losses by story, cost, and storyworld grades.
 
 scores.py        evaluate, predictions: loss, bits per byte and top-k accuracy on whole stories
-story_losses.py  losses_of, keep_losses, validation_stories: the losses by story in a run folder
-measures.py      token_scores, loss_by_position, calibration, repetition: where the loss is
-cost.py          cost_of, model_cost, num_parameters: parameters, FLOPs and cache bytes
-world_grades.py  grade_model, check_tokenizer, is_world: the storyworld grades samples of a model
-world_floor.py   world_floor, floor_of: the exact entropy of storyworld, which no loss can pass for long
-world_report.py  plot_grades, draw_entropy: the curves of both
-gallery.py       show_blocks: every block with its shapes and cost, for a notebook
+story_losses.py  losses_of, save_losses, validation_stories: losses by story, saved in the run folder
+measures.py      token_scores, loss_by_position, calibration, repetition: a closer look at loss and samples
+cost.py          cost_of, model_cost, cost_table, block_costs, num_parameters: parameters, FLOPs and cache bytes
+world_grades.py  grade_model, check_tokenizer, is_world: grade samples by the rules of storyworld
+world_floor.py   world_floor, floor_of: the exact entropy of storyworld, the lower bound of the loss
+world_report.py  plot_grades, draw_entropy: plots of grades and entropy
+gallery.py       show_blocks: display every block with its shapes and cost in a notebook
 """

@@ -1,18 +1,17 @@
-"""What a model costs: its parameters, and for each token its FLOPs and the bytes that its cache grows by.
+"""The cost of a model: parameters, FLOPs per token, and cache bytes per token.
 
     python -m evaluation cost 1m gemma2_like my_run    # presets and runs side by side
-    python -m evaluation cost --blocks                # every block of the menu
+    python -m evaluation cost --blocks                # every block of the registry
 
-FLOPs are those of matrix products and convolutions on the way forward, a multiply-add being two, as the mean over a sequence
-of T tokens. Training takes three times as many, as the gradient of a product is two such products. Elementwise work (norms,
-activations, softmax, sums) and tables are not counted, unless a block says what it takes.
+FLOPs are those of matrix products and convolutions in the forward pass (a multiply-add is two), per token, as the mean over a
+sequence of T tokens. Training takes three times as many: the gradient of a product is two products of the same size. Elementwise
+operations (norms, activations, softmax, sums) and table look-ups are not counted.
 
-Where a block has a method `flops_per_token(T)`, that is taken. It counts the pairs of tokens that see each other, so causal
-attention has (T + 1) / 2 for a token. All other blocks are counted by torch while they read a sequence, with all the products
-that torch does for them: attention that hides half of T² scores behind a mask would then be counted with all T².
+Attention is counted by its visible pairs, (T + 1) / 2 per token if causal. A block may count itself by a method
+`flops_per_token(T)`. For all other blocks torch counts the products of a forward pass; masked products count in full.
 
-Cache bytes are weighed: those of the tensors that a model keeps after T / 2 and after T tokens lie on a line. Its slope is the
-bytes per token, where it begins are the fixed bytes of a state that does not grow.
+Cache bytes are measured after T / 2 and after T tokens: the slope of the line through both is the bytes per token, its intercept
+the fixed bytes of a state that does not grow.
 
 B batch, T time, M tokens of memory, D model dim.
 """
@@ -40,8 +39,8 @@ from runs.presets import PRESETS, preset
 from tokenizer import load_tokenizer
 from tools import LoggingModule
 
-TRAINING = 3  # forward, and twice as much on the way back
-QUANTITIES = {  # what they are called in tables
+TRAINING = 3  # forward, plus a backward pass of twice the FLOPs
+QUANTITIES = {  # heading in tables: field of Part
     "parameters": "parameters",
     "FLOPs per token": "flops",
     "cache bytes per token": "cache_per_token",
@@ -51,23 +50,23 @@ QUANTITIES = {  # what they are called in tables
 
 @dataclass(frozen=True)
 class Part:
-    """A block at its place in a model, or an embedding, a head, or what is left of the module around them."""
+    """The cost of one block, embedding or head, or of the remainder of a module outside its parts."""
 
-    place: str  # such as layers.0.branches.0.blocks.1
-    step: str  # as the layer string has it, such as Attn(window=64); or the name it has in the model, such as head
+    place: str  # path in the model, such as layers.0.branches.0.blocks.1
+    step: str  # of the layer string, such as Attn(window=64); or the attribute name, such as head
     signs: tuple[str, ...]  # + and | that follow it in the layer string
-    kind: str  # the class of a block, such as Attention; or that name
-    settings: dict[str, Any]  # what a block asked the config for, and the options of its step
+    kind: str  # class of a block, such as Attention; or the attribute name
+    settings: dict[str, Any]  # config values and options of a block
     shapes: dict[str, tuple[int, ...]]  # of its weights
-    parameters: int  # those that no part before it has, too
+    parameters: int  # without weights shared with an earlier part
     flops: float  # per token, forward
     cache_per_token: float  # bytes
-    cache_fixed: float  # bytes that do not grow
+    cache_fixed: float  # bytes, independent of T
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs when it reads T tokens."""
+    """The cost of a model that reads T tokens."""
 
     T: int
     parts: tuple[Part, ...]
@@ -88,12 +87,12 @@ class Cost:
 
     @property
     def cache_per_token(self) -> float:
-        """Bytes that each token adds to the cache."""
+        """Bytes that the cache grows by per token."""
         return sum(part.cache_per_token for part in self.parts)
 
     @property
     def cache_fixed(self) -> float:
-        """Bytes of the cache that do not grow."""
+        """Bytes of the cache that are independent of T."""
         return sum(part.cache_fixed for part in self.parts)
 
     @property
@@ -102,70 +101,87 @@ class Cost:
         return self.cache_fixed + self.T * self.cache_per_token
 
     def by_kind(self, quantity: str) -> dict[str, float]:
-        """The sum of a number of the parts, such as "parameters", for each kind of them, in the order of the model."""
+        """Sum a quantity of the parts, such as "parameters", by kind, in the order of the model."""
         sums: Counter[str] = Counter()
         for part in self.parts:
             sums[part.kind] += getattr(part, quantity)
         return dict(sums)
 
 
-class Place(NamedTuple):
-    """Where a part is, as Part says it; the module itself, whether there are parts inside it, and its weights without theirs."""
+class Position(NamedTuple):
+    """Where a part is (see Part), its module, whether that contains other parts, and its weights outside of those."""
 
     place: str
     step: str
     signs: tuple[str, ...]
     options: dict[str, Any]
     module: nn.Module
-    opened: bool
+    has_parts: bool
     weights: dict[str, nn.Parameter]
 
 
 def model_cost(model: nn.Module, T: int | None = None) -> Cost:
-    """The cost of a model that reads T tokens, by default as many as it can. It is run, and left as it was.
+    """Measure the cost of a model by running it.
 
-    Blocks that read a memory are given one of T tokens. What the model does beside its parts is a part of its own. A model
-    without a cache, which reads all again for each token, keeps no bytes.
+    Blocks with a memory get one of T tokens. A model without a cache, which reads everything again for each token, has no cache
+    bytes.
+
+    Parameters
+    ----------
+    model : nn.Module
+        GPT or the model of a plugin; it is left unchanged.
+    T : int, optional
+        Number of tokens; by default the context length.
+
+    Returns
+    -------
+    Cost
+        Totals, and every part.
+
+    Examples
+    --------
+    >>> model_cost(GPT(ModelConfig(dim=16, num_layers=1), vocab_size=100)).parameters > 0
+    True
     """
     T = T or model.config.max_seq_len
-    places = find_parts(model)
+    positions = find_parts(model)
     device = next(model.parameters()).device
     tokens = torch.arange(T, device=device)[None] % model.vocab_size  # (1, T)
-    needs = {}
-    for place in places:
-        if place.module is not model and accepted_kwargs(place.module, memory=None):
-            needs["memory"] = torch.ones(1, T, getattr(place.module, "memory_dim", model.config.dim), device=device)
+    kwargs = {}
+    for position in positions:
+        if position.module is not model and accepted_kwargs(position.module, memory=None):
+            kwargs["memory"] = torch.ones(1, T, getattr(position.module, "memory_dim", model.config.dim), device=device)
     with torch.no_grad(), as_torch_does_it(model):
-        flops = count_flops(model, [place.module for place in places], tokens, needs)
-        half, whole = weigh_cache(model, tokens, needs)
+        flops = count_flops(model, [position.module for position in positions], tokens, kwargs)
+        half, whole = cache_bytes(model, tokens, kwargs)
     counted: set[int] = set()
     parts = []
-    for place, step, signs, options, module, opened, weights in places:
+    for place, step, signs, options, module, has_parts, weights in positions:
         new = {id(weight): weight.numel() for weight in weights.values() if id(weight) not in counted}
         counted |= new.keys()
-        if not opened or weights or flops[module] or whole[module]:
+        if not has_parts or weights or flops[module] or whole[module]:
             per_token = (whole[module] - half[module]) / (T - T // 2)
             is_block = isinstance(module, LoggingModule)
-            wanted = init_parameters(type(module)) if is_block else ()
+            names = init_parameters(type(module)) if is_block else ()
             parts.append(Part(
                 place, step, signs, kind=type(module).__name__ if is_block else step,
-                settings={name: value for name, value in model.config.block_values(options).items() if name in wanted},
+                settings={name: value for name, value in model.config.block_values(options).items() if name in names},
                 shapes={name: tuple(weight.shape) for name, weight in weights.items()}, parameters=sum(new.values()),
                 flops=flops[module] / T, cache_per_token=per_token, cache_fixed=whole[module] - per_token * T,
             ))  # fmt: skip
     return Cost(T, tuple(parts))
 
 
-def find_parts(model: nn.Module) -> list[Place]:
-    """Every part, an outer one before those in it. A module with layer strings inside is opened, unless it tells its FLOPs."""
-    places: dict[nn.Module, Place] = {}  # a module that stands in several places is one part
+def find_parts(model: nn.Module) -> list[Position]:
+    """List all parts, outer before inner ones. Modules with layer strings inside are split, unless they count their FLOPs."""
+    positions: dict[nn.Module, Position] = {}  # a module that is used in several positions is one part
 
     def walk(module: nn.Module, place: str, step: str, signs: tuple[str, ...] = (), **options):
-        if module in places:
+        if module in positions:
             return
-        opened = is_opened(module) or (module is model and not hasattr(model, "flops_per_token"))
-        places[module] = Place(place, step, signs, options, module, opened, dict(module.named_parameters(recurse=not opened)))
-        if not opened:
+        split = contains_parts(module) or (module is model and not hasattr(model, "flops_per_token"))
+        positions[module] = Position(place, step, signs, options, module, split, dict(module.named_parameters(recurse=not split)))
+        if not split:
             return
         if isinstance(module, Branch):
             steps = zip(module.blocks, steps_with_signs(module.layer), strict=True)
@@ -176,29 +192,29 @@ def find_parts(model: nn.Module) -> list[Place]:
                 walk(child, f"{place}.{name}".lstrip("."), name)
 
     walk(model, "", type(model).__name__)
-    return list(places.values())
+    return list(positions.values())
 
 
-def is_opened(module: nn.Module) -> bool:
-    holds_others = isinstance(module, nn.ModuleList | nn.ModuleDict) or any(isinstance(m, Branch) for m in module.modules())
-    return holds_others and not hasattr(module, "flops_per_token")
+def contains_parts(module: nn.Module) -> bool:
+    is_container = isinstance(module, nn.ModuleList | nn.ModuleDict) or any(isinstance(m, Branch) for m in module.modules())
+    return is_container and not hasattr(module, "flops_per_token")
 
 
 def steps_with_signs(layer: str) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
-    """'Norm->Attn(window=64)->+'  becomes  [('Norm', {}, ()), ('Attn', {'window': 64}, ('+',))]"""
+    """Parse 'Norm->Attn(window=64)->+' into [('Norm', {}, ()), ('Attn', {'window': 64}, ('+',))]."""
     steps: list[tuple[str, dict[str, Any], tuple[str, ...]]] = []
     for name, options in layer_steps(layer):
         if name not in "+|":
             steps.append((name, options, ()))
-        elif steps:  # a | in front of all opens the skip that is open anyway
-            block, given, signs = steps[-1]
-            steps[-1] = block, given, (*signs, name)
+        elif steps:  # a leading | opens the skip that is open anyway
+            block, block_options, signs = steps[-1]
+            steps[-1] = block, block_options, (*signs, name)
     return steps
 
 
 @contextmanager
 def as_torch_does_it(model: nn.Module):
-    """In eval, with formulas of torch that its counter sees, in place of fused kernels."""
+    """Run a model in eval mode with plain formulas, which torch's FLOP counter sees, instead of fused kernels."""
     was_training = model.training
     fuses_recurrence, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
     try:
@@ -209,30 +225,30 @@ def as_torch_does_it(model: nn.Module):
         model.train(was_training)
 
 
-def count_flops(model: nn.Module, parts: list[nn.Module], tokens: Tensor, needs: dict[str, Tensor]) -> dict[nn.Module, float]:
-    """FLOPs of each part for all tokens (B, T), without those of the parts inside it: what it says of itself, or as counted."""
+def count_flops(model: nn.Module, parts: list[nn.Module], tokens: Tensor, kwargs: dict[str, Tensor]) -> dict[nn.Module, float]:
+    """FLOPs of each part for tokens (B, T), without its inner parts, by its own count or else by torch's."""
     flops = dict.fromkeys(parts, 0.0)
-    under_way = []  # for each call of a part: what was counted when it began, and what the parts inside it took
+    stack = []  # for each call in progress: FLOPs counted before it, and those of its inner parts
 
     def before(module, inputs):
-        under_way.append([counter.get_total_flops(), 0])
+        stack.append([counter.get_total_flops(), 0])
 
     def after(module, inputs, output):
-        begin, inside = under_way.pop()
-        taken = counter.get_total_flops() - begin
+        start, inner = stack.pop()
+        total = counter.get_total_flops() - start
         if hasattr(module, "flops_per_token") or isinstance(module, Attention):
             B, T = inputs[0].shape[:2]
             per_token = module.flops_per_token if hasattr(module, "flops_per_token") else partial(attention_flops, module)
             flops[module] += B * T * per_token(T)
         else:
-            flops[module] += taken - inside
-        if under_way:
-            under_way[-1][1] += taken
+            flops[module] += total - inner
+        if stack:
+            stack[-1][1] += total
 
     hooks = [hook for part in parts for hook in (part.register_forward_pre_hook(before), part.register_forward_hook(after))]
     try:
         with FlopCounterMode(display=False) as counter:
-            model(tokens, **needs)
+            model(tokens, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -240,9 +256,9 @@ def count_flops(model: nn.Module, parts: list[nn.Module], tokens: Tensor, needs:
 
 
 def attention_flops(attention: Attention, T: int) -> float:
-    """FLOPs per token: matrices, and the scores and weighted sums of the tokens that it sees.
+    """FLOPs per token of attention: weight matrices, plus scores and weighted sums of the visible tokens.
 
-    torch would count all T keys of each query; visible_per_token(T) of a block says how many there are, if not its window.
+    A block with another mask than its window has a method visible_per_token(T), the mean number of keys per query.
     """
     matrices = sum(layer.weight.numel() for layer in attention.modules() if isinstance(layer, nn.Linear))
     visible = mean_visible(T, attention.window)
@@ -251,39 +267,39 @@ def attention_flops(attention: Attention, T: int) -> float:
     return 2 * matrices + 4 * attention.num_heads * attention.head_dim * visible
 
 
-def weigh_cache(model: nn.Module, tokens: Tensor, needs: dict[str, Tensor]) -> tuple[Counter, Counter]:
-    """Bytes that each block keeps after half of the tokens (B, T), and after all of them; what no block keeps is the model's."""
-    cache, weights = Cache(), [Counter(), Counter()]
+def cache_bytes(model: nn.Module, tokens: Tensor, kwargs: dict[str, Tensor]) -> tuple[Counter, Counter]:
+    """Cache bytes by block after half of the tokens (B, T) and after all; those of no block count for the model."""
+    cache, sizes = Cache(), [Counter(), Counter()]
     if not accepted_kwargs(model, cache=cache):
-        return weights[0], weights[1]
+        return sizes[0], sizes[1]
     half = tokens.shape[1] // 2
     for piece in (tokens[:, :half], tokens[:, half:]):
         if piece.shape[1]:
-            model(piece, cache=cache, **needs)
-            seen: set[int] = set()
-            weights.append(Counter({block: weigh(kept, seen) for block, kept in cache.blocks.items()}))
-            weights[-1][model] += weigh(vars(cache), seen)
-    return weights[-2], weights[-1]
+            model(piece, cache=cache, **kwargs)
+            visited: set[int] = set()
+            sizes.append(Counter({block: num_bytes(state, visited) for block, state in cache.blocks.items()}))
+            sizes[-1][model] += num_bytes(vars(cache), visited)
+    return sizes[-2], sizes[-1]
 
 
-def weigh(kept, seen: set[int]) -> int:
-    """Bytes of the tensors in a value, in whatever it holds them, but not of those that were seen before."""
-    if isinstance(kept, Tensor):
-        is_new = id(kept) not in seen
-        seen.add(id(kept))
-        return kept.numel() * kept.element_size() * is_new
-    if isinstance(kept, dict):
-        return sum(weigh(value, seen) for value in kept.values())
-    if isinstance(kept, list | tuple):
-        return sum(weigh(value, seen) for value in kept)
-    return weigh(vars(kept), seen) if hasattr(kept, "__dict__") and not isinstance(kept, nn.Module) else 0
+def num_bytes(value, visited: set[int]) -> int:
+    """Bytes of all tensors in a nested value that were not visited before."""
+    if isinstance(value, Tensor):
+        is_new = id(value) not in visited
+        visited.add(id(value))
+        return value.numel() * value.element_size() * is_new
+    if isinstance(value, dict):
+        return sum(num_bytes(item, visited) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(num_bytes(item, visited) for item in value)
+    return num_bytes(vars(value), visited) if hasattr(value, "__dict__") and not isinstance(value, nn.Module) else 0
 
 
 def config_of(spec: str | ModelConfig) -> tuple[ModelConfig, int]:
-    """The architecture that a run, a group of seeds, a preset or a config stands for, and the size of its vocabulary.
+    """The architecture and vocabulary size of a run, a group of seeds, a preset or a config.
 
-    A run goes before a preset of the same name; a config has the vocabulary of the default tokenizer. Raises ValueError for a
-    name that is neither, and as Run does where a run is damaged.
+    A run takes precedence over a preset of the same name; a config gets the vocabulary of the default tokenizer. Raises
+    ValueError for an unknown name, and what Run raises for a damaged run.
     """
     if isinstance(spec, ModelConfig):
         return spec, load_tokenizer(TrainConfig().tokenizer).vocab_size
@@ -291,32 +307,54 @@ def config_of(spec: str | ModelConfig) -> tuple[ModelConfig, int]:
         run = Run(group_members(spec)[0])
         return run.model_config, run.load("model.pth", {"vocab_size"})["vocab_size"]
     if spec not in PRESETS and "/" not in spec:
-        known = list(dict.fromkeys([*PRESETS, *run_names(), *group_names()]))
-        raise ValueError(f"{spec!r} is neither a preset nor a run.{did_you_mean(spec, known)} There are: {', '.join(known)}")
-    chosen = preset(spec)
-    return chosen.model, load_tokenizer(chosen.train.tokenizer).vocab_size
+        names = list(dict.fromkeys([*PRESETS, *run_names(), *group_names()]))
+        raise ValueError(f"{spec!r} is neither a preset nor a run.{did_you_mean(spec, names)} There are: {', '.join(names)}")
+    model_config, train_config = preset(spec)
+    return model_config, load_tokenizer(train_config.tokenizer).vocab_size
 
 
 def cost_of(spec: str | ModelConfig, T: int | None = None) -> Cost:
-    """The cost of a run, a preset or a config that reads T tokens, by default as many as it can. Raises as config_of does."""
+    """Measure the cost of a run, preset or config.
+
+    Parameters
+    ----------
+    spec : str or ModelConfig
+        The name of a run, group of seeds or preset, or a config.
+    T : int, optional
+        Number of tokens; by default the context length.
+
+    Returns
+    -------
+    Cost
+        Totals, and every part.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+
+    Examples
+    --------
+    >>> cost_of("1m").parameters  # doctest: +SKIP
+    """
     config, vocab_size = config_of(spec)
     with torch.random.fork_rng(devices=[]):
         return model_cost(build_model(config, vocab_size), T)
 
 
 def num_parameters(model, embeddings: bool = True) -> int:
-    """Number of parameters, with or without embeddings and head; a model may count its own."""
+    """Number of parameters, with or without embeddings and head; a model's own method num_parameters takes precedence."""
     if hasattr(model, "num_parameters"):
         return model.num_parameters(embeddings)
     tables = [table for table in model.modules() if isinstance(table, nn.Embedding)]
-    if isinstance(model, GPT):  # the tables of its blocks are theirs
+    if isinstance(model, GPT):  # tables inside of blocks are not embeddings
         tables = [table for table in (model.embedding, model.position_embedding) if table is not None]
     excluded = {id(weight) for table in (*tables, getattr(model, "head", nn.Identity())) for weight in table.parameters()}
     return sum(weight.numel() for weight in model.parameters() if embeddings or id(weight) not in excluded)
 
 
-def comparison(*specs: str, T: int | None = None):
-    """A pandas DataFrame with a column for each run or preset: every cost, kind by kind and in all."""
+def cost_table(*specs: str, T: int | None = None):
+    """Tabulate the cost of runs and presets by kind of part and in total: a pandas DataFrame with a column for each."""
     import pandas as pd
 
     costs = {spec: cost_of(spec, T) for spec in specs}
@@ -333,7 +371,24 @@ def comparison(*specs: str, T: int | None = None):
 
 
 def block_costs(config: ModelConfig | None = None, T: int | None = None):
-    """A pandas DataFrame with a row for each block of the menu: what one costs at the sizes of a config, or of the default."""
+    """Tabulate the cost of every block of the registry.
+
+    Parameters
+    ----------
+    config : ModelConfig, optional
+        Sizes, and plugins to include; the default config if left out.
+    T : int, optional
+        Number of tokens; by default the context length.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per block: the layer string that it was measured in, parameters, FLOPs and cache bytes per token.
+
+    Examples
+    --------
+    >>> block_costs().loc["Attn", "parameters"]  # doctest: +SKIP
+    """
     import pandas as pd
 
     config, rows = config or ModelConfig(), {}
@@ -345,24 +400,28 @@ def block_costs(config: ModelConfig | None = None, T: int | None = None):
 
 
 def block_cost(name: str, layer: str, config: ModelConfig, T: int | None = None) -> Part:
-    """What the last block of that name in a layer string costs at the sizes of a config."""
-    cost = cost_of(replace(config, num_layers=1, layers=layer), T)
+    """The cost of the last block of that name in a layer string, at the sizes of a config."""
+    return last_part(name, cost_of(replace(config, num_layers=1, layers=layer), T))
+
+
+def last_part(name: str, cost: Cost) -> Part:
+    """The last part that is a block of that name."""
     return [part for part in cost.parts if part.place.startswith("layers.") and part.step.split("(")[0] == name][-1]
 
 
 def main(words: list[str]):
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation cost", description="What models and blocks cost: parameters, FLOPs and cache bytes per token."
+        prog="python -m evaluation cost", description="Cost of models and blocks: parameters, FLOPs and cache bytes per token."
     )
-    parser.add_argument("specs", nargs="*", metavar="PRESET_OR_RUN", help="to set side by side")
-    parser.add_argument("--blocks", action="store_true", help="every block of the menu, at the sizes of the default config")
-    parser.add_argument("--T", type=int, help="tokens that are read; by default the context of the model")
+    parser.add_argument("specs", nargs="*", metavar="PRESET_OR_RUN", help="presets or runs to compare")
+    parser.add_argument("--blocks", action="store_true", help="every block of the registry, at the sizes of the default config")
+    parser.add_argument("--T", type=int, help="number of tokens; by default the context length of the model")
     arguments = parser.parse_args(words)
     if not arguments.specs and not arguments.blocks:
         parser.error("name presets or runs, or take --blocks")
     if arguments.T is not None and arguments.T < 1:
         parser.error(f"--T {arguments.T}: give at least 1")
     if arguments.specs:
-        print(comparison(*arguments.specs, T=arguments.T).to_string(float_format="{:,.0f}".format))
+        print(cost_table(*arguments.specs, T=arguments.T).to_string(float_format="{:,.0f}".format))
     if arguments.blocks:
         print(block_costs(T=arguments.T).to_string(float_format="{:,.0f}".format))

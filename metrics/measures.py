@@ -1,4 +1,4 @@
-"""Where a model's loss is, how well it knows what it knows, and how often its stories repeat themselves.
+"""Loss by position and word class, calibration, and repetition.
 
     python -m evaluation measures my_run another
 
@@ -43,36 +43,36 @@ SENTENCE_ENDS = frozenset(".!?\"“”:")
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What became of every predicted token, in no particular order: arrays (tokens,)."""
+    """Scores of every predicted token, in no particular order: arrays (tokens,)."""
 
-    story: np.ndarray  # its number
-    position: np.ndarray  # 1 for the first token behind bos
+    story: np.ndarray  # index of its story
+    position: np.ndarray  # 1 for the first token after bos
     nats: np.ndarray
-    confidence: np.ndarray  # the probability of the token that was held most likely
-    correct: np.ndarray  # whether that was the one
+    confidence: np.ndarray  # probability of the most likely token
+    correct: np.ndarray  # whether that is the true token
 
 
 @torch.no_grad()
 def token_scores(model: GPT, tokenizer, stories: list[str]) -> TokenScores:
-    """Score every token of whole stories, as `evaluate` does. Leaves the model in the mode it was in."""
+    """Score every token of whole stories, with the windows of `evaluate`. The model stays in its mode (train or eval)."""
     columns = []
     was_training = model.training
     model.eval()
     for batch, logits, targets in predictions(model, tokenizer, tokenizer.encode_batch(stories, bos=True, eos=True)):
         log_probs = logits.double().log_softmax(dim=-1)  # (B, T, V)
-        best, which = log_probs.max(dim=-1)
+        best, prediction = log_probs.max(dim=-1)
         nats = -log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
         story = torch.tensor([piece.story for piece in batch], device=targets.device)[:, None].expand_as(targets)
         start = torch.tensor([piece.start for piece in batch], device=targets.device)[:, None]
         position = start + 1 + torch.arange(targets.shape[1], device=targets.device)
         scored = targets != IGNORE
-        columns.append([column[scored].cpu() for column in (story, position, nats, best.exp(), which == targets)])
+        columns.append([column[scored].cpu() for column in (story, position, nats, best.exp(), prediction == targets)])
     model.train(was_training)
     return TokenScores(*(torch.cat(column).numpy() for column in zip(*columns, strict=True)))
 
 
 def loss_by_position(scores: TokenScores) -> pd.DataFrame:
-    """Nats per token at positions 1, 2 to 3, 4 to 7, and so on: how much what was read before helps."""
+    """Nats per token at positions 1, 2 to 3, 4 to 7, and so on: how much longer context helps."""
     octave = np.floor(np.log2(scores.position)).astype(int)
     rows = {
         f"{2**power} to {2 ** (power + 1) - 1}": {"tokens": (octave == power).sum(), "loss": scores.nats[octave == power].mean()}
@@ -82,25 +82,25 @@ def loss_by_position(scores: TokenScores) -> pd.DataFrame:
 
 
 def word_classes(text: str, names: frozenset[str]) -> list[tuple[str, str]]:
-    """The text in pieces, each with its class: function, content, name, number, punctuation or space."""
-    found = []
+    """Split a text into pieces, each with its class: function, content, name, number, punctuation or space."""
+    pieces = []
     for piece in PIECES.findall(text):
         word = piece.lower().replace("’", "'")
         if piece.isspace():
-            found.append((piece, "space"))
+            pieces.append((piece, "space"))
         elif not piece[0].isalnum() and piece[0] != "_":
-            found.append((piece, "punctuation"))
+            pieces.append((piece, "punctuation"))
         elif word[0].isdigit() or word in NUMBER_WORDS:
-            found.append((piece, "number"))
+            pieces.append((piece, "number"))
         elif word in FUNCTION_WORDS:
-            found.append((piece, "function"))
+            pieces.append((piece, "function"))
         else:
-            found.append((piece, "name" if re.split("['’]", piece)[0] in names else "content"))
-    return found
+            pieces.append((piece, "name" if re.split("['’]", piece)[0] in names else "content"))
+    return pieces
 
 
 def names_in(stories: list[str]) -> frozenset[str]:
-    """Words that are written with a capital inside of a sentence, where no other word is."""
+    """Collect the words that are capitalised within a sentence."""
     names = set()
     for story in stories:
         inside = False
@@ -117,19 +117,19 @@ def names_in(stories: list[str]) -> frozenset[str]:
 
 
 def token_classes(tokenizer, text: str, names: frozenset[str]) -> list[str]:
-    """The class of each token of a story behind bos: that of the word its first letter belongs to; of eos, "end"."""
+    """Class of each token of a story after bos: that of the word that holds its first letter, "end" for eos."""
     tokens = tokenizer.tokens(text)
     by_letter = [kind for piece, kind in word_classes("".join(tokens), names) for _ in piece]
     classes, at = [], 0
     for token in tokens:
-        first = at + len(token) - len(token.lstrip())
+        letter = at + len(token) - len(token.lstrip())
         at += len(token)
-        classes.append(by_letter[first] if first < at else "space")
+        classes.append(by_letter[letter] if letter < at else "space")
     return [*classes, "end"]
 
 
 def loss_by_word_class(scores: TokenScores, tokenizer, stories: list[str]) -> pd.DataFrame:
-    """Nats per token, and the share of all nats: of function and content words, names, numbers, punctuation, space, ends."""
+    """Nats per token and share of the total loss, by word class."""
     names = names_in(stories)
     classes = [token_classes(tokenizer, story, names) for story in stories]
     kinds = [classes[story][position - 1] for story, position in zip(scores.story, scores.position, strict=True)]
@@ -139,9 +139,9 @@ def loss_by_word_class(scores: TokenScores, tokenizer, stories: list[str]) -> pd
 
 
 def calibration(scores: TokenScores, bins: int = 15) -> tuple[float, pd.DataFrame]:
-    """The expected calibration error of the most likely token, and a row for each bin of confidence (arXiv 1706.04599, eq. 3).
+    """Expected calibration error of the most likely token, and a table by bin of confidence (arXiv 1706.04599, eq. 3).
 
-    0 where of all tokens that are held 70% likely 70% come true.
+    The error is 0 if 70% of all predictions with a confidence of 70% are right, and likewise for any other confidence.
     """
     number = np.minimum((scores.confidence * bins).astype(int), bins - 1)
     frame = pd.DataFrame({"bin": number, "confidence": scores.confidence, "accuracy": scores.correct})
@@ -150,33 +150,33 @@ def calibration(scores: TokenScores, bins: int = 15) -> tuple[float, pd.DataFram
     return float(error), table
 
 
-def word_groups(text: str, n: int) -> list[tuple[str, ...]]:
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     words = re.findall(r"\w+(?:['’]\w+)*", text.lower())
     return list(zip(*(words[at:] for at in range(n)), strict=False))
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Different groups of n words as a share of all, over all texts (arXiv 1510.03055, section 5.3). NaN where there are none."""
-    groups = [group for text in texts for group in word_groups(text, n)]
-    return len(set(groups)) / len(groups) if groups else float("nan")
+    """Share of distinct n-grams of words over all texts (distinct-n, arXiv 1510.03055, section 5.3). NaN if there are none."""
+    grams = [gram for text in texts for gram in ngrams(text, n)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def repetition(texts: list[str], n: int = 4) -> float:
-    """The share of groups of n words that were in the same text before. NaN where there are none."""
-    counts = [Counter(word_groups(text, n)) for text in texts]
+    """Share of n-grams of words that repeat an earlier one of the same text. NaN if there are none."""
+    counts = [Counter(ngrams(text, n)) for text in texts]
     total = sum(map(Counter.total, counts))
     return 1 - sum(map(len, counts)) / total if total else float("nan")
 
 
 def main(words: list[str]):
-    """The command line. A mistake ends the program with one line."""
+    """Command line; an error is reported in one line."""
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation measures", description="Where the loss of runs is, and how they write."
+        prog="python -m evaluation measures", description="Loss by position and word class, calibration and repetition of runs."
     )
     parser.add_argument("names", nargs="+", help="runs in trained_models/")
     parser.add_argument("--num_stories", type=int, default=300, help="validation stories to score")
     parser.add_argument("--num_samples", type=int, default=10, help="stories to write")
-    parser.add_argument("--data_if_missing", help="scored where the data of a run are not here")
+    parser.add_argument("--data_if_missing", help="data to score a run on if its own are not available")
     arguments = parser.parse_args(words)
     if arguments.num_stories < 1 or arguments.num_samples < 1:
         sys.exit("error: --num_stories and --num_samples must be at least 1")
@@ -187,11 +187,11 @@ def main(words: list[str]):
             stories = stories[: arguments.num_stories]
             scores = token_scores(model, tokenizer, stories)
             error, _ = calibration(scores)
-            told = generate(model, tokenizer, [""] * arguments.num_samples)
+            samples = generate(model, tokenizer, [""] * arguments.num_samples)
             print(f"\n{name} on {len(stories)} stories of {data}\n\n{loss_by_position(scores).round(3)}\n\n"
                   f"{loss_by_word_class(scores, tokenizer, stories).round(3)}\n\ncalibration error {error:.4f}\n"
-                  f"{len(told)} samples: {repetition(told):.1%} of 4 words repeated, "
-                  + ", ".join(f"distinct-{n} {distinct(told, n):.3f}" for n in (1, 2, 3)))  # fmt: skip
+                  f"{len(samples)} samples: {repetition(samples):.1%} of 4-grams repeated, "
+                  + ", ".join(f"distinct-{n} {distinct(samples, n):.3f}" for n in (1, 2, 3)))  # fmt: skip
             if is_world(data) and (floor := floor_of(stories, tokenizer)):
                 loss, num_bytes = scores.nats.mean(), sum(len(story.encode()) for story in stories)
                 bits = scores.nats.sum() / num_bytes / math.log(2)

@@ -1,6 +1,6 @@
-"""How good is a model? Losses on whole validation stories, in units that do not depend on the tokenizer.
+"""Evaluate a model on whole validation stories, in units that do not depend on the tokenizer.
 
-A story is bos + text + eos. Every token after bos is predicted once, eos too, from all of the story that the context
+A story is bos + text + eos. Every token after bos, eos included, is predicted once, with as much of the story as the context
 holds: a story longer than the context is read in windows that overlap by half.
 
 B batch, T time, V vocabulary.
@@ -17,26 +17,26 @@ from torch import Tensor
 import fast
 from model import GPT, IGNORE
 
-MAX_LOGITS = 2**22  # that exist at once
+MAX_LOGITS = 2**22  # per batch
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model scores on a set of stories."""
+    """Scores of a model on a set of stories."""
 
     story_nats: Tensor  # (stories,) summed loss of each story, in nats
     story_tokens: Tensor  # (stories,) predicted tokens
     story_bytes: Tensor  # (stories,) length of the text in UTF-8, before the tokenizer normalises it
-    story_hits: dict[int, Tensor]  # for each k (stories,) tokens that were among the k most likely, given the true text before
+    story_hits: dict[int, Tensor]  # for each k: (stories,) tokens that were among the k most likely
 
     @property
     def top_k(self) -> dict[int, float]:
-        """The share of all tokens that were among the k most likely."""
+        """Share of all tokens that were among the k most likely, given the true text before them."""
         return {k: (hits.sum() / self.story_tokens.sum()).item() for k, hits in self.story_hits.items()}
 
     @property
     def loss(self) -> float:
-        """Nats per token: to compare models of one tokenizer."""
+        """Nats per token; only compares between models with the same tokenizer."""
         return (self.story_nats.sum() / self.story_tokens.sum()).item()
 
     @property
@@ -45,18 +45,18 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of text: to compare any two models."""
+        """Bits per byte of text; compares between any two models."""
         return (self.story_nats.sum() / self.story_bytes.sum()).item() / math.log(2)
 
 
 @dataclass(frozen=True)
 class Window:
-    """A piece of a story: the tokens to read, and for each the next token, or IGNORE where another window scores it."""
+    """A window of a story: input tokens and their targets, IGNORE if another window scores them."""
 
     story: int
     inputs: list[int]
     targets: list[int]
-    start: int  # the place of its first token in the story
+    start: int  # position of its first token in the story
 
 
 def windows(stories: list[list[int]], max_seq_len: int) -> list[Window]:
@@ -67,12 +67,12 @@ def windows(stories: list[list[int]], max_seq_len: int) -> list[Window]:
     pieces = []
     step = max(1, max_seq_len // 2)
     for story, tokens in enumerate(stories):
-        start, scored = 0, 0  # the window's first token, and how many of tokens[1:] are scored already
+        start, scored = 0, 0  # first token of the window, number of tokens[1:] already scored
         while scored < len(tokens) - 1:
             inputs = tokens[start : start + max_seq_len][: len(tokens) - 1 - start]
             targets = tokens[start + 1 : start + 1 + len(inputs)]
-            seen = scored - start
-            pieces.append(Window(story, inputs, [IGNORE] * seen + targets[seen:], start))
+            overlap = scored - start
+            pieces.append(Window(story, inputs, [IGNORE] * overlap + targets[overlap:], start))
             scored = start + len(inputs)
             start += step
     return pieces
@@ -82,16 +82,16 @@ def windows(stories: list[list[int]], max_seq_len: int) -> list[Window]:
 def predictions(
     model: GPT, tokenizer, tokenised: list[list[int]], batch_size: int = 32
 ) -> Iterator[tuple[list[Window], Tensor, Tensor]]:
-    """Read tokenised stories in batches of windows: what was read, logits (B, T, V), and targets (B, T) on the same device.
+    """Run the model on tokenised stories: yield batches of windows with their logits (B, T, V) and targets (B, T).
 
-    At most batch_size windows at once, fewer where their logits would take more than 16 MB.
+    A batch has at most batch_size windows, and fewer if their logits would take more than 16 MB.
     """
     device = next(model.parameters()).device
     pieces = sorted(windows(tokenised, model.config.max_seq_len), key=lambda piece: len(piece.inputs))
     if pieces:
         batch_size = max(1, min(batch_size, MAX_LOGITS // (len(pieces[-1].inputs) * model.vocab_size)))
-    for first in range(0, len(pieces), batch_size):
-        batch = pieces[first : first + batch_size]
+    for start in range(0, len(pieces), batch_size):
+        batch = pieces[start : start + batch_size]
         width = max(len(piece.inputs) for piece in batch)
         inputs = torch.tensor([piece.inputs + [tokenizer.pad_id] * (width - len(piece.inputs)) for piece in batch])
         targets = torch.tensor([piece.targets + [IGNORE] * (width - len(piece.targets)) for piece in batch])
@@ -100,9 +100,34 @@ def predictions(
 
 
 def evaluate(model: GPT, tokenizer, stories: list[str], batch_size: int = 32, top_k: tuple[int, ...] = ()) -> Evaluation:
-    """Score whole stories, in float32 whatever the model was trained in. Leaves the model in the mode it was in.
+    """Score whole stories in float32. The model stays in its mode (train or eval).
 
-    At most batch_size windows at once, see `predictions`. Raises ValueError where there are no stories.
+    Parameters
+    ----------
+    model : GPT
+        The model.
+    tokenizer : Tokenizer
+        Its tokenizer.
+    stories : list of str
+        Texts to score, at least one.
+    batch_size : int, default 32
+        Maximum number of windows per batch, see `predictions`.
+    top_k : tuple of int, default ()
+        Also count how often the true token is among the k most likely.
+
+    Returns
+    -------
+    Evaluation
+        Losses by story, with the properties loss, perplexity, bits_per_byte and top_k.
+
+    Raises
+    ------
+    ValueError
+        If there are no stories.
+
+    Examples
+    --------
+    >>> evaluate(*load_model("my_run"), ["Once upon a time, there was a cat."]).bits_per_byte  # doctest: +SKIP
     """
     if not stories:
         raise ValueError("there are no stories to evaluate on: give at least one")
@@ -127,12 +152,12 @@ def evaluate(model: GPT, tokenizer, stories: list[str], batch_size: int = 32, to
 
 
 def ranks_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many other tokens were held as likely as each target or more. Half of the time of topk.  (B, T, V), (B, T) → (B, T)
+    """Rank of each target: how many other tokens are at least as likely. Twice as fast as topk.  (B, T, V), (B, T) -> (B, T)
 
-    The number of all tokens for IGNORE, and where the logits are no numbers.
+    The rank is V if the target is IGNORE or its logit is NaN.
     """
     vocab_size = logits.shape[-1]
-    own = logits.gather(-1, targets.clamp(min=0)[..., None])  # (B, T, 1)
-    lower = torch.lt(logits, own, out=torch.empty_like(logits))  # (B, T, V) of 0 and 1, which sum faster as floats
+    target_logits = logits.gather(-1, targets.clamp(min=0)[..., None])  # (B, T, 1)
+    lower = torch.lt(logits, target_logits, out=torch.empty_like(logits))  # (B, T, V) of 0 and 1, which sum faster as floats
     ranks = vocab_size - 1 - lower.sum(dim=-1).long()  # (B, T)
-    return ranks.masked_fill((targets == IGNORE) | own[..., 0].isnan(), vocab_size)
+    return ranks.masked_fill((targets == IGNORE) | target_logits[..., 0].isnan(), vocab_size)

@@ -1,8 +1,8 @@
-"""What a trained model scores on every validation story, kept in the run folder: two models are then compared story by story.
+"""Losses of a trained model by validation story, saved in the run folder, so that models can be compared story by story.
 
-story_losses.csv has a row for each story of the whole validation set: its digest, its bytes, its tokens, its summed loss in nats,
-and how many of its tokens were among the 1, 5 and 10 that the model held most likely.  story_losses.json says what was scored:
-the weights, the stories, the data and the code that the model was trained with.
+story_losses.csv has a row for each story of the whole validation set: its digest, bytes, tokens, summed loss in nats, and how
+many of its tokens were among the 1, 5 and 10 most likely.  story_losses.json says what was scored: the weights, the stories,
+and the data and code of the training.
 """
 
 import json
@@ -17,27 +17,27 @@ from runs.folder import Run
 
 TOP_K = (1, 5, 10)
 COLUMNS = ["story", "bytes", "tokens", "nats", *(f"top{k}" for k in TOP_K)]
-NOT_ITS_OWN = "(not its own)"  # behind the name of data that a run was scored on, but not trained on
+NOT_ITS_OWN = "(not its own)"  # marks data that a run was scored on, but not trained on
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What was scored, and on what."""
+    """What was scored, and on which data."""
 
     weights: str  # digest of model.pth
-    validation: str  # digest of the stories, equal where they are the same in the same order
+    validation: str  # digest of the stories in their order
     data: str  # the name of the source
-    data_fingerprint: str | None  # of source, tokenizer, context and packing in training; None in runs older than this
+    data_fingerprint: str | None  # of source, tokenizer, context and packing in training; None in old runs
     tokenizer: str  # its name
-    code: dict[str, str] | None  # a digest of each file that had a say in the training; None in runs older than this
+    code: dict[str, str] | None  # digest of each file that affected the training; None in old runs
     parameters: int
     flops_per_token: float  # of training
 
 
-def keep_losses(name: str, source_if_missing: str | None = None):
-    """Score the best weights of a run on the whole validation set of its data, and keep what came out in its folder.
+def save_losses(name: str, source_if_missing: str | None = None):
+    """Score the best weights of a run on its whole validation set, and save the losses in its folder.
 
-    Where the data are not here and source_if_missing is named, that is scored instead, which is said. Raises OSError without it.
+    If its data are not available, source_if_missing is scored instead, which is printed; OSError is raised without one.
     """
     from inference import load_model
     from metrics.cost import model_cost, num_parameters
@@ -61,26 +61,26 @@ def keep_losses(name: str, source_if_missing: str | None = None):
 
 
 def validation_stories(source: str, source_if_missing: str | None) -> tuple[str, list[str]]:
-    """The name of a source and its validation stories.
+    """Return the name of a source and its validation stories, or those of source_if_missing if it is not available.
 
-    Where it is not here, those of source_if_missing, with a line that says so; OSError without one.
+    Raises OSError if neither is available.
     """
     try:
         opened = open_source(source)
         name = opened.name
-    except OSError as error:  # no such file or folder, or no way to the hub
+    except OSError as error:  # no such file or folder, or no connection to the hub
         if source_if_missing is None:
             raise
         opened = open_source(source_if_missing)
         name = f"{opened.name} {NOT_ITS_OWN}"
-        print(f"{error}.\nRuns that were trained on {source!r} are scored on {opened.name} instead, which is not what they know.")
+        print(f"{error}.\nRuns that were trained on {source!r} are scored on {opened.name} instead, which is new to them.")
     return name, choose_validation(opened, Counter())
 
 
 def read_losses(name: str):
-    """The kept losses of a run: a pandas DataFrame with COLUMNS, and what was Scored. Needs no torch.
+    """Read the saved losses of a run, without torch: a pandas DataFrame with COLUMNS, and Scored.
 
-    Raises FileNotFoundError where there are none, ValueError where they are damaged or of other weights than those in the folder.
+    Raises FileNotFoundError if there are none, ValueError if they are damaged or belong to other weights.
     """
     import pandas as pd
 
@@ -88,10 +88,10 @@ def read_losses(name: str):
     try:
         scored = Scored(**json.loads(run.path("story_losses.json").read_text(encoding="utf-8")))
         losses = pd.read_csv(run.path("story_losses.csv"), dtype={"story": str})
-    except (ValueError, TypeError, pd.errors.EmptyDataError) as error:  # not JSON, no table, or another set of fields
+    except (ValueError, TypeError, pd.errors.EmptyDataError) as error:  # not JSON, not a table, or other fields
         raise ValueError(f"the losses by story of the run {name!r} are damaged") from error
-    whole = list(losses.columns) == COLUMNS and all(pd.api.types.is_numeric_dtype(losses[column]) for column in COLUMNS[1:])
-    if not whole or digest("".join(losses["story"].astype(str)).encode()) != scored.validation:
+    complete = list(losses.columns) == COLUMNS and all(pd.api.types.is_numeric_dtype(losses[column]) for column in COLUMNS[1:])
+    if not complete or digest("".join(losses["story"].astype(str)).encode()) != scored.validation:
         raise ValueError(f"the losses by story of the run {name!r} are damaged")
     if digest(run.path("model.pth").read_bytes()) != scored.weights:
         raise ValueError(f"the losses by story of the run {name!r} are of other weights than its model.pth")
@@ -99,7 +99,7 @@ def read_losses(name: str):
 
 
 def losses_of(name: str, source_if_missing: str | None = None, tell: Callable[[str], None] = print):
-    """The losses of a run, as `read_losses`; scored anew where they are missing, damaged or old, and told."""
+    """Read the losses of a run; score it again if they are missing, damaged or outdated, and say so."""
     Run(name).path("model.pth")
     try:
         return read_losses(name)
@@ -107,5 +107,5 @@ def losses_of(name: str, source_if_missing: str | None = None, tell: Callable[[s
         tell(f"the run {name!r} has no losses by story: scoring it on its validation stories")
     except ValueError as error:
         tell(f"{error}: scoring it on its validation stories again")
-    keep_losses(name, source_if_missing)
+    save_losses(name, source_if_missing)
     return read_losses(name)

@@ -1,7 +1,7 @@
-"""The floor: on storyworld the exact entropy is known, and a loss is best read as its excess over that.
+"""The exact entropy of storyworld, a lower bound of the loss; a loss is best read as its excess over it.
 
-The world knows the probability of each of its stories, so the floor is exact for the very stories that a run is scored on: what a
-model would score that had learned the world by heart. In the long run no model passes it.
+The world knows the probability of each of its stories, so the bound is exact for the very stories that a run is scored on: it is
+the loss of a perfect model of the world. In the long run no model can be better.
 """
 
 import functools
@@ -20,16 +20,16 @@ from tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Floor:
-    """The entropy of some stories of the world, end of story included, in the units of losses."""
+    """Entropy of stories of the world, end of story included."""
 
     nats_per_token: float
     bits_per_byte: float
 
 
 def world_floor(name: str) -> Floor | None:
-    """The floor of a run's curves, on the validation stories that it was scored on while it trained; None off storyworld.
+    """Entropy of the validation stories that a run was scored on during training; None for other data than storyworld.
 
-    None also where it is not known, which is said: the world has changed since, or the tokenizer does not keep its stories.
+    Also None, with a printed reason, if the world has changed since or the tokenizer does not preserve its stories.
     """
     run = Run(name)
     source = run.train_config.data
@@ -44,7 +44,7 @@ def world_floor(name: str) -> Floor | None:
 
 
 def floor_of(stories: list[str], tokenizer) -> Floor | None:
-    """The floor on these stories of the world; None, which is said, where the tokenizer changes them beyond recognition.
+    """Entropy of stories of the world; None, with a printed reason, if the tokenizer does not preserve them.
 
     Raises ValueError for a story that is not of the world.
     """
@@ -63,5 +63,5 @@ def nats_of(story: str) -> float:
 
 @functools.cache
 def validation_of(source: str) -> list[str]:
-    """The validation stories of storyworld or storyworld:COUNT, which take two seconds to tell."""
+    """The validation stories of storyworld or storyworld:COUNT, which take two seconds to generate."""
     return choose_validation(open_source(source), Counter())

@@ -1,4 +1,4 @@
-"""What is shown and written of runs on storyworld: their excess over its entropy, and what it says of their samples."""
+"""Plots and report lines of runs on storyworld: excess over its entropy, and grades of samples."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,7 @@ COLOURS = ("C2", "C3", "C1", "C0", "C4", "0.6", "0.85")
 
 
 def draw_floors(axes, floors: Iterable[Floor | None]):
-    """Draw the entropy of the world across curves in nats per token, once where runs have the same."""
+    """Draw the distinct entropies of the world as lines, in nats per token."""
     for nats in sorted({floor.nats_per_token for floor in floors if floor is not None}):
         draw_entropy(axes, nats)
 
@@ -22,9 +22,9 @@ def draw_entropy(axes, entropy: float):
 
 
 def log_with_excess(name: str):
-    """log_data.csv as a pandas DataFrame, and the validation loss over the entropy of the world in two more columns.
+    """Read log_data.csv as a pandas DataFrame and add the excess of the validation loss over the entropy of the world.
 
-    `excess` is in nats per token, `excess_bits_per_byte` in what it says. NaN where the entropy is not known.
+    The columns are excess, in nats per token, and excess_bits_per_byte; NaN if the entropy is not known.
     """
     log, floor = Run(name).log(), world_floor(name) or Floor(float("nan"), float("nan"))
     log["excess"] = log["validation_loss"] - floor.nats_per_token
@@ -33,7 +33,7 @@ def log_with_excess(name: str):
 
 
 def graded_log(name: str):
-    """The rows of `log_with_excess` at which samples were graded. Raises ValueError where none were."""
+    """Select the rows of `log_with_excess` with grades. Raises ValueError if there are none."""
     log = log_with_excess(name)
     if "accepted" not in log or log["accepted"].isna().all():
         raise ValueError(f"no samples of the run {name!r} were graded: train on storyworld with --train.grade_stories 64")
@@ -41,18 +41,35 @@ def graded_log(name: str):
 
 
 def plot_grades(*names: str):
-    """How grades go with the loss over training: a matplotlib figure.
+    """Plot the storyworld grades of runs over training.
 
-    Left the share of samples that the world accepts, with 95% intervals, and (dashed) the share of their sentences before the
-    first that broke, against the excess of the loss over the world's entropy, which falls from left to right as a training goes
-    on. On the right for each run what broke first, by steps. Raises ValueError for a run without grades.
+    Left: the share of accepted samples with 95% intervals, and (dashed) the share of sentences before the first error, against
+    the excess of the loss over the world's entropy, which falls from left to right. Right: samples by first error and step.
+
+    Parameters
+    ----------
+    *names : str
+        Runs on storyworld with --train.grade_stories.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        For a run without grades.
+
+    Examples
+    --------
+    >>> plot_grades("my_run")  # doctest: +SKIP
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
     logs = {name: graded_log(name) for name in names}
     figure, (left, *others) = plt.subplots(1, 1 + len(logs), figsize=(4.5 * (1 + len(logs)), 4), dpi=75, layout="constrained")
-    plt.close(figure)  # or a notebook would show it a second time
+    plt.close(figure)  # otherwise a notebook shows it a second time
     for number, (name, log) in enumerate(logs.items()):
         num_samples = Run(name).train_config.grade_stories
         bounds = [interval(round(share * num_samples), num_samples) for share in log["accepted"]]
@@ -75,7 +92,7 @@ def plot_grades(*names: str):
     for (name, log), axes in zip(logs.items(), others, strict=True):
         labels = [column.removeprefix("broken_") for column in SHARES]
         axes.stackplot(log["step"], *(log[column] for column in SHARES), labels=labels, colors=COLOURS)
-        axes.set(xlabel="steps", ylabel="samples by what broke first", title=name, ylim=(0, 1), xlim=log["step"].iloc[[0, -1]])
+        axes.set(xlabel="steps", ylabel="samples by first error", title=name, ylim=(0, 1), xlim=log["step"].iloc[[0, -1]])
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1, 1))
@@ -83,7 +100,7 @@ def plot_grades(*names: str):
 
 
 def lines_of_the_world(name: str) -> list[str]:
-    """What the README.md of a run says of the floor, and of the grades at its best step; nothing off storyworld."""
+    """Lines for the README.md of a run: excess over the entropy, and grades at the best step; none for other data."""
     floor, log = world_floor(name), Run(name).log()
     best, lines = log.loc[log["validation_loss"].idxmin()], []
     if floor is not None:
@@ -97,7 +114,7 @@ def lines_of_the_world(name: str) -> list[str]:
         broken = ", ".join(f"{column.removeprefix('broken_')} {best[column]:.0%}" for column in BROKEN)
         lines.append(
             f"of {num_samples} samples at temperature 1 the world accepts {best.accepted:.1%} ({CONFIDENCE:.0%} interval "
-            f"{low:.1%} to {high:.1%}), and of their sentences {best.sentences_right:.1%} stand before the first that broke; "
-            f"what broke first: {broken}"
+            f"{low:.1%} to {high:.1%}), and of their sentences {best.sentences_right:.1%} stand before the first error; "
+            f"first errors: {broken}"
         )
     return lines

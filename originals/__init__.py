@@ -1,6 +1,6 @@
-"""Published models of Hugging Face transformers, loaded into ours.
+"""Load published models of Hugging Face transformers as models of ours.
 
-load.py       load_original, convert: a checkpoint or a model of theirs as a GPT of ours
-attention.py  FAMILIES: the tables of names for models with attention alone, and the helpers of all tables
-              (mamba.py, recurrent.py and delta.py hold those of the other families)
+load.py       load_original, convert: turn a checkpoint or a transformers model into our GPT
+attention.py  FAMILIES: configs and weight names of attention models; helpers for all families
+              (mamba.py, recurrent.py and delta.py: the other families)
 """

@@ -1,7 +1,7 @@
-"""The families of published models that become ours: their config as ours, and which weight of theirs is which of ours.
+"""Convert configs and weight names of published attention models, by family; helpers for all families.
 
-In the tables of layers "1.w_q.weight" is the weight `w_q` of the second block of the layer string. Behind their name stands
-what is done to the weight, where it is not taken as it is.
+A table maps our weight names to theirs, followed by the transforms of the weight, if any. In the tables of layers "1.w_q.weight"
+is the weight `w_q` of the second block of the layer string. `theirs` is always a config of transformers.
 """
 
 from collections.abc import Callable
@@ -17,33 +17,24 @@ Transform = Callable[[Tensor], Tensor]
 Table = dict[str, str | tuple[str | Transform, ...]]  # our name: theirs, or (theirs, transforms in their order)
 
 
-def transposed(weight: Tensor) -> Tensor:
-    """GPT-2 keeps its matrices as (in, out), torch's Linear as (out, in)."""
-    return weight.T
-
-
 def plus_one(weight: Tensor) -> Tensor:
     """Gemma's norms multiply by 1 + weight, ours by the weight."""
     return weight + 1
 
 
-def unchanged(weight: Tensor) -> Tensor:
-    return weight
-
-
 def part(index: int, parts: int, dim: int = 0) -> Transform:
-    """One of several matrices that are kept as one."""
+    """Take one of several matrices that are stored as one."""
     return lambda weight: weight.chunk(parts, dim=dim)[index]
 
 
 def rope_halves(rope_dim: int, rows: int) -> Transform:
-    """DeepSeek turns channels 2 k and 2 k + 1 together, ours k and k + rope_dim / 2: of the last rope_dim of each head's rows."""
+    """Reorder the last rope_dim rows of each head: DeepSeek's RoPE pairs channels (2 k, 2 k + 1), ours (k, k + rope_dim / 2)."""
 
-    def reordered(weight: Tensor) -> Tensor:
-        straight, turned = weight.view(-1, rows, weight.shape[-1]).split([rows - rope_dim, rope_dim], dim=1)
-        return torch.cat([straight, turned[:, 0::2], turned[:, 1::2]], dim=1).flatten(0, 1)
+    def reorder(weight: Tensor) -> Tensor:
+        plain, rotated = weight.view(-1, rows, weight.shape[-1]).split([rows - rope_dim, rope_dim], dim=1)
+        return torch.cat([plain, rotated[:, 0::2], rotated[:, 1::2]], dim=1).flatten(0, 1)
 
-    return reordered
+    return reorder
 
 
 ENDS: Table = {
@@ -119,43 +110,44 @@ GPT2_ENDS: Table = {
     "norm.bias": "transformer.ln_f.bias",
     "head.weight": "lm_head.weight",
 }
-GPT2: Table = {
+GPT2: Table = {  # which stores matrices as (in, out), torch's Linear as (out, in)
     "0.weight": "ln_1.weight",
     "0.bias": "ln_1.bias",
-    "1.w_q.weight": ("attn.c_attn.weight", transposed, part(0, 3)),
-    "1.w_k.weight": ("attn.c_attn.weight", transposed, part(1, 3)),
-    "1.w_v.weight": ("attn.c_attn.weight", transposed, part(2, 3)),
+    "1.w_q.weight": ("attn.c_attn.weight", Tensor.t, part(0, 3)),
+    "1.w_k.weight": ("attn.c_attn.weight", Tensor.t, part(1, 3)),
+    "1.w_v.weight": ("attn.c_attn.weight", Tensor.t, part(2, 3)),
     "1.w_q.bias": ("attn.c_attn.bias", part(0, 3)),
     "1.w_k.bias": ("attn.c_attn.bias", part(1, 3)),
     "1.w_v.bias": ("attn.c_attn.bias", part(2, 3)),
-    "1.w_out.weight": ("attn.c_proj.weight", transposed),
+    "1.w_out.weight": ("attn.c_proj.weight", Tensor.t),
     "1.w_out.bias": "attn.c_proj.bias",
     "2.weight": "ln_2.weight",
     "2.bias": "ln_2.bias",
-    "3.w_in.weight": ("mlp.c_fc.weight", transposed),
+    "3.w_in.weight": ("mlp.c_fc.weight", Tensor.t),
     "3.w_in.bias": "mlp.c_fc.bias",
-    "3.w_out.weight": ("mlp.c_proj.weight", transposed),
+    "3.w_out.weight": ("mlp.c_proj.weight", Tensor.t),
     "3.w_out.bias": "mlp.c_proj.bias",
 }
 
 
 def deepseek_attention(theirs) -> Table:
-    """Multi-head latent attention, with a latent for the queries or without."""
-    rope_dim, rows = theirs.qk_rope_head_dim, theirs.qk_nope_head_dim + theirs.qk_rope_head_dim
-    queries, latent = rope_halves(rope_dim, rows), rope_halves(rope_dim, theirs.kv_lora_rank + rope_dim)
-    if not theirs.rope_interleave:
-        queries = latent = unchanged
+    """Multi-head latent attention, with or without low-rank queries."""
+
+    def with_rope(name: str, plain_rows: int) -> tuple:
+        rope_dim = theirs.qk_rope_head_dim
+        return (name, rope_halves(rope_dim, plain_rows + rope_dim)) if theirs.rope_interleave else (name,)
+
     if theirs.q_lora_rank is None:
-        w_q: Table = {"1.w_q.weight": ("self_attn.q_proj.weight", queries)}
+        w_q: Table = {"1.w_q.weight": with_rope("self_attn.q_proj.weight", theirs.qk_nope_head_dim)}
     else:
         w_q = {
             "1.w_q_down.weight": "self_attn.q_a_proj.weight",
             "1.q_norm.weight": "self_attn.q_a_layernorm.weight",
-            "1.w_q_up.weight": ("self_attn.q_b_proj.weight", queries),
+            "1.w_q_up.weight": with_rope("self_attn.q_b_proj.weight", theirs.qk_nope_head_dim),
         }
     return w_q | {
         "0.weight": "input_layernorm.weight",
-        "1.w_kv_down.weight": ("self_attn.kv_a_proj_with_mqa.weight", latent),
+        "1.w_kv_down.weight": with_rope("self_attn.kv_a_proj_with_mqa.weight", theirs.kv_lora_rank),
         "1.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
         "1.w_kv_up.weight": "self_attn.kv_b_proj.weight",
         "1.w_out.weight": "self_attn.o_proj.weight",
@@ -167,13 +159,13 @@ ACTIVATIONS = {"silu": "SiLU", "gelu_pytorch_tanh": "GELU", "gelu_new": "GELU", 
 
 
 def require(condition: Any, theirs, name: str, cure: str):
-    """Raises ValueError that names a field of their config which ours cannot follow."""
+    """Raise ValueError if our model does not support the value of a field of their config."""
     if not condition:
         raise ValueError(f"{name}={getattr(theirs, name)!r} of this {theirs.model_type} is not in our model: {cure}")
 
 
 def require_same(theirs, **expected):
-    """Fields of their config that must have one value, since ours does the same in every model."""
+    """Require fixed values of fields, where our model has no option; a missing field or None is accepted, too."""
     for name, value in expected.items():
         require(getattr(theirs, name, value) in (value, None), theirs, name, f"only {value!r} is")
 
@@ -186,18 +178,18 @@ def activation(theirs, name: str = "hidden_act") -> str:
 def rope_theta(theirs, parameters: dict | None = None) -> float:
     parameters = theirs.rope_parameters if parameters is None else parameters
     plain = parameters["rope_type"] == "default" and parameters.get("partial_rotary_factor") in (None, 1)
-    require(plain, theirs, "rope_parameters", "RoPE is not stretched and turns all channels")
+    require(plain, theirs, "rope_parameters", "RoPE is not scaled and rotates all channels")
     return float(parameters["rope_theta"])
 
 
 def block(name: str, **options) -> str:
-    """'Attn(window=64)': the step of a layer string, with those options that are not None."""
-    given = ", ".join(f"{option}={value!r}" for option, value in options.items() if value is not None)
-    return f"{name}({given})" if given else name
+    """Format a step of a layer string, such as Attn(window=64); options that are None are left out."""
+    text = ", ".join(f"{option}={value!r}" for option, value in options.items() if value is not None)
+    return f"{name}({text})" if text else name
 
 
 def windows(theirs) -> list[int | None]:
-    """How far back a token sees at every depth; None is all of it."""
+    """Attention window of each layer; None is unlimited."""
     kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
     return [getattr(theirs, "sliding_window", None) if kind == "sliding_attention" else None for kind in kinds]
 
@@ -207,15 +199,15 @@ def query_scale(theirs) -> float | None:
 
 
 def tiled(layers: list[str]) -> Layers:
-    """The shortest tile that gives these layers when it is repeated: a string where all are alike, or else a tuple."""
+    """The shortest tile that gives these layers when repeated: a string if all are equal, otherwise a tuple."""
     length = next(length for length in divisors(len(layers)) if layers[:length] * (len(layers) // length) == layers)
     return layers[0] if length == 1 else tuple(layers[:length])
 
 
 def llama_config(theirs, **differences) -> ModelConfig:
-    """Their config as ours, for all families whose config has the names of Llama's; the differences win."""
+    """Convert a config with Llama's field names; `differences` take precedence."""
     require_same(theirs, attention_bias=False, mlp_bias=False, attention_dropout=0.0)
-    same = {
+    values = {
         "dim": theirs.hidden_size,
         "num_layers": theirs.num_hidden_layers,
         "num_heads": theirs.num_attention_heads,
@@ -227,12 +219,12 @@ def llama_config(theirs, **differences) -> ModelConfig:
         "tied_embeddings": theirs.tie_word_embeddings,
     }
     if "rope_theta" not in differences:
-        same["rope_theta"] = rope_theta(theirs)
+        values["rope_theta"] = rope_theta(theirs)
     if "activation" not in differences:
-        same["activation"] = activation(theirs)
+        values["activation"] = activation(theirs)
     if "layers" not in differences:
-        same["layers"] = tiled([PRE_NORM.replace("Attn", block("Attn", window=window)) for window in windows(theirs)])
-    return ModelConfig(**same | differences)
+        values["layers"] = tiled([PRE_NORM.replace("Attn", block("Attn", window=window)) for window in windows(theirs)])
+    return ModelConfig(**values | differences)
 
 
 def qwen3_config(theirs) -> ModelConfig:
@@ -240,7 +232,7 @@ def qwen3_config(theirs) -> ModelConfig:
 
 
 def gemma_config(theirs, **differences) -> ModelConfig:
-    require(not theirs.use_bidirectional_attention, theirs, "use_bidirectional_attention", "a token sees none behind it")
+    require(not theirs.use_bidirectional_attention, theirs, "use_bidirectional_attention", "attention is causal")
     name = "hidden_act" if theirs.model_type == "gemma" else "hidden_activation"
     return llama_config(theirs, activation=activation(theirs, name), embedding_scale="sqrt(dim)", **differences)
 
@@ -253,7 +245,7 @@ def gemma2_config(theirs, **differences) -> ModelConfig:
 
 
 def gemma3_config(theirs) -> ModelConfig:
-    """Layers with a window and layers without one have their own rope_theta."""
+    """Layers with a window and layers without have different values of rope_theta."""
     local, everywhere = (theirs.rope_parameters[kind] for kind in ("sliding_attention", "full_attention"))
     theta, scale = rope_theta(theirs, everywhere), query_scale(theirs)
     attention = {
@@ -265,20 +257,20 @@ def gemma3_config(theirs) -> ModelConfig:
 
 
 def mixtral_config(theirs) -> ModelConfig:
-    """How much uneven routing costs in training is ours."""
-    require(not theirs.router_jitter_noise, theirs, "router_jitter_noise", "noise is on the router's logits, not on the tokens")
+    """The weight of the balance loss stays at our default."""
+    require(not theirs.router_jitter_noise, theirs, "router_jitter_noise", "noise is added to the router's logits, not to tokens")
     attention = block("Attn", window=theirs.sliding_window)
     experts = block("MoE", num_experts=theirs.num_local_experts, top_k=theirs.num_experts_per_tok)
     return llama_config(theirs, layers=PRE_NORM.replace("Attn", attention).replace("MLP", experts))
 
 
 def deepseek_config(theirs) -> ModelConfig:
-    """The rates at which routing is balanced in training are those of arXiv 2412.19437, section 4.2: their config has none."""
+    """Balance loss and bias rate, which their config lacks, are those of arXiv 2412.19437, section 4.2."""
     cure = f"it must equal n_group={theirs.n_group}, so that a token chooses among all experts"
     require(theirs.topk_group == theirs.n_group, theirs, "topk_group", cure)
     attention = block(
         "LatentAttn", q_rank=theirs.q_lora_rank, kv_rank=theirs.kv_lora_rank, rope_dim=theirs.qk_rope_head_dim,
-        v_dim=theirs.v_head_dim, norm_eps=None if theirs.rms_norm_eps == 1e-6 else 1e-6,  # of all norms in there
+        v_dim=theirs.v_head_dim, norm_eps=None if theirs.rms_norm_eps == 1e-6 else 1e-6,  # of the norms inside
     )  # fmt: skip
     dense = PRE_NORM.replace("Attn", attention)
     experts = block(
@@ -312,12 +304,12 @@ def gpt2_config(theirs) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one model_type become ours."""
+    """How to convert the models of one model_type."""
 
-    config: Callable[[Any], ModelConfig]  # theirs to ours; raises ValueError for what our model cannot express
-    ends: Table
-    layer: Callable[[Any, int], Table]  # their config and the depth of a layer to its table
-    layers: str = "model.layers"  # what their names of layers begin with
+    config: Callable[[Any], ModelConfig]  # convert a config; raises ValueError if our model does not support it
+    ends: Table  # embeddings, last norm, head
+    layer: Callable[[Any, int], Table]  # table of a layer, from their config and its depth
+    layers: str = "model.layers"  # prefix of their layer names
 
 
 FAMILIES: dict[str, Family] = {

@@ -1,24 +1,12 @@
-"""The families of published models with the gated delta rule that become ours; see originals_families.py for how to read it."""
+"""Families of published models with the gated delta rule (Qwen3-Next, Qwen3.5); originals/attention.py explains the tables."""
 
 import torch
 from torch import Tensor
 
 from config import PRE_NORM, ModelConfig
-from originals.attention import (
-    EXPERTS,
-    GEMMA_ENDS,
-    LLAMA_MLP,
-    Family,
-    Table,
-    Transform,
-    block,
-    llama_config,
-    plus_one,
-    require,
-    require_same,
-    tiled,
-)  # fmt: skip
-from originals.recurrent import rope_of_a_share, short_conv, turned_channels
+from originals import attention
+from originals.attention import EXPERTS, GEMMA_ENDS, LLAMA_MLP, Family, Table, Transform, block, plus_one
+from originals.recurrent import partial_rope, rotated_channels, short_conv
 
 QWEN_DELTA: Table = {
     "1.conv.weight": ("linear_attn.conv1d.weight", short_conv),
@@ -45,33 +33,33 @@ QWEN_MOE: Table = EXPERTS | {
 }
 
 
-def rows_of_heads(num_heads: int, sizes: list[int], *wanted: int) -> Transform:
-    """A matrix holds for each head rows of several kinds, so many of each: those of the wanted kinds, each for all heads."""
+def rows_of_heads(num_heads: int, sizes: list[int], *groups: int) -> Transform:
+    """Select groups of rows, each for all heads, from a matrix that holds groups of these sizes head by head."""
 
-    def chosen(weight: Tensor) -> Tensor:
-        kinds = weight.unflatten(0, (num_heads, -1)).split(sizes, dim=1)
-        return torch.cat([kinds[kind].flatten(0, 1) for kind in wanted])
+    def select(weight: Tensor) -> Tensor:
+        split = weight.unflatten(0, (num_heads, -1)).split(sizes, dim=1)
+        return torch.cat([split[group].flatten(0, 1) for group in groups])
 
-    return chosen
+    return select
 
 
 def qwen_attention(theirs) -> Table:
-    """Gated attention: their matrix of the queries holds for each head the rows of its queries, and then those of its gate."""
+    """Gated attention; their query matrix holds the rows of each head's queries, then those of its gate."""
     heads, head_dim = theirs.num_attention_heads, theirs.head_dim
-    turned = rope_of_a_share(head_dim, turned_channels(theirs))
+    rope = partial_rope(head_dim, rotated_channels(theirs))
     return {
-        "1.w_q.weight": ("self_attn.q_proj.weight", rows_of_heads(heads, [head_dim, head_dim], 0), turned),
+        "1.w_q.weight": ("self_attn.q_proj.weight", rows_of_heads(heads, [head_dim, head_dim], 0), rope),
         "1.w_gate.weight": ("self_attn.q_proj.weight", rows_of_heads(heads, [head_dim, head_dim], 1)),
-        "1.w_k.weight": ("self_attn.k_proj.weight", turned),
+        "1.w_k.weight": ("self_attn.k_proj.weight", rope),
         "1.w_v.weight": "self_attn.v_proj.weight",
         "1.w_out.weight": "self_attn.o_proj.weight",
-        "1.q_norm.weight": ("self_attn.q_norm.weight", plus_one, turned),
-        "1.k_norm.weight": ("self_attn.k_norm.weight", plus_one, turned),
+        "1.q_norm.weight": ("self_attn.q_norm.weight", plus_one, rope),
+        "1.k_norm.weight": ("self_attn.k_norm.weight", plus_one, rope),
     }
 
 
 def qwen3_next_delta(theirs) -> Table:
-    """Each head of keys has its rows in one matrix with those of the values and gates that share it."""
+    """One matrix holds, by key head, the rows of its queries, keys, values and gates."""
     heads, shared_by = theirs.linear_num_key_heads, theirs.linear_num_value_heads // theirs.linear_num_key_heads
     keys, values = theirs.linear_key_head_dim, theirs.linear_value_head_dim * shared_by
     qkvz, ba = [keys, keys, values, values], [shared_by, shared_by]
@@ -99,21 +87,18 @@ def is_dense(theirs, depth: int) -> bool:
 
 
 def qwen_config(theirs, mlps: list[str]) -> ModelConfig:
-    """Gated delta rule and gated attention, each with the MLP of its depth."""
-    require_same(theirs, hidden_act="silu")
+    """Layers of gated delta rule or gated attention; `mlps` has the MLP or MoE of each layer."""
+    attention.require_same(theirs, hidden_act="silu")
     v_heads, width = theirs.linear_num_value_heads, theirs.linear_conv_kernel_dim
     delta = block(
         "GatedDeltaNet", num_heads=theirs.linear_num_key_heads, head_dim=theirs.linear_key_head_dim, v_heads=v_heads,
         v_dim=theirs.linear_value_head_dim, conv_width=None if width == 4 else width,
     )  # fmt: skip
-    mixers = {
-        "linear_attention": delta,
-        "full_attention": block("GatedAttn", rope_share=turned_channels(theirs) / theirs.head_dim),
-    }
-    layers = [
-        PRE_NORM.replace("Attn", mixers[kind]).replace("MLP", mlp) for kind, mlp in zip(theirs.layer_types, mlps, strict=True)
-    ]
-    return llama_config(theirs, layers=tiled(layers), qk_norm=True, rope_theta=float(theirs.rope_parameters["rope_theta"]))
+    gated = block("GatedAttn", rope_share=rotated_channels(theirs) / theirs.head_dim)
+    mixers = [delta if kind == "linear_attention" else gated for kind in theirs.layer_types]
+    layers = [PRE_NORM.replace("Attn", mixer).replace("MLP", mlp) for mixer, mlp in zip(mixers, mlps, strict=True)]
+    theta = float(theirs.rope_parameters["rope_theta"])
+    return attention.llama_config(theirs, layers=attention.tiled(layers), qk_norm=True, rope_theta=theta)
 
 
 def qwen35_config(theirs) -> ModelConfig:
@@ -126,7 +111,7 @@ def qwen3_next_config(theirs) -> ModelConfig:
     if all(dense):
         return qwen_config(theirs, ["MLP"] * len(dense))
     cure = f"it must be a multiple of moe_intermediate_size={width}, the width of an expert"
-    require(shared_width > 0 and shared_width % width == 0, theirs, "shared_expert_intermediate_size", cure)
+    attention.require(shared_width > 0 and shared_width % width == 0, theirs, "shared_expert_intermediate_size", cure)
     experts = block(
         "MoE", mlp_dim=theirs.moe_intermediate_size, num_experts=theirs.num_experts,
         top_k=theirs.num_experts_per_tok, shared_experts=shared_width // width, shared_gate=True,

@@ -1,10 +1,7 @@
-"""Published models in ours: the config and the weights of a `transformers` model, so that ours computes the same.
+"""Load published models: convert config and weights of a `transformers` model into a GPT with the same logits.
 
     model = load_original("openai-community/gpt2")
     print(generate(model, load_tokenizer("hf:openai-community/gpt2"), "Once upon a time"))
-
-originals_families.py says for each family how; originals_mamba.py, originals_recurrent.py and originals_delta.py do so for
-those with a recurrence.
 """
 
 import torch
@@ -23,16 +20,35 @@ FAMILIES = ATTENTION_FAMILIES | MAMBA_FAMILIES | RECURRENT_FAMILIES | DELTA_FAMI
 
 
 def load_original(original: str | nn.Module | dict[str, Tensor], family: str | None = None, config=None) -> GPT:
-    """Our model with the weights of a published one, in float32: it gives the same logits.
+    """Convert a published model into a GPT with the same logits, in float32.
 
-    original: the name of a model on the Hugging Face hub or the path of a folder that holds one, both of which
-    `transformers` reads; a causal language model of `transformers`; or a state dict of one, together with its config
-    (of `transformers`, or the dict that its config.json holds). family: a key of FAMILIES; None is what the config says.
-    What is in no config of theirs is ours, such as the cost of uneven routing.
+    Training options that their config lacks, such as the balance loss of experts, get our defaults.
 
-    Raises ImportError where there is no `transformers` of version 5 or later, and ValueError for a family that is not in
-    FAMILIES, for a config that asks for what our model does not have (such as RoPE stretched to longer contexts, as in Llama
-    3.1, or groups of experts, as in the full DeepSeek-V3), and for names and shapes of weights that do not fit.
+    Parameters
+    ----------
+    original : str, nn.Module or dict of Tensor
+        The name of a model on the Hugging Face hub, or the path of a folder with one; a causal language model of
+        `transformers`; or its state dict, together with its config.
+    family : str, optional
+        A key of FAMILIES; by default the model_type of the config.
+    config : optional
+        A config of `transformers`, or the dict of its config.json; only for a state dict.
+
+    Returns
+    -------
+    GPT
+
+    Raises
+    ------
+    ImportError
+        Without `transformers` 5 or later.
+    ValueError
+        For an unknown family, for options that our model does not have (such as the scaled RoPE of Llama 3.1, or the groups of
+        experts of the full DeepSeek-V3), and for missing or unknown weights.
+
+    Examples
+    --------
+    >>> model = load_original("openai-community/gpt2")  # doctest: +SKIP
     """
     library = transformers()
     if isinstance(original, str):
@@ -41,16 +57,16 @@ def load_original(original: str | nn.Module | dict[str, Tensor], family: str | N
         config = original.config
     elif config is None:
         raise ValueError("a state dict alone does not say what model it is of: give its config, too")
-    said = config.get("model_type") if isinstance(config, dict) else config.model_type
-    if None not in (family, said) and family != said:
-        raise ValueError(f"family={family!r}: the config says that it is a {said!r}. Leave the family out")
-    family = said or family
+    model_type = config.get("model_type") if isinstance(config, dict) else config.model_type
+    if None not in (family, model_type) and family != model_type:
+        raise ValueError(f"family={family!r}: the config says that it is a {model_type!r}. Leave the family out")
+    family = model_type or family
     if family not in FAMILIES:
         near = did_you_mean(str(family), FAMILIES)
         raise ValueError(f"no family is called {family!r}.{near} There are: {', '.join(FAMILIES)}")
     if isinstance(config, dict):
         config = library.AutoConfig.for_model(**config | {"model_type": family})
-    model_config = FAMILIES[family].config(config)  # which may refuse it, before anything large is loaded
+    model_config = FAMILIES[family].config(config)  # may raise, before anything large is loaded
     if isinstance(original, str):
         original = read("AutoModelForCausalLM", original, dtype=torch.float32)
     weights = original.state_dict() if isinstance(original, nn.Module) else original
@@ -68,20 +84,20 @@ def load_original(original: str | nn.Module | dict[str, Tensor], family: str | N
 
 
 def name_table(family: str, theirs) -> Table:
-    """Every weight of ours: where it comes from in a model of that family with that config."""
-    known = FAMILIES[family]
-    table = dict(known.ends)
+    """The table of a whole model: our weight names to theirs, with transforms."""
+    entry = FAMILIES[family]
+    table = dict(entry.ends)
     for depth in range(theirs.num_hidden_layers):
-        for name, source in known.layer(theirs, depth).items():
-            first, *transforms = (source,) if isinstance(source, str) else source
-            table[f"layers.{depth}.branches.0.blocks.{name}"] = (f"{known.layers}.{depth}.{first}", *transforms)
+        for name, source in entry.layer(theirs, depth).items():
+            their_name, *transforms = (source,) if isinstance(source, str) else source
+            table[f"layers.{depth}.branches.0.blocks.{name}"] = (f"{entry.layers}.{depth}.{their_name}", *transforms)
     return table
 
 
 def convert(weights: dict[str, Tensor], family: str, theirs) -> dict[str, Tensor]:
-    """Their weights under our names, in our shapes, in float32; a tied head is the embedding once more.
+    """Convert their weights to our names and shapes in float32; a tied head is a copy of the embedding.
 
-    Raises ValueError for a name that is missing or unknown. It is linear but for Gemma's norms.
+    Linear but for Gemma's norms, so gradients convert, too. Raises ValueError for missing or unknown names.
     """
     sources = {ours: (source,) if isinstance(source, str) else source for ours, source in name_table(family, theirs).items()}
     head = sources["head.weight"][0]
@@ -90,9 +106,9 @@ def convert(weights: dict[str, Tensor], family: str, theirs) -> dict[str, Tensor
         embedding = sources["head.weight"][0]
         if head in weights and embedding in weights and not torch.equal(weights[head], weights[embedding]):
             raise ValueError(f"{head!r} is not {embedding!r}, but the config says tie_word_embeddings: give the right config")
-    wanted = {name for name, *_ in sources.values()}
-    unknown = sorted(weights.keys() - wanted - {head})
-    for fault, names in (("lack", sorted(wanted - weights.keys())), ("hold an unknown", unknown)):
+    required = {name for name, *_ in sources.values()}
+    unknown = sorted(weights.keys() - required - {head})
+    for fault, names in (("lack", sorted(required - weights.keys())), ("hold an unknown", unknown)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"the weights {fault} {names[0]!r}{more}: a {family} with this config holds others")
@@ -106,7 +122,7 @@ def convert(weights: dict[str, Tensor], family: str, theirs) -> dict[str, Tensor
 
 
 def transformers():
-    """The package, which is no requirement of ours. Raises ImportError with the cure where it is not there, or is too old."""
+    """Import the optional package. Raises ImportError with the cure if it is missing or too old."""
     try:
         import transformers
     except ImportError as error:
@@ -117,7 +133,7 @@ def transformers():
 
 
 def read(kind: str, name: str, **options):
-    """What transformers' class of that kind reads under that name. Raises ValueError with the reason where it cannot."""
+    """Load a config or model by an auto class of transformers. Raises ValueError with the reason if that fails."""
     auto = getattr(transformers(), kind)
     try:
         return auto.from_pretrained(name, **options)

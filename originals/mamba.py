@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2, which become ours; see originals_families.py, which says how to read it."""
+"""Families of Mamba and Mamba-2; originals/attention.py explains the tables."""
 
 import math
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from config import ModelConfig
 from originals.attention import Family, Table, Transform, block, part, require, require_same
-from originals.recurrent import flat, short_conv
+from originals.recurrent import short_conv
 
 MAMBA_ENDS: Table = {
     "embedding.weight": "backbone.embeddings.weight",
@@ -22,7 +22,7 @@ MAMBA: Table = {
     "1.w_select.weight": "mixer.x_proj.weight",
     "1.w_step.weight": "mixer.dt_proj.weight",
     "1.w_step.bias": "mixer.dt_proj.bias",
-    "1.log_rates": ("mixer.A_log", flat),
+    "1.log_rates": ("mixer.A_log", Tensor.flatten),
     "1.skip": "mixer.D",
     "1.w_out.weight": "mixer.out_proj.weight",
 }
@@ -31,14 +31,11 @@ MAMBA_BIASES: Table = {
     "1.w_gate.bias": ("mixer.in_proj.bias", part(1, 2)),
     "1.w_out.bias": "mixer.out_proj.bias",
 }
-CONTEXT = 2048  # their configs name none: it is what the published models were trained on
+CONTEXT = 2048  # of the training of the published models; their configs have none
 
 
-def rows(begin: int, end: int) -> Transform:
-    def cut(weight: Tensor) -> Tensor:
-        return weight[begin:end]
-
-    return cut
+def rows(start: int, end: int) -> Transform:
+    return lambda weight: weight[start:end]
 
 
 def mamba_config(theirs) -> ModelConfig:
@@ -61,12 +58,12 @@ def common_options(theirs) -> dict[str, int | None]:
 
 
 def unless(default: int, value: int) -> int | None:
-    """None for what is so by default."""
+    """None if the value is our default, so that the step is written without it."""
     return None if value == default else value
 
 
 def one_block_config(theirs, mixer: str, **differences) -> ModelConfig:
-    """A layer is a norm and a mixer; there is no attention, so how many heads the config says it has makes no difference."""
+    """Layers of a norm and a mixer. Without attention the number of heads does not matter."""
     require_same(theirs, hidden_act="silu", use_conv_bias=True)
     return ModelConfig(
         dim=theirs.hidden_size, num_layers=theirs.num_hidden_layers, layers=f"Norm->{mixer}->+", num_heads=1, num_kv_heads=1,
@@ -81,7 +78,7 @@ def mamba_layer(theirs, depth: int) -> Table:
 
 
 def mamba2_layer(theirs, depth: int) -> Table:
-    """Their first matrix is that of the gate, of what goes into the convolution, and of the step sizes."""
+    """Their in_proj holds the rows of the gate, of the input of the convolution, and of the step sizes."""
     gate = theirs.num_heads * theirs.head_dim
     end = 2 * gate + 2 * theirs.n_groups * theirs.state_size
     return {

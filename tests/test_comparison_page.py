@@ -19,7 +19,7 @@ from evaluation.page import as_page, write_page
 from inference import load_model
 from metrics.measures import loss_by_position, token_scores
 from metrics.scores import evaluate
-from metrics.story_losses import keep_losses, validation_stories
+from metrics.story_losses import save_losses, validation_stories
 from runs.folder import Run
 from train import train
 from training.report import samples
@@ -76,13 +76,13 @@ def published(trained_folder, make_config, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BASEGPT_RUNS", str(runs))
         patch.setenv("BASEGPT_CACHE", str(trained_folder / "cache"))
-        keep_losses("tiny")
+        save_losses("tiny")
         for seed in (0, 1):
             shifted_run(f"base-seed{seed}", 0.01 * seed, seed, "base")
             shifted_run(f"idea-seed{seed}", 0.011 * seed - 0.05, seed, "idea")
         thin = replace(MODEL, dim=8, layers="Norm->Attn(window=7)->+->Norm->MLP->+")
         list(train(thin, make_config(max_steps=5, eval_every=2), "thin"))
-        keep_losses("thin")
+        save_losses("thin")
         result = compare(*GROUPS)
         return runs, result, as_page(result, prompts=PROMPTS, seed=3, num_stories=20, command=COMMAND)
 
@@ -148,7 +148,7 @@ class TestPage:
     def test_where_the_loss_is_as_the_mean_over_the_seeds(self, groups, without_plots, corpus, make_config):
         list(train(MODEL, make_config(max_steps=9, eval_every=3, seed=1), "other"))
         shutil.copy(Run("other").path("model.pth"), Run("idea-seed1").path("model.pth"))
-        keep_losses("idea-seed1")
+        save_losses("idea-seed1")
         words = Page(as_page(compare("idea", "thin"), num_stories=20, prompts=("Tom",))).words
         _, stories = validation_stories(corpus, None)
         bits, first = [], []
@@ -181,7 +181,7 @@ class TestPage:
 
     def test_other_tokenizers_are_said(self, groups, without_plots, make_config):
         list(train(MODEL, make_config(max_steps=5, eval_every=2, tokenizer="bpe_tokenizer_95"), "letters"))
-        keep_losses("letters")
+        save_losses("letters")
         words = Page(as_page(compare("base", "letters"), num_stories=5, prompts=("Tom",))).words
         assert "which do not compare between tokenizers" in words and "have other tokenizers" in words
 

@@ -18,9 +18,9 @@ from metrics.cost import (
     as_torch_does_it,
     attention_flops,
     block_costs,
-    comparison,
     config_of,
     cost_of,
+    cost_table,
     main,
     model_cost,
     num_parameters,
@@ -284,7 +284,7 @@ class TestTables:
         assert shown.loc["Norm"].drop("in").equals(shown.loc["RMSNorm"].drop("in"))
 
     def test_presets_side_by_side_and_runs(self, tiny_run):
-        shown = comparison("1m", tiny_run, T=30)
+        shown = cost_table("1m", tiny_run, T=30)
         assert list(shown) == ["1m", "tiny"] and shown.loc["context", "tokens"].tolist() == [30, 30]
         model, _ = load_model(tiny_run)
         assert shown.loc[("parameters", "all"), "tiny"] == num_parameters(model)

@@ -7,7 +7,7 @@ import torch
 
 from config import ModelConfig
 from metrics.cost import model_cost
-from metrics.gallery import as_html, families, show_blocks, watch
+from metrics.gallery import as_html, families, run_block, show_blocks
 from modules.registry import all_blocks, build_model
 
 TOY = ModelConfig(dim=16, num_heads=8, num_kv_heads=2, head_dim=4, mlp_dim=32, max_seq_len=7)
@@ -50,8 +50,8 @@ def test_a_plugin_shows_by_itself():
     ],
 )
 def test_state_and_cost(name, layer, remembers):
-    shown = watch(name, layer, TOY, TOKENS, vocab_size=11)
-    assert shown.remembers == remembers and shown.layer == layer
+    shown = run_block(name, layer, TOY, TOKENS, vocab_size=11)
+    assert shown.cache == remembers and shown.layer == layer
     config = ModelConfig(dim=16, num_layers=1, layers=layer, num_heads=8, num_kv_heads=2, head_dim=4, mlp_dim=32, max_seq_len=5)
     kind = all_blocks(TOY)[name].__name__
     assert shown.part.flops == model_cost(build_model(config, 11)).by_kind("flops")[kind]

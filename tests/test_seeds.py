@@ -119,7 +119,7 @@ class TestSideBySide:
 
     def test_the_command_of_a_member(self, quick):
         member = Arguments(name="group-seed3", model=MODEL, train=replace(quick, seed=3), group="group")
-        python, script, *words = seeds.words_of(member)
+        python, script, *words = seeds.child_command(member)
         assert python == sys.executable and script.endswith("train.py")
         assert parse(words) == replace(member, preset=parse(words).preset)
 
@@ -147,7 +147,8 @@ class TestCtrlC:
         held = tmp_path / "held"
         held.mkdir()
         # Both at a time also where there is but one core.
-        code = f"from training import autotune; autotune.most_threads = lambda: 2; import runpy, sys; sys.argv = {['', *words]!r}; "
+        code = "from training import autotune; autotune.most_threads = lambda: 2; import runpy, sys; "
+        code += f"sys.argv = {['', *words]!r}; "
         code += "runpy.run_path('train.py', run_name='__main__')"
         with subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "HELD": str(held)}, start_new_session=True, text=True,

@@ -1,7 +1,7 @@
 """Autotuning: find the fastest number format, kernels, micro-batch, number of threads and compile setting by measurement.
 
-A few seconds of training steps on made-up tokens decide. The result is cached, one file for each machine, architecture and batch
-size. Whatever is chosen, by measurement or by the config, is compared with the plain model first.
+A few seconds of training steps on random tokens decide. The result is cached, one file per machine, architecture and batch size.
+Every plan, measured or prescribed by the config, is first compared with the plain model.
 
 B batch, T time, V vocabulary.
 """
@@ -34,24 +34,24 @@ from modules.registry import accepted_kwargs, build_model
 from training.configure import CheckpointedLayer, configure_for_training
 from training.machine import available_memory, check_compiler, cpu_name, is_out_of_memory, keep_freed_memory
 
-MEASURE_SECONDS = 0.2  # for one plan, after a step to warm up
-MICRO_BATCH_TOKENS = range(512, 4096 + 1)  # where a CPU's fastest is: fewer do not fill the cores, more do not fit the caches
-SHORT_RUN = 20  # seconds: a shorter run is not worth the measuring
+MEASURE_SECONDS = 0.2  # for one plan, after a warm-up step
+MICRO_BATCH_TOKENS = range(512, 4096 + 1)  # fewer do not fill a CPU's cores, more do not fit its caches
+SHORT_RUN = 20  # seconds: autotuning does not pay for shorter runs
 COMPILE_TAKES = 30  # seconds, at least, on a CPU
-COMPILE_SHARE = 0.04  # of a run that trying torch.compile may take
-COMPILE_LIMIT = 0.5  # share of the machine's matmul peak above which torch.compile cannot help much
-STORY_TOKENS = 200  # the made-up stories are as long as those of TinyStories
+COMPILE_SHARE = 0.04  # of a run that a trial of torch.compile may take
+COMPILE_MFU_LIMIT = 0.5  # above this share of the machine's matmul peak torch.compile cannot help much
+STORY_TOKENS = 200  # length of the random stories, about that of TinyStories
 
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How a machine trains a model."""
+    """How this machine trains a model."""
 
     dtype: str  # of matrix products: float32 or bfloat16
-    fast: bool  # with the C++ kernels of fast/
-    micro_batch_size: int  # sequences that go through the model at once
+    fast: bool  # use the C++ kernels of fast/
+    micro_batch_size: int  # sequences per forward pass
     threads: int  # of the CPU
-    compile: bool  # each layer by torch.compile
+    compile: bool  # torch.compile each layer
 
     def __str__(self):
         kernels = "our C++ kernels" if self.fast else "PyTorch alone"
@@ -62,48 +62,46 @@ class ExecutionPlan:
 
 
 def choose_plan(model: GPT, config: TrainConfig, device: torch.device) -> ExecutionPlan:
-    """Find the fastest plan that fits into memory; what the config prescribes is kept.
+    """Find the fastest plan that fits into memory and obeys the config; print it with the reasons.
 
-    Prints one line with the plan and the reasons. Raises MemoryError if nothing fits, ValueError for a prescribed choice that is
-    not available here.
+    Raises MemoryError if no plan fits, ValueError if this machine lacks what the config prescribes.
     """
     if config.compile is True:
         check_compiler(device)
     if config.fast is True and device.type == "cpu":
         build.build()
-    path = default_cache_dir() / f"plan-{key(model, config, device)}.json"
-    known = remembered(path)
+    path = default_cache_dir() / f"plan-{cache_key(model, config, device)}.json"
+    measured = read_measurements(path)
     model = copy.deepcopy(model)
-    with undisturbed():
+    with preserve_random_state_and_threads():
         sizes = micro_batch_sizes(model, config, device)
-        if "eager" not in known:
-            first = first_guess(config, sizes, device)
-            seconds = seconds_per_token(model, config, first, device)
-            run = expected_seconds(seconds, model, config)
+        if "eager" not in measured:
+            guess = first_guess(config, sizes, device)
+            run = expected_seconds(seconds_per_token(model, config, guess, device), model, config)
             if config.compile is True and run < COMPILE_TAKES:
-                say(f"compile=True: compiling alone may take longer than this run, about {run:.0f} s. auto leaves it out then")
+                say(f"compile=True: compiling may take longer than this run, about {run:.0f} s. compile=auto would skip it")
             if run < SHORT_RUN:
-                return checked(replace(first, compile=config.compile is True), model, config, device)
-            known = measure(model, config, device, first, sizes)
-        elif device.type == "cpu" and config.threads == "auto":  # which changes with what else the machine is doing
-            known |= fastest_threads(model, config, ExecutionPlan(**known["eager"]), device)
-        if compile_is_worth_trying(known, model, config, device):
-            known["compiled"] = measure_compiled(model, config, known, trial_seconds(known, model, config), device)
-        plan = within(sizes, decide(known, model, config))
+                return verified(replace(guess, compile=config.compile is True), model, config, device)
+            measured = measure(model, config, device, guess, sizes)
+        elif device.type == "cpu" and config.threads == "auto":  # the best number depends on what else the machine is doing
+            measured |= fastest_threads(model, config, ExecutionPlan(**measured["eager"]), device)
+        if compile_is_worth_trying(measured, model, config, device):
+            measured["compiled"] = measure_compiled(model, config, measured, trial_seconds(measured, model, config), device)
+        plan = fit_memory(decide(measured, model, config), sizes)
         if config.compile is True:
-            plan = checked(plan, model, config, device)
-    if not known["notes"] or build.fingerprint() == "none":  # a compiler that failed, on a full disk perhaps, may do tomorrow
+            plan = verified(plan, model, config, device)
+    if not measured["notes"] or build.fingerprint() == "none":  # a failed build, perhaps on a full disk, is tried again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(known), encoding="utf-8")
+        partial.write_text(json.dumps(measured), encoding="utf-8")
         os.replace(partial, path)
     return plan
 
 
 def resumed_plan(plan: ExecutionPlan, model: GPT, config: TrainConfig, device: torch.device) -> ExecutionPlan:
-    """The plan of a run that is resumed; if this machine no longer supports it, the nearest one, and a line that says so.
+    """The plan of a resumed run, or the nearest one that this machine still supports, which is reported.
 
-    Raises MemoryError if nothing fits into memory.
+    Raises MemoryError if no plan fits into memory.
     """
     if plan.fast and config.fast == "auto":
         try:
@@ -111,46 +109,45 @@ def resumed_plan(plan: ExecutionPlan, model: GPT, config: TrainConfig, device: t
         except build.BuildError as error:
             plan = replace(plan, fast=False)
             say(f"going on without the C++ kernels, so not to the last bit as without a break: {error}")
-    with undisturbed():
-        return within(micro_batch_sizes(copy.deepcopy(model), config, device), plan)
+    with preserve_random_state_and_threads():
+        return fit_memory(plan, micro_batch_sizes(copy.deepcopy(model), config, device))
 
 
-def within(sizes: list[int], plan: ExecutionPlan) -> ExecutionPlan:
-    """The plan, with fewer rows at a time where memory has become scarcer than when they were made."""
+def fit_memory(plan: ExecutionPlan, sizes: list[int]) -> ExecutionPlan:
+    """Reduce the micro-batch of an earlier plan to the largest size that fits now."""
     rows = plan.micro_batch_size
     if rows <= sizes[0]:
         return plan
-    say(f"{sizes[0]} rows at a time instead of {rows}, as there is less memory than when that was measured")
+    say(f"{sizes[0]} rows at a time instead of {rows}, because less memory is free than before")
     return replace(plan, micro_batch_size=sizes[0])
 
 
-def remembered(path: Path) -> dict[str, Any]:
-    """What was measured before; nothing where that is not there or damaged."""
+def read_measurements(path: Path) -> dict[str, Any]:
+    """Read the cached measurements; empty if missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
 
-def key(model: GPT, config: TrainConfig, device: torch.device) -> str:
-    """Equal for what is measured alike."""
+def cache_key(model: GPT, config: TrainConfig, device: torch.device) -> str:
+    """Hash everything that the measurements depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     prescribed = [getattr(config, field) for field in ("batch_size", "mask_stories", "loss_chunk", "gradient_checkpointing",
                                                        "dtype", "micro_batch_size", "threads", "fast")]  # fmt: skip
     machine = [torch.__version__, device.type, name, most_threads(), build.fingerprint(), os.environ.get("CXX")]
-    what = json.dumps([machine, to_json(model.config), model.vocab_size, prescribed])
-    return hashlib.sha256(what.encode()).hexdigest()[:16]
+    text = json.dumps([machine, to_json(model.config), model.vocab_size, prescribed])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @cache
 def most_threads() -> int:
-    """What torch takes by itself: the cores, or $OMP_NUM_THREADS. Asked for once, as a training changes it."""
+    """torch's default number of threads: the cores, or $OMP_NUM_THREADS. Cached, because training changes it."""
     return torch.get_num_threads()
 
 
 @contextmanager
-def undisturbed():
-    """Leaves random numbers and the number of threads as they were."""
+def preserve_random_state_and_threads():
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
@@ -160,7 +157,7 @@ def undisturbed():
 
 
 def apply_plan(plan: ExecutionPlan, model: GPT, config: TrainConfig):
-    """Train the model by this plan from now on."""
+    """Set up the model and the process to train by this plan."""
     torch.set_num_threads(plan.threads)
     keep_freed_memory()
     fast.use(model, plan.fast, config.loss_chunk)
@@ -169,15 +166,14 @@ def apply_plan(plan: ExecutionPlan, model: GPT, config: TrainConfig):
 
 
 def compile_parts(model: nn.Module):
-    """Compile the layers of GPT one by one, as equal ones share the compiled code; another model as a whole."""
-    for part in model.layers if isinstance(model, GPT) else [model]:
-        parts = part.branches if type(part) is CheckpointedLayer else [part]  # recomputed as a whole, from outside
-        for compiled in parts:
-            compiled.compile(dynamic=False)
+    """Compile GPT layer by layer, since equal layers share compiled code; compile any other model as a whole."""
+    for layer in model.layers if isinstance(model, GPT) else [model]:
+        for part in layer.branches if type(layer) is CheckpointedLayer else [layer]:  # checkpointing stays outside
+            part.compile(dynamic=False)
 
 
 def first_guess(config: TrainConfig, sizes: list[int], device: torch.device) -> ExecutionPlan:
-    """A plan that does well on most machines, with as many rows at a time as fit into memory, up to 8."""
+    """A plan that does well on most machines, with a micro-batch of up to 8 sequences."""
     return ExecutionPlan(
         dtype="float32" if config.dtype == "auto" else config.dtype,
         fast=config.fast is True and device.type == "cpu",
@@ -187,7 +183,7 @@ def first_guess(config: TrainConfig, sizes: list[int], device: torch.device) -> 
 
 
 def micro_batch_sizes(model: GPT, config: TrainConfig, device: torch.device) -> list[int]:
-    """The rows that may go through the model at once, from many to few. Raises MemoryError where not even the fewest fit."""
+    """Micro-batch sizes that fit into memory, largest first. Raises MemoryError if none does."""
     sizes = [config.micro_batch_size or config.batch_size]
     if config.micro_batch_size == "auto":
         sizes = list(reversed(divisors(config.batch_size)))
@@ -204,7 +200,7 @@ def micro_batch_sizes(model: GPT, config: TrainConfig, device: torch.device) -> 
 
 
 def measure(model: GPT, config: TrainConfig, device: torch.device, best: ExecutionPlan, sizes: list[int]) -> dict[str, Any]:
-    """The fastest way without compile, found one choice after the other, and all that was timed on the way."""
+    """Find the fastest plan without compile, one option after another, starting from `best`; return it with all timings."""
     timed: dict[ExecutionPlan, float] = {}
 
     def fastest(candidates: list[ExecutionPlan]) -> ExecutionPlan:
@@ -228,7 +224,7 @@ def measure(model: GPT, config: TrainConfig, device: torch.device, best: Executi
     if device.type == "cpu":
         sizes = [size for size in sizes if size * model.config.max_seq_len in MICRO_BATCH_TOKENS]
     best = fastest([best, *(replace(best, micro_batch_size=size) for size in sizes)])
-    best = fastest([checked(best, model, config, device)])
+    best = fastest([verified(best, model, config, device)])
     return {
         "eager": asdict(best), "seconds_per_token": timed[best], "notes": notes, "peaks": peaks,
         "timed": [[asdict(plan), seconds] for plan, seconds in timed.items()],
@@ -236,17 +232,15 @@ def measure(model: GPT, config: TrainConfig, device: torch.device, best: Executi
 
 
 def fastest_threads(model: GPT, config: TrainConfig, plan: ExecutionPlan, device: torch.device) -> dict[str, Any]:
-    """As many threads as torch takes by itself, or half of them, which is more where another process keeps a core busy."""
-    timed = {}
-    for threads in {most_threads(), max(1, most_threads() // 2)}:
-        way = replace(plan, threads=threads)
-        timed[way] = seconds_per_token(model, config, way, device)
+    """Compare all threads with half of them, which is faster if another process keeps a core busy."""
+    plans = [replace(plan, threads=threads) for threads in {most_threads(), max(1, most_threads() // 2)}]
+    timed = {plan: seconds_per_token(model, config, plan, device) for plan in plans}
     best = min(timed, key=timed.__getitem__)
     return {"eager": asdict(best), "seconds_per_token": timed[best]}
 
 
-def steps_of(model: GPT, config: TrainConfig, rows: int, device: torch.device):
-    """A function that goes through the model forward and back once, on made-up tokens of so many rows."""
+def make_step(model: GPT, config: TrainConfig, rows: int, device: torch.device):
+    """Make a function that runs one forward and backward pass over `rows` sequences of random tokens."""
     T = model.config.max_seq_len
     tokens = torch.randint(model.vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
     stories = (torch.arange(T, device=device) // STORY_TOKENS).expand(rows, T) if config.mask_stories else None
@@ -261,11 +255,11 @@ def steps_of(model: GPT, config: TrainConfig, rows: int, device: torch.device):
 
 
 def seconds_per_token(model: GPT, config: TrainConfig, plan: ExecutionPlan, device: torch.device) -> float:
-    """The best of a few micro-batches forward and back; of a single one, where that takes long enough to be told apart."""
+    """Time forward and backward passes of a micro-batch: the best of up to three."""
     apply_plan(replace(plan, compile=False), model, config)
-    step = steps_of(model, config, plan.micro_batch_size, device)
-    times, until = [], time.perf_counter() + 1.5 * MEASURE_SECONDS
-    while not times or (len(times) < 3 and time.perf_counter() < until):
+    step = make_step(model, config, plan.micro_batch_size, device)
+    times, deadline = [], time.perf_counter() + 1.5 * MEASURE_SECONDS
+    while not times or (len(times) < 3 and time.perf_counter() < deadline):
         began = time.perf_counter()
         step(plan.dtype)
         times.append(time.perf_counter() - began)
@@ -273,46 +267,45 @@ def seconds_per_token(model: GPT, config: TrainConfig, plan: ExecutionPlan, devi
 
 
 def memory_needed(model: GPT, config: TrainConfig, device: torch.device) -> tuple[float, float]:
-    """Bytes: of weights, gradients, two moments of each, and evaluations; of what a row keeps on its way, and half more."""
-    kept: dict[int, int] = {}
+    """Bytes needed: fixed (weights, gradients, AdamW moments, evaluation logits), and per sequence (activations, times 1.5)."""
+    activations: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        activations[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     fast.use(model, kernels=False, loss_chunk=config.loss_chunk)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        steps_of(model, config, 1, device)("float32")
+        make_step(model, config, 1, device)("float32")
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    return 4 * weights + 4 * EVALUATION_LOGITS, 1.5 * sum(kept.values())
+    return 4 * weights + 4 * EVALUATION_LOGITS, 1.5 * sum(activations.values())
 
 
-def checked(plan: ExecutionPlan, model: GPT, config: TrainConfig, device: torch.device) -> ExecutionPlan:
-    """The plan if it gives the numbers of the plain model; else one without compile, or the plain one, and a warning.
+def verified(plan: ExecutionPlan, model: GPT, config: TrainConfig, device: torch.device) -> ExecutionPlan:
+    """The plan if it agrees with the plain model; otherwise warn and drop compile, or else fall back to the plain model.
 
     Raises ValueError if torch.compile fails.
     """
     try:
-        wrong = difference(model, config, plan, device)
+        mismatch = difference(model, config, plan, device)
     except RuntimeError as error:
         if not plan.compile or is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"compile=True: torch.compile fails here ({reason}). Leave it off, or mend the compiler") from error
-    if not wrong:
+        raise ValueError(f"compile=True: torch.compile fails here ({reason}). Leave it off, or fix the compiler") from error
+    if not mismatch:
         return plan
-    plain = replace(plan, fast=False, dtype="float32")
-    instead = replace(plan, compile=False) if plan.compile else plain
-    outcome = "so it is not used" if instead != plan else "but there is no plainer plan"
-    say(f"{plan}: gives other numbers than the plain model ({wrong}), {outcome}. Please report it")
-    return checked(instead, model, config, device) if plan.compile else instead
+    simpler = replace(plan, compile=False) if plan.compile else replace(plan, fast=False, dtype="float32")
+    outcome = "so it is not used" if simpler != plan else "but there is no simpler plan"
+    say(f"{plan}: gives other numbers than the plain model ({mismatch}), {outcome}. Please report it")
+    return verified(simpler, model, config, device) if plan.compile else simpler
 
 
 def difference(model: GPT, config: TrainConfig, plan: ExecutionPlan, device: torch.device) -> str:
-    """How logits, loss and gradients differ from the plain model in float32 on a CPU; "" if within rounding.
+    """Compare logits, loss and gradients with the plain model in float32 on a CPU; return "" if they agree within rounding.
 
-    A compiled model is compared at the size that is trained, so that it is not compiled twice, with the same kernels.
+    A compiled model is compared at its training shapes, to compile only once, and with a model that has the same kernels.
     """
     rows, T = 2, min(model.config.max_seq_len, 2 * STORY_TOKENS)
     if plan.compile:
@@ -323,7 +316,7 @@ def difference(model: GPT, config: TrainConfig, plan: ExecutionPlan, device: tor
     def run(trial: GPT, dtype: str) -> dict[str, Tensor]:
         trial.load_state_dict(model.state_dict())
         with torch.no_grad():
-            for weight in trial.parameters():  # so that nothing is zero, and every block matters
+            for weight in trial.parameters():  # no weight may be zero, so that every block contributes
                 noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
                 weight.add_(noise.to(weight.device), alpha=0.02)
         trial.zero_grad()
@@ -346,10 +339,10 @@ def difference(model: GPT, config: TrainConfig, plan: ExecutionPlan, device: tor
         fast.use(trial, plan.fast, loss_chunk)
         if plan.compile and loss_chunk is None:
             compile_parts(trial)
-        for name, mine in run(trial, plan.dtype).items():
-            off = ((mine - reference[name]).norm() / reference[name].norm()).item()
-            if not off < (1e-3 if plan.dtype == "float32" else 0.1):
-                return f"{name} are off by {off:.1%}" if name != "the loss" else f"{name} is off by {off:.1%}"
+        for name, tensor in run(trial, plan.dtype).items():
+            error = ((tensor - reference[name]).norm() / reference[name].norm()).item()
+            if not error < (1e-3 if plan.dtype == "float32" else 0.1):
+                return f"{name} {'is' if name == 'the loss' else 'are'} off by {error:.1%}"
     return ""
 
 
@@ -363,23 +356,24 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def expected_seconds(seconds_per_token: float, model: GPT, config: TrainConfig) -> float:
-    """How long the run will take without compile."""
+    """Duration of the run without compile."""
     tokens = (config.max_steps or math.inf) * config.batch_size * model.config.max_seq_len
     return min(tokens * seconds_per_token, 60 * (config.max_minutes or math.inf))
 
 
-def trial_seconds(known: dict, model: GPT, config: TrainConfig) -> float:
-    return COMPILE_SHARE * expected_seconds(known["seconds_per_token"], model, config)
+def trial_seconds(measured: dict, model: GPT, config: TrainConfig) -> float:
+    """Time limit of a trial of torch.compile."""
+    return COMPILE_SHARE * expected_seconds(measured["seconds_per_token"], model, config)
 
 
-def compile_is_worth_trying(known: dict, model: GPT, config: TrainConfig, device: torch.device) -> bool:
-    """Is there time for it, more than there was before, and does the machine have much more to give than products get now?"""
-    limit, tried = trial_seconds(known, model, config), known.get("compiled", {})
-    if config.compile != "auto" or limit < COMPILE_TAKES or "gain" in tried or limit < 1.5 * tried.get("limit", 0.0):
+def compile_is_worth_trying(measured: dict, model: GPT, config: TrainConfig, device: torch.device) -> bool:
+    """Whether the run is long enough for a trial, the last trial had a lower limit, and utilization leaves room for a gain."""
+    limit, trial = trial_seconds(measured, model, config), measured.get("compiled", {})
+    if config.compile != "auto" or limit < COMPILE_TAKES or "gain" in trial or limit < 1.5 * trial.get("limit", 0.0):
         return False
-    operations = 6 * sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
-    peak = max(known["peaks"].values()) if config.dtype == "auto" else known["peaks"][config.dtype]
-    if operations / known["seconds_per_token"] > COMPILE_LIMIT * peak:
+    flops = 6 * sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    peak = max(measured["peaks"].values()) if config.dtype == "auto" else measured["peaks"][config.dtype]
+    if flops / measured["seconds_per_token"] > COMPILE_MFU_LIMIT * peak:
         return False
     try:
         check_compiler(device)
@@ -388,79 +382,76 @@ def compile_is_worth_trying(known: dict, model: GPT, config: TrainConfig, device
     return True
 
 
-def measure_compiled(model: GPT, config: TrainConfig, known: dict, limit: float, device: torch.device) -> dict[str, Any]:
-    """The same with torch.compile, tried in a process of its own that is given up after so many seconds."""
-    dtype = max(known["peaks"], key=known["peaks"].get) if config.dtype == "auto" else config.dtype
-    question = {
-        "model": to_json(model.config), "train": to_json(config), "vocab_size": model.vocab_size,
-        "eager": known["eager"], "plan": known["eager"] | {"compile": True, "dtype": dtype}, "device": str(device),
+def measure_compiled(model: GPT, config: TrainConfig, measured: dict, limit: float, device: torch.device) -> dict[str, Any]:
+    """Try torch.compile in a subprocess, which can neither hang nor crash the training; give up after `limit` seconds."""
+    dtype = max(measured["peaks"], key=measured["peaks"].get) if config.dtype == "auto" else config.dtype
+    request = {
+        "model": to_json(model.config), "train": to_json(config), "vocab_size": model.vocab_size, "device": str(device),
+        "eager": measured["eager"], "plan": measured["eager"] | {"compile": True, "dtype": dtype},
     }  # fmt: skip
     began = time.perf_counter()
     try:
-        answer = subprocess.run(
-            [sys.executable, "-m", "training.autotune"], input=json.dumps(question), capture_output=True, text=True,
-            timeout=limit,
-            cwd=os.getcwd(), env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
+        process = subprocess.run(
+            [sys.executable, "-m", "training.autotune"], input=json.dumps(request), capture_output=True, text=True, timeout=limit,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"failed": f"compile was given up after {limit:.0f} s", "limit": limit}
-    if answer.returncode:
-        return {"failed": f"compile failed: {(answer.stderr.strip().splitlines() or ['no message'])[-1]}"}
-    return json.loads(answer.stdout.splitlines()[-1]) | {"compile_seconds": time.perf_counter() - began}
+    if process.returncode:
+        return {"failed": f"compile failed: {(process.stderr.strip().splitlines() or ['no message'])[-1]}"}
+    return json.loads(process.stdout.splitlines()[-1]) | {"compile_seconds": time.perf_counter() - began}
+
+
+def run_compile_trial():
+    """The subprocess of measure_compiled: compile, time compiled and eager steps in turns, compare their results."""
+    request = json.loads(sys.stdin.read())
+    config = from_json(TrainConfig, request["train"])
+    plan, eager = ExecutionPlan(**request["plan"]), ExecutionPlan(**request["eager"])
+    device = torch.device(request["device"])
+    model = build_model(from_json(ModelConfig, request["model"]), request["vocab_size"]).to(device)
+    configure_for_training(model, config)
+    plain = copy.deepcopy(model)
+    apply_plan(plan, model, config)
+    make_step(model, config, plan.micro_batch_size, device)(plan.dtype)  # compiles
+    gains = [seconds_per_token(plain, config, eager, device) / seconds_per_token(model, config, plan, device) for _ in range(3)]
+    mismatch = difference(plain, config, plan, device)
+    print(json.dumps({"plan": asdict(plan), "gain": median(gains), "wrong": mismatch}))
 
 
 def matmul_peaks(device: torch.device, sizes: tuple[int, ...] = (1024,), seconds: float = 0.05) -> dict[str, float]:
-    """Operations a second of the fastest square matrix product, by number format, each size tried for so long."""
+    """FLOP/s of the fastest square matrix product, by number format; each size is tried for `seconds`."""
     peaks = {"float32": 0.0, "bfloat16": 0.0}
     for dtype in peaks:
         for size in sizes:
             matrix = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-            until = time.perf_counter() + seconds
-            while time.perf_counter() < until:
+            deadline = time.perf_counter() + seconds
+            while time.perf_counter() < deadline:
                 began = time.perf_counter()
                 (matrix @ matrix)[0, 0].item()  # waits for the device
                 peaks[dtype] = max(peaks[dtype], 2 * size**3 / (time.perf_counter() - began))
     return peaks
 
 
-def answer_question():
-    """What the process of its own does: compile, take turns with what is not compiled, compare."""
-    question = json.loads(sys.stdin.read())
-    config = from_json(TrainConfig, question["train"])
-    plan, eager = ExecutionPlan(**question["plan"]), ExecutionPlan(**question["eager"])
-    device = torch.device(question["device"])
-    model = build_model(from_json(ModelConfig, question["model"]), question["vocab_size"]).to(device)
-    configure_for_training(model, config)
-    as_it_is = copy.deepcopy(model)
-    apply_plan(plan, model, config)
-    steps_of(model, config, plan.micro_batch_size, device)(plan.dtype)  # compiles
-    gains = [
-        seconds_per_token(as_it_is, config, eager, device) / seconds_per_token(model, config, plan, device) for _ in range(3)
-    ]
-    wrong = difference(as_it_is, config, plan, device)
-    print(json.dumps({"plan": asdict(plan), "gain": median(gains), "wrong": wrong}))
-
-
-def decide(known: dict, model: GPT, config: TrainConfig) -> ExecutionPlan:
-    """Compile or not, by what is known and by how long the run is. Says so."""
-    eager, compiled = ExecutionPlan(**known["eager"]), known.get("compiled", {})
-    chosen, speed, reasons = eager, 1 / known["seconds_per_token"], list(known["notes"])
+def decide(measured: dict, model: GPT, config: TrainConfig) -> ExecutionPlan:
+    """Decide whether to compile, from the measurements and the length of the run; print the plan."""
+    plan, compiled = ExecutionPlan(**measured["eager"]), measured.get("compiled", {})
+    speed, reasons = 1 / measured["seconds_per_token"], list(measured["notes"])
     if config.compile is True:
-        chosen = replace(eager, compile=True)
+        plan = replace(plan, compile=True)
     elif config.compile == "auto" and "failed" in compiled:
         reasons.append(compiled["failed"])
     elif config.compile == "auto" and compiled.get("wrong"):
         reasons.append(f"compiled it gives other numbers, {compiled['wrong']}. Please report it")
     elif config.compile == "auto" and compiled:
-        run, lost, gain = expected_seconds(1 / speed, model, config), compiled["compile_seconds"], compiled["gain"]
-        reasons.append(f"compile, {lost:.0f} s, for {gain:.2f} times the speed")
-        if (run - lost) * gain > run:
-            chosen, speed = ExecutionPlan(**compiled["plan"]), speed * gain
+        run, cost, gain = expected_seconds(1 / speed, model, config), compiled["compile_seconds"], compiled["gain"]
+        reasons.append(f"compile, {cost:.0f} s, for {gain:.2f} times the speed")
+        if (run - cost) * gain > run:
+            plan, speed = ExecutionPlan(**compiled["plan"]), speed * gain
         else:
             reasons[-1] += ", does not pay"
-    say(f"this machine: {chosen}, about {speed:,.0f} tokens/s" + (f" ({'; '.join(reasons)})" if reasons else ""))
-    return chosen
+    say(f"this machine: {plan}, about {speed:,.0f} tokens/s" + (f" ({'; '.join(reasons)})" if reasons else ""))
+    return plan
 
 
 if __name__ == "__main__":
-    answer_question()
+    run_compile_trial()

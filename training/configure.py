@@ -1,4 +1,4 @@
-"""Apply the training options to a model: what it must support, and activation checkpointing."""
+"""Apply the training options to a model: check that it supports them; activation checkpointing."""
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -14,27 +14,27 @@ class CheckpointedLayer(Layer):
     def forward(self, x, *, shared, **inputs):
         if not self.training:
             return super().forward(x, shared=shared, **inputs)
-        x, after = checkpoint(self.on_a_copy, x, shared.copy(), use_reentrant=False, **inputs)
+        x, updated = checkpoint(self.run_on_copy, x, shared.copy(), use_reentrant=False, **inputs)
         shared.clear()  # a block may have removed something
-        shared.update(after)
+        shared.update(updated)
         return x
 
-    def on_a_copy(self, x, shared, **inputs):
-        """Run on a copy of `shared`, so that it can be run again in the backward pass."""
+    def run_on_copy(self, x, shared, **inputs):
+        """Run on a copy of `shared`, so that the backward pass can run it again."""
         shared = {name: value.copy() if isinstance(value, list | dict) else value for name, value in shared.items()}
         return super().forward(x, shared=shared, **inputs), shared
 
 
 def configure_for_training(model: nn.Module, config: TrainConfig):
-    """Apply gradient_checkpointing. Raises ValueError for an option that needs more of the model than it has."""
+    """Apply gradient_checkpointing. Raises ValueError for an option that the model does not support."""
     name = model.config.model
     if config.mask_stories and config.packing == "packed" and not accepted_kwargs(model, story_ids=None):
         raise ValueError(
-            f"the model {name!r} does not ask for story_ids, so the stories of a row would see each other: "
-            "--train.packing padded has one a row, --train.no_mask_stories lets them"
+            f"the model {name!r} does not accept story_ids, so the stories of a row would see each other: "
+            "take --train.packing padded (one story a row) or --train.no_mask_stories (to allow it)"
         )
     if config.window_start is not None and not accepted_kwargs(model, window=None):
-        raise ValueError(f"window_start={config.window_start}: the model {name!r} does not ask for a window: leave it out")
+        raise ValueError(f"window_start={config.window_start}: the model {name!r} does not accept a window: leave it out")
     if config.gradient_checkpointing:
         layers = [module for module in model.modules() if type(module) in (Layer, CheckpointedLayer)]
         if not layers:

@@ -1,4 +1,4 @@
-"""What this machine has: device, compiler, memory."""
+"""Device, compiler and memory of this machine."""
 
 import ctypes
 import os
@@ -15,26 +15,26 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of that name, or the best there is. Raises ValueError for one that this machine does not have."""
+    """Return the device of that name, or the best one for "auto". Raises ValueError if it is not available."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a missing device
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device!r} cannot be used here ({reason}): take --train.device cpu") from error
     return torch.device(device)
 
 
 def cpu_name() -> str:
-    """The model of the CPU, as a line of /proc/cpuinfo where there is one."""
+    """Model name of the CPU: a line of /proc/cpuinfo if that exists."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0] if names else f"{platform.processor()} {platform.machine()}"
 
 
 def check_compiler(device: torch.device):
-    """Raises ValueError where torch.compile would need a C++ compiler that is not here."""
+    """Raise ValueError if torch.compile needs a C++ compiler that is not installed."""
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise ValueError(f"compile=True needs the C++ compiler {compiler!r}, which is not here: install it, or leave compile off")
@@ -52,7 +52,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def keep_freed_memory():
-    """Tell glibc not to give back to the system what the next step asks for again, which costs thousands of page faults."""
+    """Keep glibc from returning freed memory to the system: the next step would take thousands of page faults to get it back."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
@@ -60,13 +60,13 @@ def keep_freed_memory():
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has an error of its own for this on GPUs alone."""
-    told = ("can't allocate memory", "bad_alloc", "Cannot allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in told)
+    """torch.OutOfMemoryError is only raised on GPUs; on a CPU the message tells."""
+    messages = ("can't allocate memory", "bad_alloc", "Cannot allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(message in str(error) for message in messages)
 
 
 def available_memory(device: torch.device) -> float:
-    """Bytes that a training may still take: what is free, within the limits of this process and of its container."""
+    """Bytes of free memory, within the limits of this process and of its container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = [psutil.virtual_memory().available]
@@ -81,10 +81,10 @@ def available_memory(device: torch.device) -> float:
 
 
 def container_limits(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
-    """Bytes that each cgroup of this process may take, and those taken that could not be given back at once.
+    """Yield (limit, bytes in use without the page cache) of each cgroup of this process.
 
-    Both versions of cgroups; the limits of a group count for all below it (Linux, Documentation/admin-guide/cgroup-v2.rst and
-    cgroup-v1/memory.rst). Within a container its own group may stand at the top instead of the one that /proc names.
+    Supports cgroups v1 and v2; a group's limit includes all groups below it (Linux, Documentation/admin-guide/cgroup-v2.rst and
+    cgroup-v1/memory.rst). In a container the process's group may be mounted as the root instead of at the path in /proc.
     """
     listing = root / "proc/self/cgroup"
     for line in listing.read_text().splitlines() if listing.exists() else []:

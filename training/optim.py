@@ -1,4 +1,4 @@
-"""How weights are moved: the optimizers, the average of the weights, and the learning rate over a run."""
+"""Optimizers, weight EMA, and schedules for learning rate, batch size and window."""
 
 import itertools
 import math
@@ -13,18 +13,18 @@ from model import GPT
 
 
 def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
+    """Build AdamW for all parameters, or Muon for the hidden matrices and AdamW for the others.
 
-    Weight decay pulls on matrices, embeddings have one of their own, and norms and biases none. The lr_scale of a group is a
-    factor on the learning rate of the step. Blocks with a method `after_step` are called after each.
+    Matrices get weight_decay, embeddings embedding_decay, norms and biases none. A group's learning rate is that of the step
+    times its lr_scale. A block's `after_step` method, if it has one, is called after every step.
     """
     tables = {id(table.weight) for table in model.modules() if isinstance(table, torch.nn.Embedding)}
-    matrices, embeddings, rest = [], [], []
+    matrices, embeddings, vectors = [], [], []
     for name, weight in model.named_parameters():
         is_matrix = weight.ndim >= 2 and not name.endswith("bias")
-        (embeddings if id(weight) in tables else matrices if is_matrix else rest).append(weight)
+        (embeddings if id(weight) in tables else matrices if is_matrix else vectors).append(weight)
     groups = [
-        {"params": rest, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
         {"params": embeddings, "weight_decay": config.embedding_decay, "lr_scale": 1.0},
     ]
     optimizers = []
@@ -47,11 +47,11 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every update is turned into the nearest orthogonal matrix (Jordan et al. 2024).
+    """Nesterov momentum with orthogonalised updates (Jordan et al. 2024).
 
-    torch.optim.Muon takes the matrices one after the other, which costs a third of a step where models and batches are small.
-    Here matrices of one shape go together. Updates are scaled to the size of AdamW's, so that both take the same learning
-    rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    torch.optim.Muon updates one matrix at a time, which costs a third of a step for small models and batches. Here matrices of
+    equal shape are stacked. Updates have the RMS of AdamW's, so that both optimizers share a learning rate (Liu et al. 2025,
+    arXiv 2502.16982, section 2.2).
     """
 
     def __init__(self, weights: list[Tensor] | list[dict], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -64,21 +64,21 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is not None:
                     by_shape[weight.shape].append(weight)
-            for (*_, rows, columns), weights in by_shape.items():  # several matrices where a weight is a stack of them
+            for (*_, rows, columns), weights in by_shape.items():  # a weight may be a stack of matrices
                 gradients = [weight.grad for weight in weights]
                 for weight in weights:
                     if "momentum" not in self.state[weight]:
                         self.state[weight]["momentum"] = torch.zeros_like(weight)
                 momenta = [self.state[weight]["momentum"] for weight in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's look ahead
+                ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov momentum
                 updates = orthogonalise(torch.stack(ahead).view(-1, rows, columns)).view(len(weights), *weights[0].shape)
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, list(updates.unbind()), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
 
 
-# Four polynomials a x + b x^3 + c x^5 that bring singular values from [0.008, 1] to 1 fastest (Amsel et al. 2025, arXiv
-# 2505.16932, appendix; they call it Polar Express, and begin with a fifth, for [0.001, 1]).
+# Polar Express (Amsel et al. 2025, arXiv 2505.16932, appendix): polynomials a x + b x^3 + c x^5 that drive singular values to 1.
+# These are the last four of the paper's five, for singular values in [0.008, 1] instead of [0.001, 1].
 POLYNOMIALS = (
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
@@ -88,22 +88,22 @@ POLYNOMIALS = (
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """About U V^T of each matrix U S V^T: all singular values become 0.9 to 1.1, or less where they were tiny.
+    """Approximate U V^T of each matrix U S V^T: singular values become 0.9 to 1.1, or less where they were tiny.
 
-    (number, rows, columns) → the same
+    (number, rows, columns) -> (number, rows, columns)
     """
     rows, columns = matrices.shape[1:]
     if rows > columns:
         return orthogonalise(matrices.mT).mT
     square = matrices @ matrices.mT  # (number, rows, rows)
-    norm = square.norm(dim=(1, 2), keepdim=True).sqrt() * 1.02 + 1e-7  # sum(S^4)^(1/4) is near S's largest, and not below
+    norm = square.norm(dim=(1, 2), keepdim=True).sqrt() * 1.02 + 1e-7  # sum(S^4)^(1/4), a tight upper bound of max(S)
     if columns < 2 * rows:
         x = matrices / norm
         for a, b, c in POLYNOMIALS:
             square = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
         return x
-    # Each step multiplies x by a polynomial of x x^T. Where x is long, it is cheaper to follow the small x x^T alone.
+    # Each step multiplies x by a polynomial of x x^T. For a long x it is cheaper to iterate on the small x x^T alone.
     square, product = square / norm.square(), None
     for a, b, c in POLYNOMIALS:
         factor = torch.baddbmm(square, square, square, beta=b, alpha=c)  # (number, rows, rows)
@@ -114,15 +114,15 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def average_of_weights(model: torch.nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights: `decay` is the share it keeps a step, less at its beginning.
+    """Exponential moving average of the weights, with warm-up.
 
-    What it averages out is the noise of steps, which falls with the learning rate. So it also keeps less where its attribute
-    `pace`, the learning rate as a share of its maximum, is small; at a learning rate of 0 it is the weights themselves.
+    The noise that it averages out falls with the learning rate, so the decay is lowered with the attribute `lr_fraction`, the
+    learning rate as a fraction of its maximum; at a learning rate of 0 the average equals the weights.
     """
 
     def blend(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor):
-        forgotten = max(1 - decay, 9 / (10 + num_averaged.item()))
-        torch._foreach_lerp_(averaged, current, min(1.0, forgotten / max(average.lr_fraction, 1e-9)))
+        update_rate = max(1 - decay, 9 / (10 + num_averaged.item()))
+        torch._foreach_lerp_(averaged, current, min(1.0, update_rate / max(average.lr_fraction, 1e-9)))
 
     average = AveragedModel(model, multi_avg_fn=blend, use_buffers=False)
     average.lr_fraction = 1.0
@@ -130,7 +130,7 @@ def average_of_weights(model: torch.nn.Module, decay: float) -> AveragedModel:
 
 
 def scheduled_learning_rate(step: int, num_steps: float, config: TrainConfig) -> float:
-    """The learning rate of a step (counted from 0) of num_steps: warm-up, schedule with restarts, a flat end at lr_min."""
+    """Learning rate of a step (counted from 0) out of num_steps: warm-up, schedule with restarts, final steps at lr_min."""
     if step < config.warmup_steps:
         return config.lr_init + (config.lr_max - config.lr_init) * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -142,8 +142,8 @@ def scheduled_learning_rate(step: int, num_steps: float, config: TrainConfig) ->
     lengths = [config.restart_mult**cycle for cycle in range(config.num_restarts + 1)]
     ends = [end / sum(lengths) for end in itertools.accumulate(lengths)]
     cycle = next((cycle for cycle, end in enumerate(ends) if done < end), config.num_restarts)
-    begin = ends[cycle - 1] if cycle else 0.0
-    done = (done - begin) / (ends[cycle] - begin)
+    start = ends[cycle - 1] if cycle else 0.0
+    done = (done - start) / (ends[cycle] - start)
 
     if config.schedule == "cosine":
         height = (1 + math.cos(math.pi * done)) / 2
@@ -161,9 +161,9 @@ def expected_steps(step: int, seconds: float, config: TrainConfig) -> float:
 
 
 def growing_batch_size(done: float, config: TrainConfig) -> int:
-    """The sequences of a step: batch_size_start, doubled in equal times, batch_size from half of the run on.
+    """Batch size after a fraction `done` of the run: doubled at equal intervals from batch_size_start, batch_size from 0.5 on.
 
-    Small batches learn most in little time, larger ones find better weights in the end. done: the share of the run that is over.
+    Small batches make the fastest progress early, larger ones reach a lower loss in the end.
     """
     start = config.batch_size_start or config.batch_size
     doublings = math.ceil(math.log2(config.batch_size / start))
@@ -171,7 +171,7 @@ def growing_batch_size(done: float, config: TrainConfig) -> int:
 
 
 def growing_window(done: float, config: TrainConfig, max_seq_len: int) -> int | None:
-    """How many tokens back a token may look: from window_start on it grows evenly until half of the run. None is all."""
+    """Attention window after a fraction `done` of the run: grows linearly from window_start, None (unlimited) from 0.5 on."""
     if config.window_start is None or done >= 0.5:
         return None
     return config.window_start + int((max_seq_len - config.window_start) * 2 * done)

@@ -1,11 +1,11 @@
-"""What is shown of a run and what is written about it: curves, tables, samples, the README.md in its folder."""
+"""Reports of runs: loss curves, tables, samples, and the README.md of a run folder."""
 
 import time
 
 from inference import generate, load_model
 from metrics.cost import cost_of, model_cost, num_parameters
 from metrics.scores import evaluate
-from metrics.story_losses import keep_losses, validation_stories
+from metrics.story_losses import save_losses, validation_stories
 from metrics.world_floor import floor_of, world_floor
 from metrics.world_grades import is_world
 from metrics.world_report import draw_floors, lines_of_the_world, plot_grades
@@ -14,30 +14,53 @@ from runs.folder import Run
 
 PROMPTS = ("Once upon a time", "One day, Lily", "Tim was")
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds", "flops": "training FLOPs"}
-SCORES = {"loss": "validation_loss", "bits per byte": "bits_per_byte"}
 
 
 def plot_losses(*names: str, by: str = "step", axes=None):
-    """Training loss (thin) and validation loss (thick) of runs, in nats per token, by step, tokens, seconds or flops.
+    """Plot training loss (thin) and validation loss (thick) of runs, in nats per token.
 
-    On storyworld a dashed line is its exact entropy, which no model can pass for long.
-    Returns the matplotlib axes. The legend names the data, and the title says so where they differ, as losses do not compare
-    then; runs of other tokenizers are better compared in bits per byte.
+    Losses only compare between runs with the same data and tokenizer; the title warns of different data. On storyworld a dashed
+    line shows the exact entropy, the lowest loss that a model can reach.
+
+    Parameters
+    ----------
+    *names : str
+        Runs in trained_models/.
+    by : {"step", "tokens", "seconds", "flops"}, default "step"
+        The x axis.
+    axes : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        For an unknown `by`.
+    FileNotFoundError
+        For a run that does not exist.
+
+    Examples
+    --------
+    >>> axes = plot_losses("my_run", "another", by="tokens")  # doctest: +SKIP
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    check_axis(by)
+    if by not in AXES:
+        raise ValueError(f"by={by!r}: it must be one of {', '.join(AXES)}")
     axes = axes or plt.subplots(figsize=(8, 4), layout="constrained")[1]
-    scored_on = set()
+    validation_sets = set()
     for number, name in enumerate(names):
         saved, log = Run(name).load("model.pth", {"data", "validation_fingerprint"}), log_with_flops(name)
-        scored_on.add(saved["validation_fingerprint"])
-        measured = log.dropna(subset="validation_loss")
+        validation_sets.add(saved["validation_fingerprint"])
+        scored = log.dropna(subset="validation_loss")
         axes.plot(log[by], log["train_loss"], color=f"C{number}", linewidth=0.6, alpha=0.6)
-        axes.plot(measured[by], measured["validation_loss"], color=f"C{number}", marker=".", label=f"{name} on {saved['data']}")
+        axes.plot(scored[by], scored["validation_loss"], color=f"C{number}", marker=".", label=f"{name} on {saved['data']}")
     draw_floors(axes, map(world_floor, names))
-    warning = ". Different data: do not compare!" if len(scored_on) > 1 else ""
+    warning = ". Different data: do not compare!" if len(validation_sets) > 1 else ""
     axes.set(xlabel=AXES[by], ylabel="loss (nats per token)", title=f"training (thin) and validation (thick){warning}")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
@@ -45,47 +68,30 @@ def plot_losses(*names: str, by: str = "step", axes=None):
     return axes
 
 
-def check_axis(by: str):
-    if by not in AXES:
-        raise ValueError(f"by={by!r}: it must be one of {', '.join(AXES)}")
-
-
 def log_with_flops(name: str):
-    """log_data.csv as a pandas DataFrame. Where a run is older than the column flops, it is worked out from its tokens."""
+    """Read log_data.csv as a pandas DataFrame; for old runs compute the column flops from their tokens."""
     log = Run(name).log()
     if "flops" not in log or log["flops"].isna().any():
         log["flops"] = log["tokens"] * cost_of(name).training_flops
     return log
 
 
-def at_equal(*names: str, by: str = "flops", budget: float | None = None):
-    """A pandas DataFrame with a row for each run: its validation scores when it had spent as much as the others.
-
-    The budget is in steps, tokens, seconds or flops; by default it is what the shortest run has spent. A score between two
-    evaluations is on the line between them, and NaN where a run has none on both sides. Runs on different data do not compare.
-    """
-    import numpy as np
-    import pandas as pd
-
-    check_axis(by)
-    logs = {name: log_with_flops(name).dropna(subset="validation_loss") for name in names}
-    for name, log in logs.items():
-        if log.empty:
-            raise ValueError(f"the run {name!r} was stopped before it was evaluated: go on with it by resume, and compare then")
-    budget = min(log[by].max() for log in logs.values()) if budget is None else budget
-    rows = {}
-    for name, log in logs.items():
-        rows[name] = {
-            "data": Run(name).load("model.pth", {"data"})["data"],
-            "parameters": cost_of(name).parameters,
-            AXES[by]: budget,
-            **{label: np.interp(budget, log[by], log[score], left=np.nan, right=np.nan) for label, score in SCORES.items()},
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
 class LivePlot:
-    """The losses of a run while it trains, for a notebook: `plot.add(record)` after every step draws now and then."""
+    """Plot the losses of a run in a notebook while it trains.
+
+    Parameters
+    ----------
+    name : str
+        The run.
+    seconds_between : float, default 2.0
+        Minimum time between two updates of the plot; every evaluation updates it, too.
+
+    Examples
+    --------
+    >>> plot = LivePlot("my_run")  # doctest: +SKIP
+    >>> for record in train(model_config, train_config, "my_run"):  # doctest: +SKIP
+    ...     plot.add(record)
+    """
 
     def __init__(self, name: str, seconds_between: float = 2.0):
         import matplotlib.pyplot as plt
@@ -93,10 +99,11 @@ class LivePlot:
 
         self.name, self.seconds_between, self.drawn_at, self.records = name, seconds_between, 0.0, []
         self.figure, self.axes = plt.subplots(figsize=(8, 4), layout="constrained")
-        plt.close(self.figure)  # or the notebook would show it a second time
+        plt.close(self.figure)  # otherwise the notebook shows it a second time
         self.display = display(self.figure, display_id=True)
 
     def add(self, record):
+        """Add the Record of a step."""
         if not self.records:
             self.data, self.floor = Run(self.name).load("model.pth", {"data"})["data"], world_floor(self.name)
         self.records.append(record)
@@ -105,15 +112,15 @@ class LivePlot:
             self.draw()
 
     def draw(self):
-        measured = [record for record in self.records if record.validation_loss is not None]
+        scored = [record for record in self.records if record.validation_loss is not None]
         self.axes.clear()
         self.axes.plot([r.step for r in self.records], [r.train_loss for r in self.records], linewidth=0.6, label="training")
-        self.axes.plot([r.step for r in measured], [r.validation_loss for r in measured], marker=".", label="validation")
+        self.axes.plot([r.step for r in scored], [r.validation_loss for r in scored], marker=".", label="validation")
         draw_floors(self.axes, [self.floor])
         last = self.records[-1]
         self.axes.set(xlabel="steps", ylabel="loss (nats per token)")
-        pace = f"{last.tokens_per_second:,.0f} tokens/s"
-        self.axes.set_title(f"{self.data}: {last.seconds:.0f} s, {pace}, learning rate {last.learning_rate:.2g}")
+        speed = f"{last.tokens_per_second:,.0f} tokens/s"
+        self.axes.set_title(f"{self.data}: {last.seconds:.0f} s, {speed}, learning rate {last.learning_rate:.2g}")
         self.axes.grid(alpha=0.3)
         self.axes.legend()
         self.display.update(self.figure)
@@ -122,24 +129,44 @@ class LivePlot:
 def table(
     *names: str, top_k: tuple[int, ...] = (1, 5, 10), num_stories: int | None = None, data_if_missing: str | None = None
 ):
-    """A pandas DataFrame with a row for each run: data, parameters, FLOPs, minutes, bits per byte and top-k accuracy.
+    """Tabulate size, cost and validation scores of runs.
 
-    Where runs were trained on storyworld, also the excess of their bits per byte over the exact entropy of these stories.
+    Parameters
+    ----------
+    *names : str
+        Runs in trained_models/.
+    top_k : tuple of int, default (1, 5, 10)
+        Also report how often the true next token is among the k most likely.
+    num_stories : int, optional
+        Score only this many validation stories of each run's data; all by default.
+    data_if_missing : str, optional
+        Data to score a run on if its own are not available; this is printed, and marked in the column data.
 
-    Every model is scored on the whole validation set of the data it was trained on, or on its first num_stories. Top-k
-    accuracy is the share of tokens that were among the k most likely, given the true text before them. Where a run's data
-    are not here it is scored on data_if_missing, which is printed and stands in its row; without that OSError is raised.
+    Returns
+    -------
+    pandas.DataFrame
+        A row per run: data, parameters, FLOPs, minutes, loss, bits per byte, top-k accuracy; for storyworld also the exact
+        entropy of the stories and the excess over it, in bits per byte.
+
+    Raises
+    ------
+    OSError
+        If a run does not exist, or its data are not available and data_if_missing is None.
+
+    Examples
+    --------
+    >>> table("my_run", "another", num_stories=100)[["parameters", "bits per byte"]]  # doctest: +SKIP
     """
     import pandas as pd
 
-    rows, found = {}, {}
+    rows, validation = {}, {}
     for name in names:
         model, tokenizer = load_model(name)
         log = log_with_flops(name)
-        wanted = Run(name).train_config.data
-        if wanted not in found:
-            found[wanted] = validation_stories(wanted, data_if_missing)
-        data, stories = found[wanted]
+        source = Run(name).train_config.data
+        if source not in validation:
+            validation[source] = validation_stories(source, data_if_missing)
+        data, stories = validation[source]
         score = evaluate(model, tokenizer, stories[:num_stories], top_k=top_k)
         rows[name] = {
             "data": data,
@@ -159,7 +186,31 @@ def table(
 
 
 def samples(*names: str, prompts: tuple[str, ...] = PROMPTS, seed: int = 0):
-    """A pandas DataFrame with a column for each run and a row for each prompt: what the model makes of it."""
+    """Generate a story with each run from each prompt.
+
+    Parameters
+    ----------
+    *names : str
+        Runs in trained_models/.
+    prompts : tuple of str, default PROMPTS
+        Beginnings of stories.
+    seed : int, default 0
+        Seed of the random draws.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A column per run, a row per prompt.
+
+    Raises
+    ------
+    FileNotFoundError
+        For a run that does not exist.
+
+    Examples
+    --------
+    >>> wrapped(samples("my_run", prompts=("Once upon a time",)))  # doctest: +SKIP
+    """
     import pandas as pd
 
     stories = {}
@@ -170,28 +221,47 @@ def samples(*names: str, prompts: tuple[str, ...] = PROMPTS, seed: int = 0):
 
 
 def wrapped(frame):
-    """A DataFrame of texts for a notebook: whole, wrapped, from the left and from the top."""
+    """Style a DataFrame of texts for a notebook: unabridged, wrapped, aligned to the top left."""
     text = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap", "max-width": "40em"}
     headings = [{"selector": "th", "props": list((text | {"max-width": "10em"}).items())}]
     return frame.style.set_properties(**text).set_table_styles(headings).set_uuid("wrapped")
 
 
 def write_report(name: str) -> list[str]:
-    """Write README.md, loss.png and the losses by story into a run's folder, and return the three stories that the README shows.
+    """Write README.md, loss.png and the losses by story into the folder of a run.
 
-    Raises ValueError for a run that was stopped before its validation stories were scored for the first time.
+    Parameters
+    ----------
+    name : str
+        The run.
+
+    Returns
+    -------
+    list of str
+        The three sample stories in the README.
+
+    Raises
+    ------
+    ValueError
+        If the run was stopped before its first evaluation.
+    FileNotFoundError
+        If the run does not exist.
+
+    Examples
+    --------
+    >>> print(write_report("my_run")[0])  # doctest: +SKIP
     """
     import matplotlib.pyplot as plt
 
     run = Run(name)
     if run.log()["validation_loss"].isna().all():
         raise ValueError(f"the run {name!r} was stopped before it was evaluated: go on with it by resume, and report then")
-    keep_losses(name)
+    save_losses(name)
     model, tokenizer = load_model(name)
-    stories = generate(model, tokenizer, [""] * 3)  # from their first word, as whatever data it was begins
+    stories = generate(model, tokenizer, [""] * 3)  # an empty prompt suits any data
     axes = plot_losses(name)
     run.save_figure("loss.png", axes.figure)
-    plt.close(axes.figure)  # or a notebook would show it
+    plt.close(axes.figure)  # otherwise a notebook shows it
     log, config = run.log(), run.train_config
     last, best = log.iloc[-1], log.loc[log["validation_loss"].idxmin()]
     saved = run.load("model.pth", {"data", "validation_stories", "continued_from"})
@@ -209,15 +279,15 @@ def write_report(name: str) -> list[str]:
     if config.grade_stories:
         run.save_figure("grades.png", plot_grades(name))
         pictures += "\n\n![samples that the world accepts, by loss](grades.png)"
-    told = "\n\n".join("> " + story.replace("\n", "\n>\n> ") for story in stories)
-    again = command(run.model_config, config, continued_from=saved["continued_from"])
-    filled = {"name": name, "numbers": "\n".join(numbers), "pictures": pictures, "stories": told, "command": again}
-    run.save_text("README.md", README.format(**filled))
+    quoted = "\n\n".join("> " + story.replace("\n", "\n>\n> ") for story in stories)
+    values = {"name": name, "numbers": "\n".join(numbers), "pictures": pictures, "stories": quoted}
+    values["command"] = command(run.model_config, config, continued_from=saved["continued_from"])
+    run.save_text("README.md", README.format(**values))
     return stories
 
 
 def dead_experts(name: str) -> str | None:
-    """One line on the experts of a run that were not used any more in the end; None where there are none."""
+    """One line on experts that received no tokens at the end of a run; None if there are none."""
     import pandas as pd
 
     if not (Run(name).folder / "blocks.csv").exists():
@@ -226,8 +296,8 @@ def dead_experts(name: str) -> str | None:
     last = reports[(reports["step"] == reports["step"].max()) & (reports["name"] == "dead_experts") & (reports["value"] > 0)]
     if last.empty:
         return None
-    places = ", ".join(f"{int(number)} in {place}" for place, number in zip(last["block"], last["value"], strict=True))
-    return f"dead experts, which no token chose since the evaluation before: {places}. A higher balance_loss or bias_rate helps"
+    counts = ", ".join(f"{int(number)} in {path}" for path, number in zip(last["block"], last["value"], strict=True))
+    return f"dead experts, which no token chose since the evaluation before: {counts}. A higher balance_loss or bias_rate helps"
 
 
 README = """# {name}

@@ -1,6 +1,6 @@
-"""The same config with several seeds, as one group of runs: NAME-seed0, NAME-seed1, …
+"""Train one config with several seeds, as a group of runs: NAME-seed0, NAME-seed1, ...
 
-Side by side, with a thread and a process each, where the machine's cores get more done that way; else one after the other.
+The runs train side by side, one thread and one process each, if that is faster on this machine; otherwise one after the other.
 """
 
 import os
@@ -22,54 +22,54 @@ from modules.registry import build_model
 from runs.command_line import Arguments, command
 from runs.folder import Run
 from tokenizer import load_tokenizer
-from training import autotune as probe
+from training import autotune
 from training.machine import choose_device
 from training.report import write_report
 
 
 def member_names(arguments: Arguments) -> list[str]:
-    first = arguments.train.seed
-    return [f"{arguments.name}-seed{seed}" for seed in range(first, first + arguments.seeds)]
+    seed = arguments.train.seed
+    return [f"{arguments.name}-seed{number}" for number in range(seed, seed + arguments.seeds)]
 
 
 def members(arguments: Arguments) -> list[Arguments]:
-    """What to train: a run for each seed that is not finished. Those that were begun keep the number of their threads.
+    """The arguments of every run that is not finished. A resumed group keeps the data and the number of threads it started with.
 
-    Raises ValueError where a run of the group is there and is not to be resumed, or has other configs.
+    Raises ValueError if runs of the group exist without --resume, or have other configs.
     """
     config = arguments.train
     if Run(arguments.name).folder.exists():
         raise ValueError(f"a single run is called {arguments.name!r}, so no group of seeds can be: take another --name")
-    begun = [Run(name) for name in member_names(arguments) if Run(name).folder.exists()]
-    if begun and not arguments.resume:
-        raise ValueError(f"the run {begun[0].name!r} exists. Take another --name, or go on with the group by --resume")
-    if arguments.resume and not begun:
+    existing = [Run(name) for name in member_names(arguments) if Run(name).folder.exists()]
+    if existing and not arguments.resume:
+        raise ValueError(f"the run {existing[0].name!r} exists. Take another --name, or go on with the group by --resume")
+    if arguments.resume and not existing:
         raise ValueError(f"no run of the group {arguments.name!r} has been begun: leave --resume out")
-    if begun and config.threads == "auto":
-        config = replace(config, threads=begun[0].train_config.threads)
-    if begun and config.data == "auto":
-        config = replace(config, data=begun[0].train_config.data)
-    chosen = []
+    if existing and config.threads == "auto":
+        config = replace(config, threads=existing[0].train_config.threads)
+    if existing and config.data == "auto":
+        config = replace(config, data=existing[0].train_config.data)
+    unfinished = []
     for number, name in enumerate(member_names(arguments)):
         seeded = replace(config, seed=config.seed + number, data_seed=config.seed if arguments.same_data else config.data_seed)
         run = Run(name)
-        if run in begun and (run.model_config, run.train_config) != (arguments.model, seeded):
+        if run in existing and (run.model_config, run.train_config) != (arguments.model, seeded):
             raise ValueError(f"the run {name!r} has other configs: resume the group with the options that it was begun with")
-        if run in begun and not is_over(run) and not run.was_stopped():
+        if run in existing and not is_over(run) and not run.was_stopped():
             write_report(name)  # it was killed between its last step and its report
-        if not (run in begun and is_over(run)):
-            chosen.append(replace(arguments, name=name, train=seeded, resume=run in begun, seeds=1, group=arguments.name))
-    return chosen
+        if not (run in existing and is_over(run)):
+            unfinished.append(replace(arguments, name=name, train=seeded, resume=run in existing, seeds=1, group=arguments.name))
+    return unfinished
 
 
 def is_over(run: Run) -> bool:
-    """Trained to its end, and reported; or diverged, which it would do again."""
+    """Whether the run is finished and reported, or diverged, which it would do again."""
     return (run.folder / "story_losses.json").exists() or run.diverged is not None
 
 
 def side_by_side(arguments: Arguments, count: int) -> bool:
-    """Whether so many runs are sooner done with a thread each, by the speed with one and with all threads. Says so."""
-    config, cores = arguments.train, probe.most_threads()
+    """Measure whether `count` runs finish sooner with one thread each than in turn with all threads; print the result."""
+    config, cores = arguments.train, autotune.most_threads()
     device = choose_device(config.device)
     if device.type != "cpu" or cores == 1 or count == 1 or config.threads not in ("auto", 1):
         return False
@@ -77,21 +77,21 @@ def side_by_side(arguments: Arguments, count: int) -> bool:
         say(f"{count} seeds with one thread each: {min(cores, count)} side by side")
         return True
     model = build_model(arguments.model, load_tokenizer(config.tokenizer).vocab_size)
-    with probe.undisturbed():
-        way = probe.first_guess(config, probe.micro_batch_sizes(model, config, device), device)
-        ways = [replace(way, threads=threads) for threads in (1, cores)]
-        one, all_of_them = (probe.seconds_per_token(model, config, chosen, device) for chosen in ways)
+    with autotune.preserve_random_state_and_threads():
+        guess = autotune.first_guess(config, autotune.micro_batch_sizes(model, config, device), device)
+        plans = [replace(guess, threads=threads) for threads in (1, cores)]
+        one, every = (autotune.seconds_per_token(model, config, plan, device) for plan in plans)
     rounds = -(-count // cores)
-    faster = rounds * one < count * all_of_them
-    say(f"{1 / one:,.0f} tokens/s with one thread, {1 / all_of_them:,.0f} with {cores}: {count} seeds are sooner done "
+    faster = rounds * one < count * every
+    say(f"{1 / one:,.0f} tokens/s with one thread, {1 / every:,.0f} with {cores}: {count} seeds are sooner done "
         + (f"side by side, one thread each, {min(cores, count)} at a time" if faster else "one after the other"))  # fmt: skip
     return faster
 
 
 def train_group(arguments: Arguments, train_one: Callable[[Arguments], bool], python: str):
-    """Train every seed, those that were finished before left out. train_one trains a run and tells whether it reached its end.
+    """Train every seed that is not finished. train_one trains one run and returns False if it was stopped before its end.
 
-    A seed that fails is told, and the others go on; ChildProcessError is raised in the end, with their names.
+    If a seed fails, the others still train; then ChildProcessError is raised with the names and reasons.
     """
     todo = members(arguments)
     again = f"the same command with --resume, or {python} train.py --name {arguments.name} --seeds {arguments.seeds} --resume"
@@ -100,8 +100,8 @@ def train_group(arguments: Arguments, train_one: Callable[[Arguments], bool], py
         say(f"{finished} of {arguments.seeds} seeds are finished")
     failed, stopped = train_members(arguments, todo, train_one)
     if stopped:
-        begun = any(Run(name).folder.exists() for name in member_names(arguments))
-        print(f"stopped; what was begun is saved. To go on: {again}" if begun else "stopped before anything was begun")
+        any_saved = any(Run(name).folder.exists() for name in member_names(arguments))
+        print(f"stopped; what was begun is saved. To go on: {again}" if any_saved else "stopped before anything was begun")
         return
     if failed:
         lines = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
@@ -114,14 +114,14 @@ Compare with others:  {python} -m evaluation compare {arguments.name} ANOTHER"""
 def train_members(
     arguments: Arguments, todo: list[Arguments], train_one: Callable[[Arguments], bool]
 ) -> tuple[dict[str, str], bool]:
-    """Train these runs of a group the faster way: why some failed, by their names; and whether Ctrl-C came."""
+    """Train runs of a group the faster way; return the reasons of failures by name, and whether Ctrl-C was pressed."""
     if side_by_side(arguments, len(todo)) if not arguments.resume else todo and todo[0].train.threads == 1:
-        return run_side_by_side([replace(one, train=replace(one.train, threads=1)) for one in todo])
+        return run_side_by_side([replace(member, train=replace(member.train, threads=1)) for member in todo])
     return run_in_turn(todo, train_one)
 
 
 def run_in_turn(todo: list[Arguments], train_one: Callable[[Arguments], bool]) -> tuple[dict[str, str], bool]:
-    """One after the other, with all threads: why some failed, by their names; and whether Ctrl-C came."""
+    """Train runs one after the other with all threads; return the reasons of failures by name, and whether Ctrl-C was pressed."""
     failed = {}
     for arguments in todo:
         print(f"\n{arguments.name}:")
@@ -134,8 +134,8 @@ def run_in_turn(todo: list[Arguments], train_one: Callable[[Arguments], bool]) -
     return failed, False
 
 
-def words_of(arguments: Arguments) -> list[str]:
-    """The command line that trains one run of a group."""
+def child_command(arguments: Arguments) -> list[str]:
+    """Command line that trains one run of a group."""
     if arguments.resume:
         line = f"python train.py --name {arguments.name} --resume"
     else:
@@ -144,8 +144,8 @@ def words_of(arguments: Arguments) -> list[str]:
 
 
 @contextmanager
-def presses_of_ctrl_c():
-    """Gives a list that grows by one with each Ctrl-C, which interrupts nothing: no process is forgotten while it is begun."""
+def record_ctrl_c():
+    """Yield a list that grows with each Ctrl-C instead of an interrupt, so that no process is lost while it starts."""
     presses = []
     previous = signal.signal(signal.SIGINT, lambda *_: presses.append(True))
     try:
@@ -155,27 +155,26 @@ def presses_of_ctrl_c():
 
 
 def run_side_by_side(todo: list[Arguments], at_a_time: int | None = None) -> tuple[dict[str, str], bool]:
-    """A process each, as many at a time as there are cores by default; as `run_in_turn`.
+    """Train each run in its own process, by default as many at a time as there are cores; return as run_in_turn does.
 
-    Ctrl-C lets each finish its step and save. In a terminal each has a line that shows how far it is; a file gets a line for each
-    that ends.
+    Ctrl-C lets each run finish its step and save. A terminal shows a progress line per run; a file gets one line when a run ends.
     """
-    at_a_time = at_a_time or probe.most_threads()
-    waiting, running, failed, heard = list(enumerate(todo)), {}, {}, 0
-    with presses_of_ctrl_c() as presses, tqdm(total=0, position=len(todo), bar_format="{desc}", disable=None) as line:
+    at_a_time = at_a_time or autotune.most_threads()
+    waiting, running, failed, handled = list(enumerate(todo)), {}, {}, 0
+    with record_ctrl_c() as presses, tqdm(total=0, position=len(todo), bar_format="{desc}", disable=None) as line:
         while (waiting and not presses) or running:
             while waiting and not presses and len(running) < at_a_time:
                 number, arguments = waiting.pop(0)
                 running[arguments.name] = Child(arguments, number)
-            if (pressed := len(presses)) > heard:  # another may come meanwhile
+            if (pressed := len(presses)) > handled:  # read once: another press may come in between
                 for child in running.values():
-                    child.stop(at_once=heard > 0)
-                heard = pressed
+                    child.stop(at_once=handled > 0)
+                handled = pressed
             for name, child in list(running.items()):
                 if child.is_over():
                     del running[name]
                     if child.process.returncode:
-                        failed[name] = child.last.removeprefix("error: ")
+                        failed[name] = child.last_line.removeprefix("error: ")
                     if line.disable:
                         say(f"{name}: {failed.get(name, 'ended')}")
             line.set_description_str(f"{len(running)} running, {len(waiting)} waiting, {len(failed)} failed")
@@ -184,24 +183,24 @@ def run_side_by_side(todo: list[Arguments], at_a_time: int | None = None) -> tup
 
 
 class Child:
-    """A training in a process of its own, with a line of the terminal that shows what it said last."""
+    """A training process, with a line of the terminal that shows its last output."""
 
     def __init__(self, arguments: Arguments, position: int):
-        # In a session of its own, so that Ctrl-C comes to it once, by us, and not by the terminal, too.
+        # In a new session, so that it gets Ctrl-C from us alone, and not from the terminal as well.
         self.process = subprocess.Popen(
-            words_of(arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
-            start_new_session=True, env={**os.environ, "TQDM_MININTERVAL": "0.5"},
+            child_command(arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+            errors="replace", start_new_session=True, env={**os.environ, "TQDM_MININTERVAL": "0.5"},
         )  # fmt: skip
-        self.name, self.last = arguments.name, "begins"
+        self.name, self.last_line = arguments.name, "begins"
         self.line = tqdm(total=0, position=position, bar_format="{desc}", disable=None)
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
     def read(self):
-        for text in self.process.stdout:  # a progress bar ends its lines with \r, which counts as an end here
+        for text in self.process.stdout:  # the \r of a progress bar ends a line, too
             if text.strip():
-                self.last = text.strip()
-                self.line.set_description_str(f"{self.name}: {self.last[:100]}")
+                self.last_line = text.strip()
+                self.line.set_description_str(f"{self.name}: {self.last_line[:100]}")
 
     def is_over(self) -> bool:
         if self.process.poll() is None:
@@ -211,8 +210,7 @@ class Child:
         return True
 
     def stop(self, at_once: bool):
-        """Windows gives Ctrl-C to all processes of a terminal by itself."""
         if at_once:
             self.process.kill()
-        elif sys.platform != "win32":
+        elif sys.platform != "win32":  # Windows sends Ctrl-C to all processes of a terminal
             self.process.send_signal(signal.SIGINT)

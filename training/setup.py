@@ -1,4 +1,4 @@
-"""Before the first step of a training: model, data, optimizers and run folder, new or resumed; and Ctrl-C."""
+"""Set up a training run: model, data, optimizers, run folder; Ctrl-C."""
 
 import shutil
 import signal
@@ -28,14 +28,14 @@ from training.optim import average_of_weights, build_optimizers
 def prepare(
     model_config: ModelConfig, train_config: TrainConfig, name: str, resume: bool, continue_from: str | None, group: str | None
 ) -> Training:
-    """Everything a training needs before its first step, with its run folder: a new one, or the one to resume.
+    """Build everything for the first step, and create the run folder or restore it to resume.
 
-    Raises ValueError or OSError with the cure for what is wrong, MemoryError if the model does not fit.
+    Raises ValueError or OSError with the cure, MemoryError if the model does not fit.
     """
     run = Run(name)
     if not resume:
         run.check_is_new()
-    elif train_config.data == "auto":  # the run folder records what it resolved to
+    elif train_config.data == "auto":  # the run folder records what "auto" resolved to
         train_config = replace(train_config, data=run.train_config.data)
     if resume and (model_config, train_config) != (run.model_config, run.train_config):
         raise ValueError(f"the run {name!r} can only be resumed with the configs in its folder. To change them: continue_from")
@@ -75,7 +75,7 @@ def prepare(
     run.create(model_config, train_config, group)
     try:
         training.save()
-    except BaseException:  # a full disk or Ctrl-C: a folder without a checkpoint could be neither resumed nor made again
+    except BaseException:  # a full disk or Ctrl-C: a folder without a checkpoint would block both resuming and restarting
         shutil.rmtree(run.folder)
         raise
     return training
@@ -94,14 +94,14 @@ def build_within_memory(config: ModelConfig, vocab_size: int, device: torch.devi
 
 @contextmanager
 def ctrl_c_finishes_the_step():
-    """An event that the first Ctrl-C sets; a second one interrupts at once."""
+    """Yield an event that the first Ctrl-C sets; the second one interrupts immediately."""
     stop_requested = threading.Event()
 
     def request_stop(signal_number, frame):
         stop_requested.set()
         signal.signal(signal.SIGINT, previous)
 
-    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield stop_requested
         return
     previous = signal.signal(signal.SIGINT, request_stop)
