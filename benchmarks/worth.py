@@ -36,7 +36,7 @@ from time_to_loss import settings_of, with_train
 from train_speed import Variant, list_variants, take_turn, warm_up
 
 from config import TrainConfig
-from evaluation.comparison import Candidate, Comparison, compare, told_p
+from evaluation.comparison import Candidate, Comparison, compare, format_p
 from evaluation.statistics import Difference, over_seeds, over_stories
 from inference import load_model
 from metrics.measures import loss_by_position, token_scores
@@ -300,7 +300,7 @@ def differences(first: Candidate, other: Candidate, result: Comparison) -> list[
     by_seed = with_margin(over, "+.4f") if row["over"].startswith("seeds") else f"{over.mean:+.4f}"
     nats = [np.mean([member.losses["nats"] for member in candidate.members], axis=0) for candidate in (first, other)]
     by_story = over_stories(*nats, first.members[0].losses["bytes"])
-    return [by_seed, told_p(row["p (Holm)"]), with_margin(by_story, "+.4f")]
+    return [by_seed, format_p(row["p (Holm)"]), with_margin(by_story, "+.4f")]
 
 
 def from_nothing(values: np.ndarray) -> Difference:

@@ -1,8 +1,8 @@
-"""Two architectures side by side: what differs in their configs, their modules, weights and costs.
+"""Compare two architectures: their configs, modules, weights and costs.
 
     python -m evaluation diff 1m gemma2_like                     # as text; presets and runs, by name
-    python -m evaluation diff 1m gemma2_like --html diff.html    # as one page
-    diff("1m", ModelConfig(num_layers=4))             # in a notebook; configs, too
+    python -m evaluation diff 1m gemma2_like --html diff.html    # as a page
+    diff("1m", ModelConfig(num_layers=4))                        # in a notebook; also configs
 """
 
 import argparse
@@ -15,9 +15,29 @@ from metrics.cost import config_of, cost_of
 
 
 def diff(left: str | ModelConfig, right: str | ModelConfig, T: int | None = None) -> DiffView:
-    """What differs between two presets, runs or configs, which read T tokens, by default as many as each can.
+    """Compare two architectures part by part.
 
-    Raises as cost.config_of does.
+    Parameters
+    ----------
+    left, right : str or ModelConfig
+        A preset, a run in trained_models/, or a config.
+    T : int, optional
+        Tokens that the models read, for FLOPs and cache; by default the context of each.
+
+    Returns
+    -------
+    DiffView
+        Differences of config, parts and totals; `print` shows them as text, a notebook as tables.
+
+    Raises
+    ------
+    ValueError
+        For a name that is neither a preset nor a run, or a model that cannot be built.
+
+    Examples
+    --------
+    >>> diff("1m", "2m").config_rows[0]
+    ('dim', '128', '192')
     """
     titles = [spec if isinstance(spec, str) else "a config" for spec in (left, right)]
     if titles[0] == titles[1]:
@@ -27,10 +47,10 @@ def diff(left: str | ModelConfig, right: str | ModelConfig, T: int | None = None
 
 
 def main(words: list[str]):
-    parser = argparse.ArgumentParser(prog="python -m evaluation diff", description="Two architectures side by side.")
+    parser = argparse.ArgumentParser(prog="python -m evaluation diff", description="Compare two architectures part by part.")
     parser.add_argument("left", metavar="PRESET_OR_RUN")
     parser.add_argument("right", metavar="PRESET_OR_RUN")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page there instead of printing")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page there instead of printing")
     arguments = parser.parse_args(words)
     compared = diff(arguments.left, arguments.right)
     if arguments.html is None:

@@ -210,22 +210,22 @@ class TestCompare:
         result = compare("a", "b", "infinite")
         said = "\n".join(result.notes)
         assert "b-seed1 diverged and is left out: the loss is no longer finite at step 7" in said
-        assert "b-seed2 has the seed of b-again and is left out" in said
+        assert "b-seed2 has the same seed as b-again and is left out" in said
         assert "infinite diverged and is left out: not all of its losses are finite" in said
         assert result.differences["seeds"].tolist() == ["2 and 3"] and len(result.verdicts) == 1
 
     def test_files_that_one_side_lacks_are_changed_but_not_its_plugins(self, make_run):
         make_run("a", code={"model.py": "1", "old.py": "1"})
         make_run("b", code={"model.py": "1", "new.py": "1", "experiments.mine.blocks": "1"})
-        notes = [note for note in compare("a", "b").notes if "other code" in note]
-        assert notes == ["a and b were trained with other code: new.py, old.py"]
+        notes = [note for note in compare("a", "b").notes if "different code" in note]
+        assert notes == ["a and b were trained with different code: new.py, old.py"]
 
     @pytest.mark.parametrize("facts, said, compared", [
-        ({"validation": "others"}, "a and b are not compared: they were scored on other validation stories", False),
-        ({"data_fingerprint": "other"}, "a and b were trained on other data, though both call them", True),
+        ({"validation": "others"}, "a and b are not compared: scored on different validation stories", False),
+        ({"data_fingerprint": "other"}, "a and b were trained on different data, though both call them", True),
         ({"data_fingerprint": None}, "whether they were trained on the same data is not known", True),
-        ({"tokenizer": "other"}, "a and b have other tokenizers", True),
-        ({"code": {"model.py": "other"}}, "a and b were trained with other code: ", True),
+        ({"tokenizer": "other"}, "a and b have different tokenizers", True),
+        ({"code": {"model.py": "other"}}, "a and b were trained with different code: ", True),
         ({"code": None}, "whether the same code trained them is not known", True),
     ])  # fmt: skip
     def test_what_is_not_equal_is_never_compared_in_silence(self, make_run, facts, said, compared):
@@ -248,7 +248,7 @@ class TestCompare:
         make_run("a"), make_run("b", parameters=10**6, seed=1), make_run("c", seed=2)
         change("c", "train_config.json", max_minutes=7.0)
         size, budget = compare("a", "b", "c").notes
-        assert "not all are of one size: " in size and "1,000,000 parameters (b)" in size
+        assert "different sizes: " in size and "1,000,000 parameters (b)" in size
         assert "20 steps (a, b), 20 steps or 7 minutes (c)" in budget
 
     def test_the_same_config_twice(self, make_run):

@@ -175,7 +175,8 @@ class TestPage:
             change(name, "train_config.json", data="moved/<tiny>")
         text = as_page(compare("base", "idea"), num_stories=5, prompts=("Tom",))
         words = Page(text).words
-        assert "where the loss of base is was not measured, as its data are not here" in words and "By position idea" not in words
+        said = "the loss of base by position and kind of word was not measured, as its data are not here"
+        assert said in words and "By position idea" not in words
         assert "Where the loss is" in words  # that of the other
         assert "not measured" not in Page(as_page(compare("base", "idea"), num_stories=5, data_if_missing=corpus)).words
 
@@ -183,7 +184,7 @@ class TestPage:
         list(train(MODEL, make_config(max_steps=5, eval_every=2, tokenizer="bpe_tokenizer_95"), "letters"))
         save_losses("letters")
         words = Page(as_page(compare("base", "letters"), num_stories=5, prompts=("Tom",))).words
-        assert "which do not compare between tokenizers" in words and "have other tokenizers" in words
+        assert "which do not compare between tokenizers" in words and "have different tokenizers" in words
 
     def test_nothing_to_compare(self, make_run, without_plots):
         make_run("a"), make_run("b", np.inf)

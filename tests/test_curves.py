@@ -78,7 +78,7 @@ class TestCurve:
 
     def test_bad_input(self, seeds):
         seeds("group-seed0", [10, 20], [2.0, 1.0]), seeds("group-seed1", [30, 40], [2.0, 1.0])
-        with pytest.raises(ValueError, match="no stretch of steps in common"):
+        with pytest.raises(ValueError, match="no range of steps in common"):
             curve("group")
         with pytest.raises(ValueError, match="by='hours': it must be one of"):
             curve("group", "hours")

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from config import PRE_NORM, SANDWICH_NORM, ModelConfig
-from evaluation.alignment import aligned, layers_of
+from evaluation.alignment import align, layers_of
 from evaluation.diff import diff, main
 from evaluation.diff_view import as_page, weight_shapes
 from metrics.cost import cost_of
@@ -120,7 +120,7 @@ class TestWhatDiffers:
 
 def test_alignment_keeps_all_in_order():
     left, right = list("abXcdY"), list("abcZdyW")
-    pairs = list(aligned(left, right, key=str, related=lambda one, other: one.lower() == other.lower()))
+    pairs = list(align(left, right, key=str, related=lambda one, other: one.lower() == other.lower()))
     assert [one for one, _ in pairs if one] == left and [other for _, other in pairs if other] == right
     assert pairs == [("a", "a"), ("b", "b"), ("X", None), ("c", "c"), (None, "Z"), ("d", "d"), ("Y", "y"), (None, "W")]
 
@@ -129,7 +129,7 @@ def test_weights_of_one_shape_are_told_in_one_breath():
     (mlp,) = [part for part in layers_of(cost_of(BASE))[1][1] if part.step == "MLP"]
     assert weight_shapes(mlp) == ["w_gate 32×24", "w_in 32×24", "w_out 24×32"]
     experts = replace(mlp, shapes={f"experts.{number}.weight": (3, 4) for number in range(4)} | {"scale": ()})
-    assert weight_shapes(experts) == ["experts.0–3 3×4", "scale a number"]
+    assert weight_shapes(experts) == ["experts.0–3 3×4", "scale scalar"]
 
 
 class TestPage:
