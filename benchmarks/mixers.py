@@ -33,7 +33,7 @@ from config import ModelConfig
 from metrics.cost import cost_of
 from model import Steps, rope_table
 from modules.contract import layers_to_try
-from modules.registry import block_menu
+from modules.registry import all_blocks
 from training.machine import peak_memory_mb
 
 SHAPE = ModelConfig(dim=128, num_layers=1, num_heads=4, num_kv_heads=2)
@@ -90,7 +90,7 @@ def measure_all(arguments: Arguments) -> list[str]:
 def every_mixer(config: ModelConfig) -> list[str]:
     """Layer strings for every block that asks for a cache, as those do that mix tokens; in company where none is tried alone."""
     layers = []
-    for name, block in block_menu(config).items():
+    for name, block in all_blocks(config).items():
         if "cache" in inspect.signature(block.forward).parameters:
             tried = layers_to_try(name, block)
             alone = any("->" not in layer for layer in tried)

@@ -14,7 +14,7 @@ from evaluation.statistics import BITS, CONFIDENCE
 from metrics.world_floor import world_floor
 from metrics.world_report import draw_entropy
 from runs.folder import Run, group_members
-from training.report import AXES, check_axis, log_with_flops
+from training.report import AXES, log_with_flops
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def curve(name: str, by: str = "step", members: tuple[str, ...] | None = None) -
     """
     from scipy.stats import sem, t
 
-    check_axis(by)
+    if by not in AXES:
+        raise ValueError(f"by={by!r}: it must be one of {', '.join(AXES)}")
     members = converged(name) if members is None else members
     logs = [log_with_flops(member).dropna(subset="bits_per_byte") for member in members]
     for member, log in zip(members, logs, strict=True):

@@ -111,7 +111,7 @@ def import_plugin(plugin: str) -> ModuleType:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, ModuleNotFoundError) and error.name == plugin.split(".")[0]:
             reason += f". Put {error.name}.py, or the folder, beside train.py or where you start it"
-        raise ImportError(f"the plugin {plugin!r} cannot be imported: {reason}{moved_to(error)}") from error
+        raise ImportError(f"the plugin {plugin!r} cannot be imported: {reason}.{moved_to(error)}") from error
 
 
 def find_block(name: str, config: ModelConfig) -> type[nn.Module]:

@@ -18,7 +18,7 @@ MOVED = {  # a module, or one name in it: where it is now
     "machine": "training.machine",
     "measures": "metrics.measures",
     "menu": "modules.registry",
-    "norms": "modules.norms",
+    "norms": "model",
     "optim": "training.optim",
     "originals": "originals.load",
     "packing": "data.packing",
@@ -32,7 +32,7 @@ MOVED = {  # a module, or one name in it: where it is now
     "sources": "data.sources",
     "story_losses": "metrics.story_losses",
     "storyworld": "data.storyworld.world",
-    "visibility": "modules.windows",
+    "visibility": "model",
     "world_grades": "metrics.world_grades",
 }
 

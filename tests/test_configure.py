@@ -7,12 +7,14 @@ import torch
 from errors import one_line_error
 
 import fast
-from config import HYPER_CONNECTIONS, PRE_NORM, U_NET, TrainConfig
+from config import PRE_NORM, TrainConfig
 from conftest import MODEL
 from model import GPT, IGNORE, Layer
 from modules.registry import build_model
 from training.configure import CheckpointedLayer, configure_for_training
 
+U_NET = (f"{PRE_NORM}->SkipOut", f"SkipIn->|->{PRE_NORM}")
+HYPER_CONNECTIONS = "HyperRead->Norm->Attn->HyperWrite->HyperRead->Norm->MLP->HyperWrite"
 VOCAB_SIZE = 50
 LESS = TrainConfig(gradient_checkpointing=True)
 OWN = {name: replace(MODEL, model=name, plugins=("own_models",)) for name in ("Recurrent", "Trigram")}

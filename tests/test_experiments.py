@@ -26,7 +26,7 @@ from inference import generate, load_model
 from metrics.cost import num_parameters
 from metrics.scores import evaluate
 from modules.contract import CONFIG, check_block
-from modules.registry import block_menu, build_model
+from modules.registry import all_blocks, build_model
 from runs import experiments as experiment
 from runs.folder import Run, run_names
 from runs.presets import preset
@@ -229,7 +229,7 @@ class TestNewExperiment:
 
 def test_the_presets_of_an_experiment_are_called_by_its_name():
     model, train_config = preset("example/forgetting")
-    assert model.plugins == ("experiments.example.blocks",) and "ForgettingAttn" in block_menu(model)
+    assert model.plugins == ("experiments.example.blocks",) and "ForgettingAttn" in all_blocks(model)
     one_line_error(lambda: preset("exampel/forgetting"), "no experiment is called 'exampel'", "Did you mean 'example'?")
     one_line_error(lambda: preset("example/forgeting"), "'example/forgeting'", "Did you mean 'example/forgetting'?")
 
@@ -283,7 +283,7 @@ def test_two_plugins_with_one_name_are_told_apart(folders, monkeypatch):
     for plugin in ("idea_a", "idea_b"):
         (folders / f"{plugin}.py").write_text(BLOCK + MENU, encoding="utf-8")
     both = replace(MODEL, plugins=("idea_a", "idea_b"))
-    one_line_error(lambda: block_menu(both), "the plugin 'idea_b' calls a block 'Mine'", "it is that of 'idea_a'")
+    one_line_error(lambda: all_blocks(both), "the plugin 'idea_b' calls a block 'Mine'", "it is that of 'idea_a'")
 
 
 def test_a_run_whose_plugin_is_gone_says_so(make_config, folders, monkeypatch):
