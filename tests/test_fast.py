@@ -16,9 +16,9 @@ import fast
 from config import TrainConfig
 from fast import blocks, ops
 from fast import build as fast_build
+from inference import load_model
 from metrics.scores import evaluate
 from model import IGNORE, Attention, Cache
-from runs.folder import load_model
 from train import train
 from training import autotune
 from training.configure import configure_for_training
