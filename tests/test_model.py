@@ -13,11 +13,11 @@ from errors import one_line_error
 from torch import nn
 
 from config import SANDWICH_NORM, ModelConfig, gated_width
+from metrics.cost import num_parameters
 from model import GPT, IGNORE, MLP, Attention, Branch, Cache, Layer, LayerNorm, RMSNorm, masked_attention
 from modules.norms import CosineNorm
 from modules.registry import all_blocks, build_branch, build_model
 from runs.presets import PRESETS, preset
-from training.report import num_parameters
 
 V = 98
 TINY = ModelConfig(dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=32)
