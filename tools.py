@@ -1,8 +1,7 @@
-"""LoggingModule and show_shapes: watch the tensor shapes go through a model, line by line.
+"""LoggingModule and show_shapes: print the tensor shapes inside a model, line by line.
 
-Blocks are plain nn.Module code that derives from LoggingModule. While `with show_shapes(model):` runs, temporary
-hooks see every call of a submodule, and a LineFollower sees every line of the model's own source files; afterwards
-both are gone, so a model that nobody is looking at pays nothing.
+While `with show_shapes(model):` runs, temporary hooks record every call of a submodule, and a tracer every line of the model's
+own source files. Afterwards both are removed, so that a model costs nothing extra while nobody looks at it.
 """
 
 from contextlib import contextmanager
@@ -19,30 +18,72 @@ from shapes.tree import as_html, as_text
 class LoggingModule(nn.Module):
     """An nn.Module that can show its shapes: `block.show(x)`, or `with show_shapes(model): model(x)`."""
 
-    def show(self, *inputs, values: bool = False, tensors: bool = False, lines: bool = True, html=None, **needs):
-        """Calls the module without gradients, prints every shape on the way and returns the module's output.
+    def show(self, *inputs, values: bool = False, tensors: bool = False, lines: bool = True, html=None, **kwargs):
+        """Call the module without gradients, print all shapes inside, and return its output.
 
-        inputs and needs (rope=..., memory=...) go to forward as they are; the options are those of show_shapes.
+        Parameters
+        ----------
+        *inputs, **kwargs
+            Passed to forward.
+        values, tensors, lines, html
+            As in `show_shapes`.
+
+        Returns
+        -------
+        The output of forward.
+
+        Raises
+        ------
+        ValueError
+            Without an input.
+
+        Examples
+        --------
+        >>> from model import RMSNorm
+        >>> y = RMSNorm(4).show(torch.ones(2, 3, 4), lines=False)  # doctest: +NORMALIZE_WHITESPACE
+                 shapes                 parameters
+        RMSNorm  (2, 3, 4) → (2, 3, 4)           4
         """
         if not inputs or inputs[0] is None:
             raise ValueError(f"{type(self).__name__}.show needs an input tensor, for example .show(torch.randn(2, 5, dim))")
         with torch.no_grad(), show_shapes(self, values=values, tensors=tensors, lines=lines, html=html):
-            return self(*inputs, **needs)
+            return self(*inputs, **kwargs)
 
 
 @contextmanager
 def show_shapes(model: nn.Module, *, values: bool = False, tensors: bool = False, lines: bool = True,
                 html: str | Path | None = None, file: TextIO | None = None):
-    """Prints what happens to the shapes when `model` (or a part of it) is called inside the `with` block.
+    """Print the shapes of all tensors when `model`, or a part of it, is called inside the `with` block.
 
-    values:  also minimum, mean and maximum; layers that differ in them are then not folded into one
-    tensors: also the tensors themselves, up to 64 numbers each
-    lines:   also the tensors made inside the `forward` methods, with the source line that made each
-    html:    write one self-contained page there instead of printing
-    file:    print there instead of to sys.stdout
+    Parameters
+    ----------
+    model : nn.Module
+        What to watch.
+    values : bool, default False
+        Also print minimum, mean and maximum; layers that differ in them are then not merged.
+    tensors : bool, default False
+        Also print the tensors, if they have at most 64 numbers.
+    lines : bool, default True
+        Also show the tensors made inside the `forward` methods, with the source lines that made them.
+    html : str or Path, optional
+        Write one self-contained page there instead of printing.
+    file : text file, optional
+        Print there instead of to sys.stdout.
 
-    `with show_shapes(model) as calls` gives the list of recorded Calls. When forward raises, the trace up to the
-    failing line is shown and the exception goes on. RuntimeError when the model was not called at all.
+    Yields
+    ------
+    list of Call
+        The recorded calls. If forward raises, the calls up to the failing line are shown, and the exception goes on.
+
+    Raises
+    ------
+    RuntimeError
+        If the model was not called.
+
+    Examples
+    --------
+    >>> with show_shapes(nn.Linear(4, 8), lines=False) as calls:  # doctest: +SKIP
+    ...     model(torch.ones(2, 4))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"show_shapes needs a torch.nn.Module, but got {model!r:.80}")

@@ -1,9 +1,8 @@
-"""Follows source code line by line while it runs, and checks its shape comments.
+"""Follow source code line by line while it runs (LineFollower), and check its shape comments (ShapeComments).
 
     q = self.w_q(x).view(B, T, self.num_heads, self.head_dim)  # (B, T, num_heads, head_dim)
 
-A shape comment is written in names that are in scope, so that a test can compare it with the tensor (ShapeComments).
-tools.show_shapes uses the same LineFollower to print what every line of a forward method makes.
+A shape comment is written in names that are in scope, so that a test can compare it with the tensor.
 """
 
 import ast
@@ -27,7 +26,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Statement:
-    """A statement of a source file: its text on one line, what it assigns, and the comment behind it."""
+    """A statement of a source file: its text on one line, the names it assigns, and its trailing comment."""
 
     node: ast.stmt
     line: int
@@ -39,10 +38,10 @@ class Statement:
 
 @functools.lru_cache(maxsize=256)
 def statements(text: str) -> dict[int, Statement]:
-    """The innermost statement on every line of a source text; of a compound statement only its head counts."""
+    """The innermost statement on each line of a source text; a compound statement is its head alone."""
     lines = text.split("\n")
     comments = trailing_comments(text)
-    found = {}
+    by_line = {}
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.stmt):
             continue
@@ -55,23 +54,27 @@ def statements(text: str) -> dict[int, Statement]:
         comment_line = end if end in comments else node.lineno
         comment = comments.get(comment_line, (0, ""))[1]
         statement = Statement(node, node.lineno, source, assigned_names(node), comment, comment_line)
-        found.update(dict.fromkeys(range(node.lineno, end + 1), statement))
-    return found
+        by_line.update(dict.fromkeys(range(node.lineno, end + 1), statement))
+    return by_line
 
 
 def trailing_comments(text: str) -> dict[int, tuple[int, str]]:
-    """{line: (column, comment)} of the comments that stand behind code."""
+    """{line: (column, comment)} of the comments that follow code on their line."""
     lines = text.split("\n")
-    found = {}
+    comments = {}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         row, column = token.start
         if token.type == tokenize.COMMENT and lines[row - 1][:column].strip():
-            found[row] = (column, token.string)
-    return found
+            comments[row] = (column, token.string)
+    return comments
 
 
 def assigned_names(node: ast.stmt) -> tuple[str, ...]:
-    """`q, self.k = ...` gives ('q', 'self.k'); `x[0] = ...` and `x.mul_(...)` change x, so they give ('x',)"""
+    """The names that a statement assigns or changes in place.
+
+    >>> [assigned_names(ast.parse(text).body[0]) for text in ("q, self.k = f(x)", "x[0] = 1", "x.mul_(2)", "f(x)")]
+    [('q', 'self.k'), ('x',), ('x',), ()]
+    """
     match node:
         case ast.Assign(targets=targets):
             targets = list(targets)
@@ -94,7 +97,7 @@ def assigned_names(node: ast.stmt) -> tuple[str, ...]:
 
 
 def names_read(statement: Statement) -> list[str]:
-    """The variables, and attributes of variables, that a statement reads, in order."""
+    """The variables, and attributes of variables, that a statement reads, in their order."""
     heads = [part for part in ast.iter_child_nodes(statement.node) if not isinstance(part, ast.stmt)]
     read = [node for head in heads for node in ast.walk(head) if isinstance(getattr(node, "ctx", None), ast.Load)]
     read = [node for node in read if isinstance(node, ast.Name) or isinstance(getattr(node, "value", None), ast.Name)]
@@ -104,14 +107,14 @@ def names_read(statement: Statement) -> list[str]:
     return list(dict.fromkeys((*changed, *names)))
 
 
-def look_up(name: str, variables: Mapping[str, Any]) -> Any:
-    """The value of `x` or of `self.x`; None when there is none."""
-    first, *attributes = name.split(".")
-    return functools.reduce(lambda value, attribute: getattr(value, attribute, None), attributes, variables.get(first))
+def value_of(name: str, variables: Mapping[str, Any]) -> Any:
+    """The value of `x` or `self.x`, or None."""
+    variable, *attributes = name.split(".")
+    return functools.reduce(lambda value, attribute: getattr(value, attribute, None), attributes, variables.get(variable))
 
 
 def tensors_in(name: str, value: Any, depth: int = 3) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a value that may be a tensor, or tuples, lists and dicts of them, with names such as cache[0]."""
+    """The tensors in a value, also in nested tuples, lists and dicts, with names such as cache[0]."""
     if isinstance(value, Tensor):
         yield name, value
     elif depth and isinstance(value, Mapping | list | tuple):
@@ -121,38 +124,37 @@ def tensors_in(name: str, value: Any, depth: int = 3) -> Iterator[tuple[str, Ten
 
 
 class LineFollower:
-    """While its `with` block runs, follows the functions that `wanted` picks, statement by statement.
+    """Follow functions statement by statement while the `with` block runs. Subclasses define the callbacks:
 
-    A subclass says what to do: entered(frame) gives a token for the function's call; finished(token, frame, statement,
-    found, error) comes after each statement, with the (name, value) pairs it made, or those it read if it failed;
-    left(token, value, error) ends the call.
+    should_follow(frame) picks the functions. on_call(frame) returns a token for a call. on_statement(token, frame, statement,
+    values, error) gets the (name, value) pairs that a statement made, or read if it failed. on_return(token, value, error).
     """
 
     def __enter__(self):
-        self.trace_before = sys.gettrace()  # a debugger's or a coverage tool's
-        sys.settrace(self.called)
+        self.previous_trace = sys.gettrace()  # of a debugger or a coverage tool
+        sys.settrace(self.trace_call)
         return self
 
     def __exit__(self, *exception):
-        sys.settrace(self.trace_before)
+        sys.settrace(self.previous_trace)
 
-    def called(self, frame, event, argument):
+    def trace_call(self, frame, event, argument):
         resumable = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-        if frame.f_code.co_flags & resumable or frame.f_code.co_name.startswith("<") or not self.wanted(frame):
+        if frame.f_code.co_flags & resumable or frame.f_code.co_name.startswith("<") or not self.should_follow(frame):
             return None
         linecache.checkcache(frame.f_code.co_filename)
         text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
-        return self.function_tracer(self.entered(frame), statements(text), dict(frame.f_locals))
+        return self.function_tracer(self.on_call(frame), statements(text), dict(frame.f_locals))
 
     def function_tracer(self, token, statement_at, variables):
         statement = returning = error = None
 
-        def made(frame):
+        def assigned(frame):
             nonlocal variables
             before, variables = variables, dict(frame.f_locals)
             changed = [name for name in variables if variables[name] is not before.get(name, before)]
             names = dict.fromkeys((*statement.targets, *changed))
-            return [(name, look_up(name, variables)) for name in names]
+            return [(name, value_of(name, variables)) for name in names]
 
         def step(frame, event, argument):
             nonlocal statement, returning, error, variables
@@ -165,34 +167,34 @@ class LineFollower:
                 if isinstance(getattr(statement, "node", None), ast.Return):
                     returning = statement  # a `with` or `finally` around it still has to run
                 elif statement and not error:
-                    self.finished(token, frame, statement, made(frame), None)
+                    self.on_statement(token, frame, statement, assigned(frame), None)
                 statement, error = following, None
             elif event == "return":
                 statement = returning or statement
                 if statement and error:
-                    read = [(name, look_up(name, frame.f_locals)) for name in names_read(statement)]
-                    self.finished(token, frame, statement, read, error)
+                    read = [(name, value_of(name, frame.f_locals)) for name in names_read(statement)]
+                    self.on_statement(token, frame, statement, read, error)
                 elif statement:
-                    found = [("return", argument)] if isinstance(statement.node, ast.Return) else made(frame)
-                    self.finished(token, frame, statement, found, None)
-                self.left(token, argument, error)
-                variables = {}  # lets go of the tensors
+                    values = [("return", argument)] if isinstance(statement.node, ast.Return) else assigned(frame)
+                    self.on_statement(token, frame, statement, values, None)
+                self.on_return(token, argument, error)
+                variables = {}  # release the tensors
             return step
 
         return step
 
 
 class ShapeComments(LineFollower):
-    """Checks the shape comments of source files while code of these files runs inside the `with` block.
+    """Check the shape comments of source files while their code runs inside the `with` block.
 
         with ShapeComments("model.py") as comments:
             GPT(config, vocab_size=11)(tokens)
         assert not comments.wrong and not comments.never_ran
 
-    A shape comment stands behind an assignment or a return and starts with a parenthesis: `# (B, T, num_heads * head_dim)`,
-    text may follow. Names are ints in scope: local variables, attributes of self, globals; `...` is any number of axes.
-    Of several tensors each has the one shape, or there is one shape for each: `# (B, T, D), (B, T)`.
-    The block can be entered again; what was found adds up. FileNotFoundError when there is no such file.
+    A shape comment follows an assignment or a return and starts with a parenthesis, `# (B, T, num_heads * head_dim)`; text may
+    follow. Names are ints in scope: local variables, attributes of self, globals. `...` is any number of axes. If a line makes
+    several tensors, there is one shape for all, or one for each: `# (B, T, D), (B, T)`.
+    The block can be entered again; results add up. Raises FileNotFoundError if there is no such file.
     """
 
     def __init__(self, *files: str | Path):
@@ -204,25 +206,25 @@ class ShapeComments(LineFollower):
 
     @property
     def never_ran(self) -> list[str]:
-        """The shape comments that no run has checked."""
+        """The shape comments whose line has not run."""
         return [f"{self.files[path]}:{line}: never ran: {comment}" for (path, line), comment in self.waiting.items()]
 
-    def wanted(self, frame):
+    def should_follow(self, frame):
         return real_path(frame.f_code.co_filename) in self.files
 
-    def entered(self, frame):
+    def on_call(self, frame):
         return real_path(frame.f_code.co_filename)
 
-    def finished(self, path, frame, statement, found, error):
-        if error or not shapes_in(statement.comment) or (hasattr(statement.node, "body") and not found):
+    def on_statement(self, path, frame, statement, values, error):
+        if error or not shapes_in(statement.comment) or (hasattr(statement.node, "body") and not values):
             return
         self.waiting.pop((path, statement.comment_line), None)
-        if problem := wrong_comment(statement, frame, found):
+        if problem := wrong_comment(statement, frame, values):
             message = f"{self.files[path]}:{statement.line}: {problem}"
             if message not in self.wrong:
                 self.wrong.append(message)
 
-    def left(self, path, value, error):
+    def on_return(self, path, value, error):
         pass
 
 
@@ -230,18 +232,22 @@ real_path = functools.cache(os.path.realpath)
 
 
 def shapes_in(comment: str) -> list[str]:
-    """'# (B, T), (B, D) both of them'  becomes  ['(B, T)', '(B, D)'].  A parenthesis without comma is only text."""
-    shapes, rest = [], comment.lstrip("# ")
-    while (match := re.match(r"\((?:[^()]|\([^()]*\))*\)", rest)) and ("," in match[0] or match[0] in ("()", "(...)")):
+    """The shapes that a comment starts with; a parenthesis without a comma is text.
+
+    >>> shapes_in("# (B, T), (B, D) both of them")
+    ['(B, T)', '(B, D)']
+    """
+    shapes, text = [], comment.lstrip("# ")
+    while (match := re.match(r"\((?:[^()]|\([^()]*\))*\)", text)) and ("," in match[0] or match[0] in ("()", "(...)")):
         shapes.append(match[0])
-        rest = re.sub(r"^(,|\s+and\b)\s*", "", rest[match.end():])
+        text = re.sub(r"^(,|\s+and\b)\s*", "", text[match.end():])
     return shapes
 
 
-def wrong_comment(statement: Statement, frame, found: list[tuple[str, Any]]) -> str:
-    """What is wrong with the shape comment behind a statement that made `found`; empty when nothing is."""
+def wrong_comment(statement: Statement, frame, values: list[tuple[str, Any]]) -> str:
+    """What is wrong with the shape comment of a statement that made these (name, value) pairs; "" if nothing is."""
     shapes = shapes_in(statement.comment)
-    tensors = [item for name, value in found for item in tensors_in(name, value)]
+    tensors = [item for name, value in values for item in tensors_in(name, value)]
     if not shapes or (not tensors and hasattr(statement.node, "body")):
         return ""
     if not tensors:
@@ -259,8 +265,8 @@ def wrong_comment(statement: Statement, frame, found: list[tuple[str, Any]]) -> 
             head, tail = sizes[: sizes.index(...)], sizes[sizes.index(...) + 1:]
             matches = len(head + tail) <= len(actual) and actual[: len(head)] + actual[len(actual) - len(tail):] == head + tail
         if not matches:
-            said = ", ".join("..." if size is ... else str(size) for size in sizes)
-            return f"the comment says {shape}, that is ({said}), but {name} is {tuple(actual)}"
+            expected = ", ".join("..." if size is ... else str(size) for size in sizes)
+            return f"the comment says {shape}, that is ({expected}), but {name} is {tuple(actual)}"
     return ""
 
 
@@ -268,11 +274,11 @@ def shape_parts(shape: str) -> list[ast.expr]:
     try:
         return ast.parse(shape, mode="eval").body.elts
     except (SyntaxError, AttributeError):
-        raise ValueError("it is not a list of sizes in parentheses; a comment that is no shape should start otherwise") from None
+        raise ValueError("it is not a list of sizes in parentheses; start other comments without one") from None
 
 
 def size_of(node: ast.expr, frame) -> Any:
-    """The int that an entry of a shape comment stands for, or `...`; nothing but names and arithmetic is evaluated."""
+    """The int that an entry of a shape comment stands for, or `...`; evaluates only names and arithmetic."""
     arithmetic = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
     match node:
         case ast.Constant(value=int() | EllipsisType() as value):
@@ -281,8 +287,9 @@ def size_of(node: ast.expr, frame) -> Any:
             return arithmetic[type(op)](size_of(left, frame), size_of(right, frame))
         case ast.Name() | ast.Attribute():
             name = ast.unparse(node)
-            for value in (look_up(name, frame.f_locals), look_up(f"self.{name}", frame.f_locals), look_up(name, frame.f_globals)):
+            variables = frame.f_locals
+            for value in (value_of(name, variables), value_of(f"self.{name}", variables), value_of(name, frame.f_globals)):
                 if isinstance(value, int):
                     return value
-            raise ValueError(f"{name} is no int in scope (no local variable, attribute of self or global)")
-    raise ValueError(f"{ast.unparse(node)} is no size")
+            raise ValueError(f"{name} is not an int in scope (a local variable, attribute of self, or global)")
+    raise ValueError(f"{ast.unparse(node)} is not a size")

@@ -1,4 +1,4 @@
-"""The tree of calls and lines that tools.show_shapes records, drawn as text and as a page."""
+"""The tree of calls and lines that show_shapes records, and how to draw it as text or as an HTML page."""
 
 import re
 import shutil
@@ -10,29 +10,29 @@ from torch import nn
 
 from shapes.comments import shapes_in
 
-FAILED_INSIDE = "failed"  # the problem of a call whose failure is told further in
-NUMBERS = r"\d+(?:(?:–|, )\d+)*"  # in a name: 3, or 0–2, 5 once calls are drawn together
-LONGEST_PERIOD = 64  # nodes: of the repetitions that are searched
+FAILED_INSIDE = "failed"  # the problem of a call in which an inner call or line has reported the error
+NUMBERS = r"\d+(?:(?:–|, )\d+)*"  # in a name: 3, or 0–2, 5 for merged calls
+LONGEST_PERIOD = 64  # nodes in the longest repetition that is looked for
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A value at the moment it was seen: a tensor, or a plain number, which has no shape."""
+class Value:
+    """A recorded tensor, or a plain number, which has no shape."""
 
     name: str
     shape: tuple[int, ...] | None
     dtype: str = ""
     number: str = ""
-    values: str = ""
+    statistics: str = ""  # minimum, mean and maximum
     content: str = ""
 
 
 @dataclass
 class Line:
-    """A statement of a forward method (or of a helper it called) and what it made."""
+    """A statement of a forward method, or of a helper function, and the values that it made."""
 
     source: str
-    seen: tuple[Seen, ...]
+    results: tuple[Value, ...]
     where: str = ""
     comment: str = ""
     problem: str = ""
@@ -41,57 +41,57 @@ class Line:
 
 @dataclass
 class Call:
-    """A call of a module, or of a helper function (kind is then empty), and what happened inside, in order."""
+    """A call of a module, or of a helper function (without a kind), and what happened inside, in order."""
 
     name: str
     kind: str
-    given: tuple[Seen, ...]
-    needs: tuple[Seen, ...] = ()  # what was given by name
+    inputs: tuple[Value, ...]
+    kwargs: tuple[Value, ...] = ()
     module: nn.Module | None = None
-    returned: tuple[Seen, ...] = ()
+    outputs: tuple[Value, ...] = ()
     parameters: int = 0
-    shared: int = 0  # parameters that an earlier call has counted already: tied weights
+    shared: int = 0  # parameters that an earlier call has counted: tied weights
     problem: str = ""
     children: list["Call | Line"] = field(default_factory=list)
     times: int = 1
-    handling: BaseException | None = None  # being handled when the call began, so not a failure of the call
+    pending_error: BaseException | None = None  # was being handled when the call began, so it is not the call's
 
 
 def fold(nodes: list[Call | Line]) -> list[Call | Line]:
-    """Draws repetitions of what looks the same together: eight equal layers, the lines of a loop."""
+    """Merge repetitions of nodes that look the same, such as equal layers or the lines of a loop."""
     nodes = [replace(node, children=fold(node.children)) if isinstance(node, Call) else node for node in nodes]
     while repetition := longest_repetition(nodes):
         start, period, end = repetition
-        nodes[start:end] = [merge(nodes[first:end:period]) for first in range(start, start + period)]
+        nodes[start:end] = [merge(nodes[i:end:period]) for i in range(start, start + period)]
     return nodes
 
 
 def longest_repetition(nodes: list[Call | Line]) -> tuple[int, int, int] | None:
-    """(start, period, end) of the longest stretch that repeats itself; of equal ones the shortest period, from a call on."""
+    """(start, period, end) of the longest repetition; of equal ones, that with the shortest period, then that from a call on."""
     numbers: dict[tuple, int] = {}
     looks = [numbers.setdefault(look(node), len(numbers)) for node in nodes]
-    found = []
+    candidates = []
     for period in range(1, min(len(nodes) // 2, LONGEST_PERIOD) + 1):
         for start in range(len(nodes) - 2 * period + 1):
             end = start + period
             while looks[end : end + period] == looks[start : start + period]:
                 end += period
             if end - start > period:
-                found.append((end - start, -period, isinstance(nodes[start], Call), -start))
-    if not found:
+                candidates.append((end - start, -period, isinstance(nodes[start], Call), -start))
+    if not candidates:
         return None
-    length, period, _, start = max(found)
+    length, period, _, start = max(candidates)
     return -start, -period, length - start
 
 
 def look(node: Call | Line) -> tuple:
-    """What has to be equal for two nodes to be drawn as one: everything but the numbers in a name."""
+    """Equal for nodes that are drawn as one: everything but the numbers in the name."""
     if isinstance(node, Line):
-        return node.source, node.where, node.seen, node.problem, node.times
+        return node.source, node.where, node.results, node.problem, node.times
     children = tuple(look(child) for child in node.children)
     size = (node.parameters + node.shared) // node.times
     name = re.sub(NUMBERS, "#", node.name)
-    return name, node.kind, node.given, node.needs, node.returned, size, node.problem, node.times, children
+    return name, node.kind, node.inputs, node.kwargs, node.outputs, size, node.problem, node.times, children
 
 
 def merge(nodes: list[Call | Line]) -> Call | Line:
@@ -103,7 +103,11 @@ def merge(nodes: list[Call | Line]) -> Call | Line:
 
 
 def joined_name(names: list[str]) -> str:
-    """['layers.0', 'layers.1', 'layers.2']  becomes  'layers.0–2'"""
+    """One name for all, with ranges for their numbers.
+
+    >>> joined_name(["layers.0", "layers.1", "layers.3"])
+    'layers.0–1, 3'
+    """
     parts = [re.split(f"({NUMBERS})", name) for name in dict.fromkeys(names)]
     for i in range(1, len(parts[0]), 2):
         spans = [span.partition("–") for part in parts for span in part[i].split(", ")]
@@ -125,57 +129,57 @@ def parameter_label(node: Call) -> str:
     return f"{node.shared // node.times:,} shared"
 
 
-def shape_label(seen: Seen, named: bool = True) -> str:
-    text = seen.number if seen.shape is None else f"{seen.shape}" + (f" {seen.dtype}" if seen.dtype != "float32" else "")
-    return f"{seen.name} {text}" if named else text
+def shape_label(value: Value, named: bool = True) -> str:
+    text = value.number if value.shape is None else f"{value.shape}" + (f" {value.dtype}" if value.dtype != "float32" else "")
+    return f"{value.name} {text}" if named else text
 
 
 def shapes_label(node: Call | Line) -> str:
     if isinstance(node, Line):
-        return "✗ " * bool(node.problem) + ", ".join(map(shape_label, node.seen))
-    given, returned = (", ".join(shape_label(seen, named=False) for seen in side) for side in (node.given, node.returned))
-    return f"{given} → {'✗' if node.problem else returned}"
+        return "✗ " * bool(node.problem) + ", ".join(map(shape_label, node.results))
+    inputs, outputs = (", ".join(shape_label(value, named=False) for value in side) for side in (node.inputs, node.outputs))
+    return f"{inputs} → {'✗' if node.problem else outputs}"
 
 
-def used_needs(call: Call) -> list[Line]:
-    """What was given by name, but not what is only passed on to a call inside, where it will be shown."""
+def given_lines(call: Call) -> list[Line]:
+    """A line for each keyword argument, except those that are passed on to a call inside, where they are shown."""
     passed_on, calls = set(), [child for child in call.children if isinstance(child, Call)]
     while calls:
         inner = calls.pop()
-        passed_on.update(inner.needs)
+        passed_on.update(inner.kwargs)
         calls += [child for child in inner.children if isinstance(child, Call)]
-    return [Line("given", (seen,)) for seen in call.needs if seen not in passed_on]
+    return [Line("given", (value,)) for value in call.kwargs if value not in passed_on]
 
 
 def value_notes(node: Call | Line) -> list[str]:
-    """The values of the tensors of a line; those of a call only where no line inside tells them."""
+    """The statistics of the tensors of a line, or of a call that has no lines."""
     if isinstance(node, Line):
-        told = [seen for seen in node.seen if seen.values]
-        return [f"{seen.name}: {seen.values}" if len(told) > 1 else seen.values for seen in told]
+        values = [value for value in node.results if value.statistics]
+        return [f"{value.name}: {value.statistics}" if len(values) > 1 else value.statistics for value in values]
     if any(isinstance(child, Line) for child in node.children):
         return []
-    return [f"→ {seen.values}" for seen in node.returned if seen.values]
+    return [f"→ {value.statistics}" for value in node.outputs if value.statistics]
 
 
 def long_notes(node: Call | Line) -> Iterator[str]:
-    """Whole tensors, by the same rule, and what went wrong."""
+    """The contents of the same tensors, and the error."""
     if isinstance(node, Line) or not any(isinstance(child, Line) for child in node.children):
-        for seen in node.seen if isinstance(node, Line) else node.returned:
-            label = f"{seen.name}: " if isinstance(node, Line) else "→ "
-            if seen.content:
-                yield label + seen.content.replace("\n", "\n" + " " * len(label))
+        for value in node.results if isinstance(node, Line) else node.outputs:
+            label = f"{value.name}: " if isinstance(node, Line) else "→ "
+            if value.content:
+                yield label + value.content.replace("\n", "\n" + " " * len(label))
     if node.problem and node.problem != FAILED_INSIDE:
         yield f"✗ {node.problem}"
 
 
 def as_text(calls: list[Call]) -> str:
-    """The calls as a tree with aligned columns, as wide as the terminal."""
+    """Draw the calls as a tree with aligned columns, as wide as the terminal."""
     rows = [Row("", "shapes", right="parameters"), *text_rows(fold(calls), indent=None)]
     width = min(shutil.get_terminal_size((104, 24)).columns, 160)
     columns = [row for row in rows if not row.whole]
     right_width = max(len(row.right) for row in columns)
-    wanted = [len(row.middle) if row.right else min(len(row.middle + row.meaning) - right_width - 2, 38) for row in columns]
-    middle_width = min(max(wanted), width // 2)
+    widths = [len(row.middle) if row.right else min(len(row.middle + row.meaning) - right_width - 2, 38) for row in columns]
+    middle_width = min(max(widths), width // 2)
     left_width = min(max(len(row.left + row.times) for row in columns), max(30, width - middle_width - right_width - 4))
     lines = []
     for row in rows:
@@ -197,10 +201,10 @@ def as_text(calls: list[Call]) -> str:
 class Row:
     left: str
     middle: str = ""
-    meaning: str = ""  # of the shape, in letters: shown where there is room
+    meaning: str = ""  # the shape in letters, shown if there is room
     right: str = ""
     times: str = ""
-    whole: bool = False  # left goes over all columns
+    whole: bool = False  # left spans all columns
 
 
 def text_rows(nodes: list[Call | Line], indent: str | None) -> Iterator[Row]:
@@ -218,7 +222,7 @@ def text_rows(nodes: list[Call | Line], indent: str | None) -> Iterator[Row]:
         yield from (Row(below, note) for note in value_notes(node))
         yield from (Row(f"{below}   {line}".rstrip(), whole=True) for note in long_notes(node) for line in note.splitlines())
         if isinstance(node, Call):
-            yield from text_rows(used_needs(node) + node.children, below)
+            yield from text_rows(given_lines(node) + node.children, below)
 
 
 def shorten(text: str, width: int) -> str:
@@ -245,7 +249,7 @@ summary, .line, .call, .titles { border-bottom: 1px solid var(--rule); padding: 
 
 
 def as_html(calls: list[Call]) -> str:
-    """The calls as one self-contained page that folds and unfolds without scripts."""
+    """Draw the calls as one self-contained HTML page that folds and unfolds without scripts."""
     name = escape(calls[0].kind or calls[0].name)
     body = "\n".join(html_of(node, depth=0) for node in fold(calls))
     return f"""<!DOCTYPE html>
@@ -258,7 +262,7 @@ def as_html(calls: list[Call]) -> str:
 </head>
 <body>
 <h1>{name}</h1>
-<p>Every call of a module, what goes in → what comes out, and its parameters. Click to open one.</p>
+<p>Every call of a module: shapes of its inputs → outputs, and its parameters. Click to open one.</p>
 <div class="row titles"><span class="what"></span><span class="shapes">shapes</span><span class="count">parameters</span></div>
 {body}
 </body>
@@ -276,11 +280,11 @@ def html_of(node: Call | Line, depth: int) -> str:
         what, count = f"{name}{escape(node.kind)}{times}", parameter_label(node)
     row = (f'<span class="row"><span class="what">{what}</span><span class="shapes">{escape(shapes_label(node))}</span>'
            f'<span class="count">{count}</span></span>')
-    told = [*value_notes(node), *long_notes(node)]
-    below = "".join(f'<div class="note{" wrong" * note.startswith("✗")}">{escape(note)}</div>' for note in told)
+    notes = [*value_notes(node), *long_notes(node)]
+    below = "".join(f'<div class="note{" wrong" * note.startswith("✗")}">{escape(note)}</div>' for note in notes)
     if isinstance(node, Line):
         return f'<div class="line">{row}{below}</div>'
-    below += "\n".join(html_of(child, depth + 1) for child in used_needs(node) + node.children)
+    below += "\n".join(html_of(child, depth + 1) for child in given_lines(node) + node.children)
     if not below:
         return f'<div class="call">{row}</div>'
     opened = " open" if depth < 2 or node.problem else ""

@@ -402,8 +402,8 @@ def test_right_shape_comments(comments_of, line):
     ("y = x  # (B, T)", "but y is (2, 5, 12)"),
     ("y = x  # (D, ...)", "that is (12, ...), but y is (2, 5, 12)"),
     ("y = x[0, 0]  # (D, D, ...)", "but y is (12,)"),
-    ("y = x  # (B, T, Q)", "cannot be checked: Q is no int in scope"),
-    ("y = x  # (B, T, print(1))", "print(1) is no size"),
+    ("y = x  # (B, T, Q)", "cannot be checked: Q is not an int in scope"),
+    ("y = x  # (B, T, print(1))", "print(1) is not a size"),
     ("y = x  # (B, T, D // 0)", "cannot be checked"),
     ("y = x  # (B, T dim, D)", "it is not a list of sizes in parentheses"),
     ("y = 3  # (B, T)", "this line makes no tensor"),
@@ -438,8 +438,8 @@ def test_every_shape_comment_of_the_base_model():
     size = {"dim": 14, "num_layers": 2, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4, "max_seq_len": 7}
     tokens = torch.arange(10).view(2, 5)
     with ShapeComments(inspect.getfile(GPT)) as comments:
-        for attention in ("auto", "plain"):
-            model = GPT(ModelConfig(layers=layer, attention=attention, **size), vocab_size=11)
+        for cap in (None, 30.0):  # PyTorch's attention, and the one that is written out
+            model = GPT(ModelConfig(layers=layer, attention_soft_cap=cap, **size), vocab_size=11)
             model(tokens, tokens, story_ids=torch.zeros_like(tokens))
             cache = Cache()
             model(tokens, cache=cache)
