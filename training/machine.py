@@ -60,7 +60,7 @@ def keep_freed_memory():
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch.OutOfMemoryError is only raised on GPUs; on a CPU the message tells."""
+    """torch.OutOfMemoryError is only raised on GPUs; on a CPU only the message identifies it."""
     messages = ("can't allocate memory", "bad_alloc", "Cannot allocate memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(message in str(error) for message in messages)
 
