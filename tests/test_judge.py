@@ -20,7 +20,7 @@ from conftest import MODEL
 from evaluation.judge import judging as judge
 from evaluation.judge.endpoint import Call, Endpoint
 from evaluation.judge.prompts import GRADES, Prompt, comparison_question, grade_question, read_prompts
-from evaluation.judge.verdict import Comparison, Grading, Judgement, cohens_kappa, mean_of, questions, share_of, squared
+from evaluation.judge.verdict import Grading, Judgement, Pairing, cohens_kappa, mean_of, questions, share_of
 from runs.folder import Run
 
 PROMPTS = [Prompt(f"Once there were {number} mice. They") for number in range(12)]
@@ -84,7 +84,7 @@ class TestQuestions:
                     with pytest.raises(ValueError):
                         question.parse(text)
             for text in ("", "Sure! " + json.dumps(good), json.dumps(good)[:-1], json.dumps(good) * 2, "[" * 100_000):
-                one_line_error(lambda text=text: question.parse(text), "it is no JSON")  # noqa: B023
+                one_line_error(lambda text=text: question.parse(text), "it is not JSON")  # noqa: B023
 
     def test_the_judge_reads_the_beginning_the_story_and_the_words(self):
         prompt = Prompt("Tom sat down. {He}", ("cake", "rain"))
@@ -155,8 +155,8 @@ class TestVerdict:
         assert (found.won, found.lost, found.tied, found.p) == (0, 0, 12, 1) and math.isnan(found.share.value)
         assert judgement.same_in_both_orders().value == 0 and judgement.shown_first().value == 1
         report = judge.report(judgement)
-        assert "one and other are not told apart: all 12 prompts are ties." in report
-        assert "the story shown first is taken: 100% (86% to 100%)" in report
+        assert "one and other are not distinguishable: all 12 prompts are ties." in report
+        assert "the story shown first is picked: 100% (86% to 100%)" in report
 
     def test_no_question_tells_whose_a_story_is_and_both_orders_are_asked(self):
         with serving(answer_by(quality)) as server:
@@ -189,7 +189,7 @@ class TestVerdict:
         stories = {"one": GOOD, "other": BAD}
         with serving(answer_by(quality)) as server:
             whole, _ = judged(server, stories)
-        lost = {Comparison("one", "other", 0), Grading("one", 3)}
+        lost = {Pairing("one", "other", 0), Grading("one", 3)}
         some = Judgement(PROMPTS, stories, {asked: answer for asked, answer in whole.answers.items() if asked not in lost})
         assert some.verdict("one", "other", 0) is None and some.preference("one", "other").won == 9
         assert np.isnan(some.grades("plot")).tolist() == [[number == 3 for number in range(12)], [False] * 12]
@@ -252,7 +252,7 @@ class TestTrust:
         assert cohens_kappa(first, first) == 1 and math.isnan(cohens_kappa([1, 1], [1, 1])) and math.isnan(cohens_kappa([], []))
         one, other = np.random.default_rng(0).integers(1, 11, (2, 40))
         concordance = 2 * np.cov(one, other, bias=True)[0, 1] / (one.var() + other.var() + (one.mean() - other.mean()) ** 2)
-        assert cohens_kappa(one, other, squared) == pytest.approx(concordance)  # Lin 1989: the two are the same
+        assert cohens_kappa(one, other, squared=True) == pytest.approx(concordance)  # Lin 1989: the two are the same
 
     def test_estimates_of_little(self):
         assert f"{share_of(0, 0):.0%} {mean_of([]):.2f} {mean_of([3, math.nan]):.2f}" == "– – 3.00"
@@ -261,25 +261,25 @@ class TestTrust:
 class TestEndpoint:
     def test_answers_that_cannot_be_used_are_told_and_the_rest_goes_on(self):
         replies = {
-            0: (Reply("I like it!"), "an answer of another form: it is no JSON"),
+            0: (Reply("I like it!"), "invalid answer: it is not JSON"),
             1: (Reply(json.dumps(GRADE | {"plot": 11})), "its plot is '11'"),
             2: (Reply(None), "an empty answer"),
             3: (Reply(None, refusal="I can't."), "the judge refused"),
             4: (Reply("", finish_reason="content_filter"), "the judge refused"),
             5: (Reply('{"assess', finish_reason="length"), "more than 1000 tokens"),
-            6: (Reply(body="<html>Welcome</html>"), "is no chat completion"),
+            6: (Reply(body="<html>Welcome</html>"), "is not a chat completion"),
             7: (Reply(status=500, error="out of memory"), "answered 500"),
             8: (Reply(status=429, error="slow down"), "answered 429"),
             9: (Reply(status=400, error="the context is too short"), "answered 400"),
             10: (Reply(json.dumps(GRADE), seconds=3.0), "no answer in time"),
             11: (Reply(json.dumps(GRADE)), None),
-            12: (Reply(body="[]"), "is no chat completion"),
-            13: (Reply(body="null"), "is no chat completion"),
-            14: (Reply(body='{"choices": ['), "is no chat completion"),
-            15: (Reply(body='{"choices": [{}]}'), "is no chat completion"),
-            16: (Reply(body='{"choices": [{"message": null}], "usage": {}}'), "is no chat completion"),
+            12: (Reply(body="[]"), "is not a chat completion"),
+            13: (Reply(body="null"), "is not a chat completion"),
+            14: (Reply(body='{"choices": ['), "is not a chat completion"),
+            15: (Reply(body='{"choices": [{}]}'), "is not a chat completion"),
+            16: (Reply(body='{"choices": [{"message": null}], "usage": {}}'), "is not a chat completion"),
             17: (Reply(body='{"choices": [{"message": {"content": [1]}}], "usage": 7}'), "an empty answer"),
-            18: (Reply(body='{"choices": 5}'), "is no chat completion"),
+            18: (Reply(body='{"choices": 5}'), "is not a chat completion"),
             19: (Reply(hangs_up=True), "the connection broke"),
         }
         done = asked_once(lambda request, _: replies[request["seed"]][0], len(replies), timeout=2.0)
@@ -287,7 +287,7 @@ class TestEndpoint:
         for seed, (_, reason) in replies.items():
             assert reason is None or reason in done.failed[seed], done.failed
         assert "19 of 20 calls failed" in judge.failures(done.failed, 20)
-        assert "7 x what the server sent is no chat completion" in judge.failures(done.failed, 20)
+        assert "7 x the reply is not a chat completion" in judge.failures(done.failed, 20)
 
     @pytest.mark.parametrize("status", [429, 500])
     def test_a_server_that_is_busy_is_asked_again_but_not_for_ever(self, status):
@@ -307,9 +307,9 @@ class TestEndpoint:
         assert len(done.answers) == 20 and not done.failed
         assert sum("response_format" in request for request in done.requests) <= 4  # those under way at once
         printed = capsys.readouterr().err
-        assert printed.count("refuses response_format, so it is asked without: answers are checked as before") == 1
+        assert printed.count("refuses response_format: answers are checked all the same") == 1
         done = asked_once(lambda request, _: old(request, _) if "response_format" in request else Reply("no"), 1, temperature=1.0)
-        assert "it is no JSON" in done.failed[0]
+        assert "it is not JSON" in done.failed[0]
 
     def test_a_server_that_knows_neither_seeds_nor_the_new_limit(self, capsys):
         def strict(request, _):
@@ -487,7 +487,7 @@ class TestTerminal:
 
     def test_a_judge_of_nonsense_alone(self, two_runs, capsys):
         with serving(lambda *_: Reply("wonderful")) as server:
-            one_line_error(lambda: judge.main([*two_runs, "--base_url", server.url, "--yes"]), "gave no answer that can be used")
+            one_line_error(lambda: judge.main([*two_runs, "--base_url", server.url, "--yes"]), "gave no valid answer")
         assert "16 of 16 calls failed" in capsys.readouterr().out
 
     def test_one_run_alone_is_graded(self, two_runs, capsys):
@@ -512,7 +512,7 @@ class TestTerminal:
 
     def test_without_the_package_openai(self, two_runs, monkeypatch):
         monkeypatch.setitem(sys.modules, "openai", None)
-        monkeypatch.delitem(sys.modules, "judge_endpoint")
+        monkeypatch.delitem(sys.modules, "evaluation.judge.endpoint")
         one_line_error(lambda: judge.main(two_runs), "pip install openai", error=ImportError)
 
     def test_a_context_that_is_too_short_for_a_prompt(self, two_runs):

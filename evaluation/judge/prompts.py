@@ -1,8 +1,7 @@
-"""What a judge is asked: beginnings of stories that models complete, questions about what they made of them, and strict answers.
+"""The prompts that models complete, the questions that a judge is asked about the completions, and the form of its answers.
 
 The rubric is that of TinyStories: grammar, creativity, consistency with the beginning, and plot, each from 1 to 10 (Eldan and
-Li 2023, arXiv 2305.07759, section 3). A prompt may also demand words that the story must use, as TinyStories-Instruct does
-(section 2.1).
+Li 2023, arXiv 2305.07759, section 3). A prompt may also require words, as in TinyStories-Instruct (section 2.1).
 """
 
 import json
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CRITERIA = ("grammar", "creativity", "consistency", "plot")
-WORDS = "words"  # the criterion of prompts that demand words
+WORDS = "words"  # the additional criterion of prompts with required words
 GRADES = tuple(range(1, 11))
 BETTER = ("1", "2", "tie")
 
@@ -56,37 +55,46 @@ WITH_WORDS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """The beginning of a story, and the words that the story must use, if any."""
+    """The beginning of a story, and the words that the story must use."""
 
     beginning: str
     words: tuple[str, ...] = ()
 
     @property
-    def instruction(self) -> str:
-        """What a model reads before the beginning: the demanded words, in the manner of TinyStories-Instruct."""
-        return f"Words: {', '.join(self.words)}\nStory: " if self.words else ""
+    def text(self) -> str:
+        """What a model reads: the required words in the format of TinyStories-Instruct, and the beginning."""
+        return (f"Words: {', '.join(self.words)}\nStory: " if self.words else "") + self.beginning
 
     @property
-    def text(self) -> str:
-        """All that a model reads."""
-        return self.instruction + self.beginning
+    def task(self) -> str:
+        """What the judge is told of the task."""
+        words = f", using all of these words: {', '.join(self.words)}" if self.words else ""
+        return f"A pupil was given the beginning of a story and had to go on from there{words}."
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        return (*CRITERIA, WORDS) if self.words else CRITERIA
+
+    @property
+    def criteria_list(self) -> str:
+        return "\n".join(f"- {criterion}: {MEANING[criterion]}" for criterion in self.criteria)
+
+    def story(self, tag: str, completion: str) -> str:
+        return f"<{tag}>\n{self.beginning}***{completion}\n</{tag}>"
 
     def share_of_words(self, completion: str) -> float:
-        """The share of the demanded words that the story holds, also with an ending such as -s or -ed."""
+        """The share of required words in the story; endings such as -s or -ed are allowed."""
         story = f"{self.beginning} {completion}"
         return sum(bool(re.search(rf"\b{re.escape(word)}\w*", story, re.IGNORECASE)) for word in self.words) / len(self.words)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question to a judge, and the only form that its answer may have.
-
-    allowed: for each key of the JSON answer, in order, the values that it may have; None is any text.
-    """
+    """A question to a judge, and the form of its answer."""
 
     name: str
     text: str
-    allowed: tuple[tuple[str, tuple | None], ...]
+    allowed: tuple[tuple[str, tuple | None], ...]  # for each key of the JSON answer its possible values; None is any text
 
     @property
     def messages(self) -> list[dict]:
@@ -102,83 +110,61 @@ class Question:
         return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
     def parse(self, text: str) -> dict:
-        """The answer, which must be the JSON object that was asked for and nothing else; a Markdown fence around it is taken off.
-
-        Raises ValueError that says what is wrong with it.
-        """
+        """Parse an answer: the JSON object alone, or in a Markdown fence. Raises ValueError for anything else."""
         fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", text, re.DOTALL)
         try:
             answer = json.loads(fenced[1] if fenced else text)
         except (ValueError, RecursionError) as error:
-            raise ValueError("it is no JSON") from error
+            raise ValueError("it is not JSON") from error
         if not isinstance(answer, dict) or answer.keys() != dict(self.allowed).keys():
-            raise ValueError(f"it is no object with the keys {', '.join(key for key, _ in self.allowed)}")
+            raise ValueError(f"it is not an object with the keys {', '.join(key for key, _ in self.allowed)}")
         for key, values in self.allowed:
             value = answer[key]
-            if not (isinstance(value, str) if values is None else (type(value), value) in [(type(one), one) for one in values]):
+            if not (isinstance(value, str) if values is None else type(value) is type(values[0]) and value in values):
                 raise ValueError(f"its {key} is {str(value)[:20]!r}")
         return answer
 
 
 def grade_question(prompt: Prompt, completion: str) -> Question:
-    """How good is one story? A grade for each criterion."""
-    criteria = criteria_of(prompt)
-    form = ", ".join(['"assessment": "..."', *(f'"{criterion}": 1 to 10' for criterion in criteria)])
-    story = tagged("story", prompt, completion)
-    text = GRADE.format(task=task_of(prompt), story=story, criteria=explained(criteria), form="{" + form + "}")
-    return Question("grades", text, (("assessment", None), *((criterion, GRADES) for criterion in criteria)))
+    """Ask for a grade of one story for each criterion."""
+    form = ", ".join(['"assessment": "..."', *(f'"{criterion}": 1 to 10' for criterion in prompt.criteria)])
+    story = prompt.story("story", completion)
+    text = GRADE.format(task=prompt.task, story=story, criteria=prompt.criteria_list, form="{" + form + "}")
+    return Question("grades", text, (("assessment", None), *((criterion, GRADES) for criterion in prompt.criteria)))
 
 
 def comparison_question(prompt: Prompt, first: str, second: str) -> Question:
-    """Which of two completions is better? They are called 1 and 2, so that nothing tells whose they are."""
-    stories = "\n\n".join([tagged("story_1", prompt, first), tagged("story_2", prompt, second)])
-    text = COMPARE.format(task=task_of(prompt), stories=stories, criteria=explained(criteria_of(prompt)))
+    """Ask which of two stories is better. They are called 1 and 2, so that the judge does not know the models."""
+    stories = "\n\n".join([prompt.story("story_1", first), prompt.story("story_2", second)])
+    text = COMPARE.format(task=prompt.task, stories=stories, criteria=prompt.criteria_list)
     return Question("comparison", text, (("assessment", None), ("better", BETTER)))
 
 
-def criteria_of(prompt: Prompt) -> tuple[str, ...]:
-    return (*CRITERIA, WORDS) if prompt.words else CRITERIA
-
-
-def explained(criteria: tuple[str, ...]) -> str:
-    return "\n".join(f"- {criterion}: {MEANING[criterion]}" for criterion in criteria)
-
-
-def task_of(prompt: Prompt) -> str:
-    demanded = f", using all of these words: {', '.join(prompt.words)}" if prompt.words else ""
-    return f"A pupil was given the beginning of a story and had to go on from there{demanded}."
-
-
-def tagged(tag: str, prompt: Prompt, completion: str) -> str:
-    return f"<{tag}>\n{prompt.beginning}***{completion}\n</{tag}>"
-
-
 def read_prompts(source: str) -> list[Prompt]:
-    """Those that ship, "beginnings" or "words", or those of a UTF-8 file: one a line, the words it must use before a bar.
+    """Read the built-in prompts "beginnings" or "words", or a UTF-8 file with one prompt per line.
 
-    In a file `cake, rain | Once upon a time,` demands two words, `Once upon a time,` none; empty lines don't count. Raises
-    FileNotFoundError or ValueError for a file that is not there or holds none.
+    Required words stand before a bar: `cake, rain | Once upon a time,`. Raises FileNotFoundError or ValueError with the cure.
     """
     if source == "beginnings":
         return [Prompt(beginning) for beginning in BEGINNINGS]
     if source == "words":
         return [Prompt(beginning, words) for words, beginning in WITH_WORDS]
     if not Path(source).is_file():
-        raise FileNotFoundError(f"--prompts {source}: there is no such file. Give one, or take beginnings or words")
+        raise FileNotFoundError(f"--prompts {source}: there is no such file. Give one, or use beginnings or words")
     try:
         lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {source}: it is not UTF-8: save it as that") from error
+        raise ValueError(f"--prompts {source}: it is not UTF-8: save it as UTF-8") from error
     prompts = []
     for line in filter(str.strip, lines):
         words, _, beginning = line.rpartition("|")
         if not beginning.strip():
-            raise ValueError(f"--prompts {source}: the line {line.strip()!r} has no beginning behind its bar: write one")
+            raise ValueError(f"--prompts {source}: the line {line.strip()!r} has no beginning after its bar: write one")
         prompts.append(Prompt(beginning.strip(), tuple(word.strip() for word in words.split(",") if word.strip())))
     if not prompts:
         raise ValueError(f"--prompts {source}: it is empty: write the beginning of a story on each line")
     if len(set(prompts)) < len(prompts):
-        raise ValueError(f"--prompts {source}: the same beginning stands there twice, and would count twice: keep one of them")
+        raise ValueError(f"--prompts {source}: a prompt is there twice, and would count twice: remove one")
     return prompts
 
 
