@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -29,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from script import HERE, describe_machine, in_new_process, quartiles, run_script, save_page, show, table
 from train_speed import CPU
 
+import fast
 from config import ModelConfig
 from metrics.cost import cost_of
-from model import Steps, rope_table
+from model import rope_table
 from modules.contract import layers_to_try
-from modules.registry import all_blocks
+from modules.registry import all_blocks, build_branch
 from training.machine import peak_memory_mb
 
 SHAPE = ModelConfig(dim=128, num_layers=1, num_heads=4, num_kv_heads=2)
@@ -50,7 +50,7 @@ class Arguments:
     layers: tuple[str, ...] = ()  # layer strings to measure; by default every block of the menu that mixes tokens
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)  # T
     tokens: int = 8192  # of a step
-    backend: Literal["sdpa", "kernel", "plain"] = "sdpa"  # how attention is computed: by torch, by our own kernel, written out
+    fast: bool = False  # with the C++ kernels of fast/, or by PyTorch alone
     plugins: tuple[str, ...] = ()  # modules whose blocks join the menu
     rounds: int = 9  # how often a block and Attn take turns
     seconds: float = 1.0  # how long a block is measured at each length, and a turn is
@@ -70,16 +70,16 @@ def main(arguments: Arguments):
 
 def measure_all(arguments: Arguments) -> list[str]:
     """The table, printed block by block and returned."""
-    config = replace(SHAPE, attention=arguments.backend, plugins=arguments.plugins)
+    config = replace(SHAPE, plugins=arguments.plugins)
     layers = arguments.layers or in_new_process(every_mixer, config)
     lengths = [f"T {T}" for T in arguments.lengths]
     head = ["", *lengths, "growth of time", "growth of memory", f"time per FLOP, times Attn at T {COMPARED_AT}"]
     shape = f"dim {config.dim}, {config.num_heads} heads, {config.num_kv_heads} kv heads, {arguments.tokens} tokens a step"
-    how = f"attention={config.attention!r}; each length: ms per step, MB that it takes"
+    how = f"fast={arguments.fast}; each length: ms per step, MB that it takes"
     lines = show([describe_machine(), "", f"{shape}, {how}", "", *table(head, [])])
     for layer in layers:
-        costs = [in_new_process(measure, layer, config, T, arguments.tokens, arguments.seconds) for T in arguments.lengths]
-        ratios = in_new_process(compare, layer, config, arguments.tokens, arguments.rounds, arguments.seconds)
+        costs = [in_new_process(measure, layer, config, T, arguments.tokens, arguments.seconds, arguments.fast) for T in arguments.lengths]
+        ratios = in_new_process(compare, layer, config, arguments.tokens, arguments.rounds, arguments.seconds, arguments.fast)
         times, memories = zip(*costs, strict=True)
         cells = [f"{1e3 * seconds:,.1f}, {megabytes:,.0f}" for seconds, megabytes in costs]
         growths = [f"{growth(arguments.lengths, values):.2f}" for values in (times, memories)]
@@ -105,9 +105,11 @@ def growth(lengths: tuple[int, ...], per_step: tuple[float, ...]) -> float:
     return 1 + np.polyfit(np.log(lengths[half:]), np.log(floor), 1)[0]
 
 
-def measure(layer: str, config: ModelConfig, T: int, tokens: int, seconds: float) -> tuple[float, float]:
-    """Seconds of a step, and the megabytes that it takes beside what was there before. For a process of its own."""
-    step = training_step(layer, config, T, tokens)
+def measure(
+    layer: str, config: ModelConfig, T: int, tokens: int, seconds: float, with_kernels: bool
+) -> tuple[float, float]:
+    """Seconds per step, and the additional megabytes it takes; to be called in a new process."""
+    step = training_step(layer, config, T, tokens, with_kernels)
     before = peak_memory_mb(CPU)
     step()
     memory = peak_memory_mb(CPU) - before
@@ -117,12 +119,14 @@ def measure(layer: str, config: ModelConfig, T: int, tokens: int, seconds: float
     return float(np.median(times)), memory
 
 
-def compare(layer: str, config: ModelConfig, tokens: int, rounds: int, seconds: float) -> list[float]:
+def compare(
+    layer: str, config: ModelConfig, tokens: int, rounds: int, seconds: float, with_kernels: bool
+) -> list[float]:
     """Time per FLOP of a layer over that of Attn, in each round; nothing for a layer whose work is not counted in FLOPs."""
     work = {name: flops(name, config) for name in (layer, "Attn")}
     if not work[layer]:
         return []
-    steps = {name: training_step(name, config, COMPARED_AT, max(tokens, COMPARED_AT)) for name in (layer, "Attn")}
+    steps = {name: training_step(name, config, COMPARED_AT, max(tokens, COMPARED_AT), with_kernels) for name in (layer, "Attn")}
     ratios = []
     for number in range(-1, rounds):
         taken = {}
@@ -142,22 +146,20 @@ def flops(layer: str, config: ModelConfig) -> float:
     return sum(part.flops for part in cost.parts if part.place.startswith("layers."))
 
 
-def training_step(layer: str, config: ModelConfig, T: int, tokens: int) -> Callable[[], float]:
-    """A function that goes forward and backward through a layer string, with a memory as long as T, and tells the seconds."""
+def training_step(layer: str, config: ModelConfig, T: int, tokens: int, with_kernels: bool) -> Callable[[], float]:
+    """Make a function that runs a layer string forward and backward, with a memory of T tokens, and returns the seconds."""
     config = replace(config, layers=layer, max_seq_len=T)
     torch.manual_seed(0)
-    steps = Steps(layer, config, num_residuals=1, vocab_size=VOCAB_SIZE)
-    for module in steps.modules():
-        if hasattr(module, "backend"):
-            module.backend = config.attention
+    branch = build_branch(layer, config, VOCAB_SIZE)
+    fast.use(branch, kernels=with_kernels)
     B, D = tokens // T, config.dim
     x, memory, d_y = torch.randn(B, T, D, requires_grad=True), torch.randn(B, T, D), torch.randn(B, T, D)
-    needs = {"tokens": torch.randint(VOCAB_SIZE, (B, T)), "memory": memory, "first": None}
-    needs["rope"] = tuple(angles[None] for angles in rope_table(T, config.block_values["head_dim"], config.rope_theta))
+    inputs = {"tokens": torch.randint(VOCAB_SIZE, (B, T)), "memory": memory, "story_start": None, "window": None}
+    inputs["rope"] = tuple(angles[None] for angles in rope_table(T, config.block_values()["head_dim"], config.rope_theta))
 
     def step() -> float:
         began, shared = time.perf_counter(), {}
-        y = steps(x, shared=shared, **needs)
+        y = branch(x, shared=shared, **inputs)
         torch.autograd.backward([y, *shared.get("losses", [])], [d_y, *(None for _ in shared.get("losses", []))])
         return time.perf_counter() - began
 

@@ -35,11 +35,11 @@ from script import HERE, describe_machine, in_new_process, new_process, quartile
 from train_speed import UNDER_WAY, Variant, take_turn, warm_up
 
 from config import TrainConfig
-from fast import ops as kernels
+from fast import build
 from model import Cache
 from modules.registry import build_model
 from runs.presets import Preset, preset
-from training.autotune import Choices
+from training.autotune import ExecutionPlan
 
 RECURRENT = (
     "mamba_like", "mamba2_like", "griffin_like", "megalodon_like", "gated_deltanet_like", "mamba2_hybrid_like", "qwen3.5_like",
@@ -185,16 +185,9 @@ def variant_of(made: Preset, T: int, arguments: Arguments) -> Variant:
     model = replace(made.model, max_seq_len=T)
     train = TrainConfig(batch_size=rows, mask_stories=False)
     micro_batch = next(size for size in range(min(rows, max(1, MICRO_BATCH // T)), 0, -1) if rows % size == 0)
-    choices = Choices("float32", fastest_attention(), micro_batch, torch.get_num_threads(), compile=False)
-    return Variant("ours", choices, Preset(model, train), arguments.vocab_size)
-
-
-def fastest_attention() -> str:
-    try:
-        kernels.build()
-    except kernels.BuildError:
-        return "sdpa"
-    return "kernel"
+    has_compiler = build.fingerprint() != "none"
+    plan = ExecutionPlan("float32", has_compiler, micro_batch, torch.get_num_threads(), compile=False)
+    return Variant("ours", plan, Preset(model, train), arguments.vocab_size)
 
 
 def writing_table(chosen: dict[str, Preset], arguments: Arguments) -> list[str]:

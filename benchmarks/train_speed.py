@@ -31,10 +31,10 @@ from ablations import changed
 from script import HERE, describe_machine, in_new_process, new_process, quartiles, run_script, save_page, show, table
 
 from config import ModelConfig, TrainConfig
+from metrics.cost import num_parameters
 from model import GPT
 from runs.presets import Preset
-from training import autotune as probe
-from training.autotune import Choices, matmul_peaks
+from training.autotune import STORY_TOKENS, ExecutionPlan, apply_plan, choose_plan, matmul_peaks
 from training.configure import configure_for_training
 from training.machine import peak_memory_mb
 from training.optim import build_optimizers
@@ -69,7 +69,7 @@ class Variant:
     """A library, an execution plan and a model to measure."""
 
     library: str  # ours or transformers
-    choices: Choices
+    plan: ExecutionPlan
     shape: Preset
     vocab_size: int
 
@@ -105,7 +105,7 @@ def compare(shape: Preset, arguments: Arguments) -> list[str]:
     compared = [name for name, variant in ways.items() if name == first or variant.library == "transformers"]
     for name, variant in ways.items():
         ratios = [np.divide(speeds[name], speeds[other]) for other in compared]
-        share = np.median(speeds[name]) * flops_per_token(variant) / peaks[variant.choices.dtype]
+        share = np.median(speeds[name]) * flops_per_token(variant) / peaks[variant.plan.dtype]
         at_all, without_imports = memory[name]
         rows.append([
             name, quartiles(speeds[name], ",.0f"), *(quartiles(ratio, ".2f") for ratio in ratios), f"{share:.1%}",
@@ -116,7 +116,7 @@ def compare(shape: Preset, arguments: Arguments) -> list[str]:
         describe_machine(), describe_shape(shape, vocab_size, num_parameters), "", *table(head, rows), "",
         f"{arguments.rounds} rounds of {arguments.seconds:g} s: medians and quartiles. The fastest matrix products: "
         f"{peaks['float32'] / 1e9:,.0f} GFLOP/s in float32, {peaks['bfloat16'] / 1e9:,.0f} in bfloat16.", "",
-        *(f"- {name}: {variant.choices}" for name, variant in ways.items()),
+        *(f"- {name}: {variant.plan}" for name, variant in ways.items()),
     ])  # fmt: skip
 
 
@@ -136,10 +136,10 @@ def sweep(shape: Preset, arguments: Arguments) -> list[str]:
         with new_process() as process:
             memory = process.submit(warm_up, variant).result()
             speeds = [process.submit(take_turn, arguments.seconds).result() for _ in range(arguments.rounds)]
-        share = np.median(speeds) * flops_per_token(variant) / peaks[variant.choices.dtype]
-        parameters = GPT(variant.shape.model, variant.vocab_size).num_parameters()
+        share = np.median(speeds) * flops_per_token(variant) / peaks[variant.plan.dtype]
+        parameters = num_parameters(GPT(variant.shape.model, variant.vocab_size))
         row = [point[0].partition(".")[2], f"{parameters:,}", quartiles(speeds, ",.0f"), f"{share:.1%}",
-               *(f"{megabytes:,.0f}" for megabytes in memory), str(variant.choices)]  # fmt: skip
+               *(f"{megabytes:,.0f}" for megabytes in memory), str(variant.plan)]  # fmt: skip
         lines += show(table(head, [row])[2:])
     return lines
 
@@ -162,17 +162,17 @@ def prepare(shape: Preset, vocab_size: int, names: Iterable[str]) -> tuple[int, 
 def list_variants(shape: Preset, vocab_size: int, names: Iterable[str]) -> dict[str, Variant]:
     """Look up variants by name. Raises ValueError for an unknown name."""
     rows, threads = shape.train.batch_size, torch.get_num_threads()
-    plain = Choices("float32", "sdpa", rows, threads, compile=False)
+    plain = ExecutionPlan("float32", fast=False, micro_batch_size=rows, threads=threads, compile=False)
     variants = {}
     for name in names:
         if name not in VARIANTS:
             raise ValueError(f"no variant is called {name!r}. There are: {', '.join(VARIANTS)}")
-        choices = plain
+        plan = plain
         if name == "ours_probed":
-            choices = probe.choose(build_model(shape, vocab_size), shape.train, CPU)
+            plan = choose_plan(build_model(shape, vocab_size), shape.train, CPU)
         if name == "transformers_bfloat16_compiled":
-            choices = replace(plain, dtype="bfloat16", compile=True)
-        variants[name] = Variant(name.partition("_")[0], choices, shape, vocab_size)
+            plan = replace(plain, dtype="bfloat16", compile=True)
+        variants[name] = Variant(name.partition("_")[0], plan, shape, vocab_size)
     return variants
 
 
@@ -185,22 +185,22 @@ def build_model(shape: Preset, vocab_size: int) -> GPT:
 
 def training_step(variant: Variant) -> Callable[[], float]:
     """Make a function that trains for one step as train.py does and returns the loss; initial weights are equal."""
-    choices, model = variant.choices, build_model(variant.shape, variant.vocab_size)
+    plan, model = variant.plan, build_model(variant.shape, variant.vocab_size)
     batch = made_up_tokens(variant.shape, variant.vocab_size)
     stories = made_up_stories(variant.shape) if variant.shape.train.mask_stories else None
     if variant.library == "ours":
-        probe.apply(choices, model)
+        apply_plan(plan, model, variant.shape.train)
         optimizers = build_optimizers(model, variant.shape.train)
     else:
         model = llama(model)
         optimizers = [torch.optim.AdamW(model.parameters(), lr=variant.shape.train.lr_max, fused=True)]
-        if choices.compile:
+        if plan.compile:
             model.compile()
 
     def step() -> float:
         step_loss = 0.0
-        for rows in batch.split(choices.micro_batch_size):
-            with torch.autocast("cpu", torch.bfloat16, enabled=choices.dtype == "bfloat16"):
+        for rows in batch.split(plan.micro_batch_size):
+            with torch.autocast("cpu", torch.bfloat16, enabled=plan.dtype == "bfloat16"):
                 loss = loss_of(model, rows, stories) * (len(rows) / len(batch))
             loss.backward()
             step_loss += loss.item()
@@ -229,7 +229,7 @@ def made_up_tokens(shape: Preset, vocab_size: int) -> torch.Tensor:
 
 def made_up_stories(shape: Preset) -> torch.Tensor:
     """Story ids (1, T), of stories as long as in autotuning."""
-    return (torch.arange(shape.model.max_seq_len) // probe.STORY_TOKENS)[None]
+    return (torch.arange(shape.model.max_seq_len) // STORY_TOKENS)[None]
 
 
 def llama(model: GPT) -> torch.nn.Module:
@@ -268,7 +268,7 @@ def warm_up(variant: Variant) -> tuple[float, float]:
     if variant.library == "transformers":
         import transformers.models.llama.modeling_llama  # noqa: F401
     imports = peak_memory_mb(CPU)
-    torch.set_num_threads(variant.choices.threads)
+    torch.set_num_threads(variant.plan.threads)
     step = training_step(variant)
     for _ in range(3):
         step()
@@ -304,7 +304,7 @@ def flops_per_token(variant: Variant) -> float:
 def describe_shape(shape: Preset, vocab_size: int, num_parameters: int | None = None) -> str:
     model = shape.model
     size = f", {num_parameters / 1e6:.2f}M parameters" if num_parameters else ""
-    masks = f", ours with masked stories of {probe.STORY_TOKENS} tokens" if shape.train.mask_stories else ""
+    masks = f", ours with masked stories of {STORY_TOKENS} tokens" if shape.train.mask_stories else ""
     return (
         f"dim {model.dim}, {model.num_layers} layers, {model.num_heads} heads, {model.num_kv_heads} kv heads, "
         f"T {model.max_seq_len}, vocabulary {vocab_size}{size}, batch {shape.train.batch_size}{masks}"

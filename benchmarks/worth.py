@@ -46,13 +46,13 @@ from runs.folder import Run, runs_folder
 from runs.presets import Preset, preset
 from tokenizer import load_tokenizer
 from training import seeds
-from training.autotune import Choices
+from training.autotune import ExecutionPlan
 from training.optim import growing_batch_size
 
 EVALUATIONS = 4  # per run with --budget steps
 NO_TIME = (  # fields that do not affect the time of a step, or are not part of the measured step
     "lr_init", "lr_max", "lr_min", "warmup_steps", "schedule", "betas", "eps", "weight_decay", "embedding_decay", "muon_lr_scale",
-    "muon_momentum", "weight_averaging", "grad_clip", "window_start", "batch_size_start",
+    "muon_momentum", "ema_decay", "grad_clip", "window_start", "batch_size_start",
 )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ class Speed:
     """Measured speed of a preset on a quiet machine: an entry of speeds.json."""
 
     settings: dict  # of the preset at that time
-    choices: dict  # its execution plan
+    plan: dict  # its ExecutionPlan
     tokens_per_second: list[float]  # by turn
     machine: str
 
@@ -190,7 +190,7 @@ def measure(presets: dict[str, Preset], settings: dict[str, dict], arguments: Ar
         turns = {name: [] for name in variants}
         for _, (name, process) in itertools.product(range(arguments.rounds), processes.items()):
             turns[name].append(process.submit(take_turn, arguments.seconds).result())
-    return {name: Speed(settings[name], asdict(variants[measured].choices), turns[measured], describe_machine())
+    return {name: Speed(settings[name], asdict(variants[measured].plan), turns[measured], describe_machine())
             for name, measured in stand_ins.items()}  # fmt: skip
 
 
@@ -210,15 +210,15 @@ def for_steps(chosen: Preset, speed: Speed, minutes: float) -> Preset:
 
     A growing batch size counts as its mean, at the tokens/s of the full batch size.
     """
-    choices = Choices(**speed.choices)
+    plan = ExecutionPlan(**speed.plan)
     rows = np.mean([growing_batch_size(share, chosen.train) for share in np.linspace(0, 1, 1000, endpoint=False)])
     tokens = rows * chosen.model.max_seq_len
     steps = max(1, round(60 * minutes * float(np.median(speed.tokens_per_second)) / tokens))
     trained = with_train(
-        chosen, max_steps=steps, max_minutes=None, eval_every=math.ceil(steps / EVALUATIONS), dtype=choices.dtype,
-        micro_batch_size=choices.micro_batch_size,
+        chosen, max_steps=steps, max_minutes=None, eval_every=math.ceil(steps / EVALUATIONS), dtype=plan.dtype,
+        micro_batch_size=plan.micro_batch_size, fast=plan.fast,
     )  # fmt: skip
-    return Preset(replace(chosen.model, attention=choices.attention), trained.train)
+    return trained
 
 
 def train_missing(presets: dict[str, Preset], arguments: Arguments) -> dict[str, str]:
@@ -272,7 +272,7 @@ def speed_table(presets: dict[str, Preset], speeds: dict[str, Speed]) -> list[st
     rows = []
     for name, chosen in presets.items():
         pace = quartiles(speeds[name].tokens_per_second, ",.0f")
-        rows.append([name, pace, f"{chosen.train.max_steps:,}", str(Choices(**speeds[name].choices))])
+        rows.append([name, pace, f"{chosen.train.max_steps:,}", str(ExecutionPlan(**speeds[name].plan))])
     return [*table(["", "tokens/s", "steps", "how"], rows), ""]
 
 

@@ -1,4 +1,4 @@
-"""Digests of the code that a run was trained with, so that runs trained with other code can be recognised."""
+"""Digests of the code that a run was trained with, to recognise runs that were trained with other code."""
 
 import hashlib
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ CODE = (
 
 
 def code_digests(plugins: tuple[str, ...] = ()) -> dict[str, str]:
-    """A digest of every file that affects the result of a training, by its name, and of every plugin, by its module."""
+    """16 hex digits of the SHA-256 of each file in CODE, by path, and of each plugin, by module name."""
     home = Path(__file__).parents[1]
     paths = sorted(path for pattern in CODE.split() for path in home.glob(pattern) if path.is_file())
     files = {path.relative_to(home).as_posix(): path for path in paths}
@@ -19,9 +19,4 @@ def code_digests(plugins: tuple[str, ...] = ()) -> dict[str, str]:
         spec = find_spec(plugin)
         if spec is not None and spec.origin:
             files[plugin] = Path(spec.origin)
-    return {name: digest(path.read_bytes()) for name, path in files.items()}
-
-
-def digest(content: bytes) -> str:
-    """16 hex digits of the SHA-256."""
-    return hashlib.sha256(content).hexdigest()[:16]
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items()}

@@ -1,4 +1,4 @@
-"""The command line of train.py, both ways: read into configs, and written for configs."""
+"""The command line of train.py: parse it into configs, and write the command for given configs."""
 
 import argparse
 import ast
@@ -10,24 +10,24 @@ from config import Layers, ModelConfig, TrainConfig
 from runs.folder import Run, group_members
 from runs.presets import PRESETS, Preset, preset
 
-LEAST_MEMORY = 1500 * 2**20  # bytes of addresses: what a training of the default takes
+LEAST_MEMORY = 1500 * 2**20  # bytes of address space that training the default preset takes
 
 
 @dataclass(frozen=True)
 class Arguments:
-    preset: str = "0.5m_short_and_thick"  # a named architecture, or EXPERIMENT/PRESET; the options below change it
-    name: str | None = None  # of the run folder in trained_models/, or EXPERIMENT/RUN; by default the preset and the time
-    resume: bool = False  # go on with the run called --name where it was stopped
-    continue_from: str | None = None  # begin with the best weights of this run
-    seeds: int = 1  # train the same with so many seeds, from --train.seed on, as the runs NAME-seed0, NAME-seed1, …
-    same_data: bool = False  # with --seeds: all of them see the data in the same order
-    group: str | None = None  # the group of seeds that the run belongs to, which --seeds fills in
+    preset: str = "0.5m_short_and_thick"  # a named architecture, or EXPERIMENT/PRESET; other options change it
+    name: str | None = None  # name of the run in trained_models/, or EXPERIMENT/RUN; None is the preset and the time
+    resume: bool = False  # go on with the stopped run --name
+    continue_from: str | None = None  # start from the best weights of this run
+    seeds: int = 1  # train this many seeds, from --train.seed up, as the runs NAME-seed0, NAME-seed1, …
+    same_data: bool = False  # with --seeds: the same order of the data for all seeds
+    group: str | None = None  # group of seeds that the run belongs to; set by --seeds
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
 
 
 def read_layers(text: str) -> Layers:
-    """A layer string as it is; a list or a tuple of them as Python writes it. Raises ValueError where that cannot be read."""
+    """Read a layer string, or a Python list or tuple of them. Raises ValueError if it cannot be read."""
     if text[:1] not in ("[", "("):
         return text
     try:
@@ -37,7 +37,7 @@ def read_layers(text: str) -> Layers:
 
 
 def parse(words: list[str]) -> Arguments:
-    """The command line as Arguments. The preset, or the run to go on with, gives the values of all that is not named."""
+    """Parse the command line. Options that are not given come from the preset, or from the run to go on with."""
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
@@ -52,14 +52,15 @@ def parse(words: list[str]) -> Arguments:
             str_from_instance=lambda value: [str(value)],
         )  # fmt: skip
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--name")
-    first.add_argument("--resume", action="store_true")
-    first.add_argument("--continue_from", "--continue-from")
-    first.add_argument("--seeds", type=int, default=1)
-    early, _ = first.parse_known_args(words)
-    chosen = preset(early.preset or Arguments.preset)
+    # find the defaults of all other options
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--name")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--continue_from", "--continue-from")
+    parser.add_argument("--seeds", type=int, default=1)
+    early, _ = parser.parse_known_args(words)
+    defaults = preset(early.preset or Arguments.preset)
     if early.seeds < 1:
         raise ValueError(f"seeds={early.seeds}: give a whole number of at least 1")
     resumes_one = early.resume and early.seeds == 1
@@ -68,24 +69,27 @@ def parse(words: list[str]) -> Arguments:
     if early.resume and early.name is None:
         raise ValueError("--resume needs the name of the run to go on with: add --name")
     if resumes_one:
-        chosen = Preset(Run(early.name).model_config, Run(early.name).train_config)
+        run = Run(early.name)
+        defaults = Preset(run.model_config, run.train_config)
     elif early.resume and not early.preset and not early.continue_from:
-        begun = Run(min(group_members(early.name), key=lambda name: Run(name).train_config.seed))
-        chosen = Preset(begun.model_config, begun.train_config)
+        run = Run(min(group_members(early.name), key=lambda name: Run(name).train_config.seed))
+        defaults = Preset(run.model_config, run.train_config)
     elif early.continue_from:
-        old = Run(early.continue_from)
-        chosen = continued(old.model_config, old.train_config)
+        run = Run(early.continue_from)
+        defaults = continued(run.model_config, run.train_config)
+
+    # parse all options
     arguments = tyro.cli(
-        Arguments, args=words, default=Arguments(model=chosen.model, train=chosen.train), use_underscores=True,
+        Arguments, args=words, default=Arguments(model=defaults.model, train=defaults.train), use_underscores=True,
         registry=registry, description="Train a tiny language model.",
     )  # fmt: skip
-    if resumes_one and (arguments.model, arguments.train) != chosen:
-        raise ValueError("--resume goes on with the options of the run: leave the others out, or use --continue_from")
+    if resumes_one and (arguments.model, arguments.train) != defaults:
+        raise ValueError("--resume keeps the options of the run: leave others out, or use --continue_from")
     return arguments
 
 
 def parse_or_exit(words: list[str]) -> Arguments:
-    """As parse, but a mistake, or too tight a limit of memory, ends the program with its one line."""
+    """Parse the command line; exit with a one-line error for a mistake, or if the memory limit is too low."""
     try:
         arguments = parse(words)
         check_memory_limit()
@@ -95,7 +99,7 @@ def parse_or_exit(words: list[str]) -> Arguments:
 
 
 def check_memory_limit():
-    """Raises MemoryError where the limit of this process is so tight that libraries die of it, each with words of its own."""
+    """Raise MemoryError if the limit of this process is so low that importing libraries would crash."""
     if sys.platform == "win32":
         return
     import resource
@@ -109,24 +113,28 @@ def check_memory_limit():
 
 
 def continued(model_config: ModelConfig, train_config: TrainConfig) -> Preset:
-    """What --continue_from begins with: the architecture, data and tokenizer of the run, all else as in its preset."""
-    fresh = next((known.train for known in PRESETS.values() if known.model == model_config), TrainConfig())
-    kept = {name: getattr(train_config, name) for name in ("data", "max_stories", "tokenizer")}
-    return Preset(model_config, replace(fresh, **kept))
+    """The defaults for --continue_from: architecture, data and tokenizer of the run, all else from its preset."""
+    default = next((known.train for known in PRESETS.values() if known.model == model_config), TrainConfig())
+    return Preset(model_config, replace(default, **{name: getattr(train_config, name) for name in ("data", "max_stories", "tokenizer")}))
 
 
 def command(
     model_config: ModelConfig, train_config: TrainConfig, name: str | None = None, continued_from: str | None = None
 ) -> str:
-    """The command that trains such a run: the preset or the run it began with, and every option that differs from that."""
+    """The command that trains such a run: its preset, or the run it continues, and every option that differs.
+
+    >>> command(ModelConfig(num_layers=5, mlp_dim=320), TrainConfig(max_steps=99), name="my_run")
+    'python train.py --preset 1m --train.max_steps 99 --name my_run'
+    """
+    words = ["python train.py"]
     if continued_from is not None:
-        known = continued(model_config, train_config)
-        words = ["python train.py", f"--continue_from {continued_from}"]
+        defaults = continued(model_config, train_config)
+        words.append(f"--continue_from {continued_from}")
     else:
-        named = next((named for named, known in PRESETS.items() if known.model == model_config), None)
-        known = PRESETS[named or Arguments.preset]
-        words = ["python train.py", *([f"--preset {named}"] if named else [])]
-    for group, config, default in (("model", model_config, known.model), ("train", train_config, known.train)):
+        known = next((known for known, preset in PRESETS.items() if preset.model == model_config), None)
+        defaults = PRESETS[known or Arguments.preset]
+        words += [f"--preset {known}"] if known else []
+    for group, config, default in (("model", model_config, defaults.model), ("train", train_config, defaults.train)):
         for field in fields(config):
             value = getattr(config, field.name)
             if value == getattr(default, field.name):
@@ -140,7 +148,7 @@ def command(
 
 
 def quoted(word: str) -> str:
-    """The word as every shell, cmd on Windows too, reads it: in double quotes where it holds more than safe characters."""
+    """Quote a word for all shells, Windows included: in double quotes, unless it has only safe characters."""
     if re.fullmatch(r"[\w.:/+@-]+", word):
         return word
     return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'

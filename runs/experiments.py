@@ -3,7 +3,7 @@
 import importlib
 from pathlib import Path
 
-from config import did_you_mean
+from config import look_up
 from runs.moved import moved_to
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -14,26 +14,21 @@ def experiment_names() -> list[str]:
 
 
 def check_experiment(name: str):
-    """Raises ValueError with the nearest match where there is no experiment of that name."""
-    if name not in experiment_names():
-        there = experiment_names()
-        raise ValueError(f"no experiment is called {name!r}.{did_you_mean(name, there)} There are: {', '.join(there)}")
+    """Raise ValueError with the nearest match if there is no experiment of that name."""
+    look_up("experiment", name, dict.fromkeys(experiment_names()))
 
 
 def experiment_preset(name: str):
-    """The Preset `EXPERIMENT/PRESET`: PRESET in the PRESETS of experiments/EXPERIMENT/config.py.
+    """The Preset `EXPERIMENT/PRESET`, from PRESETS in experiments/EXPERIMENT/config.py.
 
-    Raises ValueError with the nearest match for an unknown one, ImportError where that file cannot be imported.
+    Raises ValueError with the nearest match for an unknown name, ImportError if that file cannot be imported.
     """
-    experiment, _, own = name.partition("/")
+    experiment = name.partition("/")[0]
     check_experiment(experiment)
     module = f"experiments.{experiment}.config"
     try:
         presets = importlib.import_module(module).PRESETS
-    except Exception as error:  # a reader's own code: anything may be wrong in it
+    except Exception as error:  # the user's own code may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ImportError(f"the presets of {module} cannot be had: {reason}.{moved_to(error)}") from error
-    if own not in presets:
-        there = [f"{experiment}/{preset}" for preset in presets]
-        raise ValueError(f"no preset is called {name!r}.{did_you_mean(name, there)} There are: {', '.join(there)}")
-    return presets[own]
+        raise ImportError(f"the presets of {module} cannot be imported: {reason}.{moved_to(error)}") from error
+    return look_up("preset", name, {f"{experiment}/{preset}": presets[preset] for preset in presets})

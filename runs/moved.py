@@ -1,8 +1,8 @@
-"""Where the modules of earlier versions are now, for plugins and experiments that still import the old names."""
+"""New places of the modules of earlier versions, for plugins and experiments that still import the old names."""
 
 import re
 
-MOVED = {  # a module, or one name in it: where it is now
+MOVED = {  # an old module, or a name in it, and where it is now
     "capability": "evaluation.probes",
     "checkpoint": "training.checkpoint",
     "comparison": "evaluation.comparison",
@@ -38,13 +38,13 @@ MOVED = {  # a module, or one name in it: where it is now
 
 
 def moved_to(error: BaseException) -> str:
-    """A sentence to add to the error of a failed import that names an old place; "" for any other error.
+    """The sentence to add to the error of an import from an old place; "" for any other error.
 
     >>> moved_to(ModuleNotFoundError("No module named 'presets'", name="presets"))
     ' It is now in runs/presets.py: `from runs.presets import ...`'
     """
     if not isinstance(error, ImportError):
         return ""
-    name = re.match(r"cannot import name '(\w+)'", str(error))  # from a package that is called as the old module was
+    name = re.match(r"cannot import name '(\w+)'", str(error))  # from a package with the name of an old module
     place = (name and MOVED.get(f"{error.name}.{name[1]}")) or MOVED.get(error.name)
     return f" It is now in {place.replace('.', '/')}.py: `from {place} import ...`" if place else ""
