@@ -78,7 +78,10 @@ def measure_all(arguments: Arguments) -> list[str]:
     how = f"fast={arguments.fast}; each length: ms per step, MB that it takes"
     lines = show([describe_machine(), "", f"{shape}, {how}", "", *table(head, [])])
     for layer in layers:
-        costs = [in_new_process(measure, layer, config, T, arguments.tokens, arguments.seconds, arguments.fast) for T in arguments.lengths]
+        costs = [
+            in_new_process(measure, layer, config, T, arguments.tokens, arguments.seconds, arguments.fast)
+            for T in arguments.lengths
+        ]
         ratios = in_new_process(compare, layer, config, arguments.tokens, arguments.rounds, arguments.seconds, arguments.fast)
         times, memories = zip(*costs, strict=True)
         cells = [f"{1e3 * seconds:,.1f}, {megabytes:,.0f}" for seconds, megabytes in costs]
