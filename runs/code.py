@@ -11,7 +11,7 @@ CODE = (
 
 
 def code_digests(plugins: tuple[str, ...] = ()) -> dict[str, str]:
-    """16 hex digits of the SHA-256 of each file in CODE, by path, and of each plugin, by module name."""
+    """The digest of each file in CODE, by path, and of each plugin, by module name."""
     home = Path(__file__).parents[1]
     paths = sorted(path for pattern in CODE.split() for path in home.glob(pattern) if path.is_file())
     files = {path.relative_to(home).as_posix(): path for path in paths}
@@ -19,4 +19,9 @@ def code_digests(plugins: tuple[str, ...] = ()) -> dict[str, str]:
         spec = find_spec(plugin)
         if spec is not None and spec.origin:
             files[plugin] = Path(spec.origin)
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items()}
+    return {name: digest(path.read_bytes()) for name, path in files.items()}
+
+
+def digest(content: bytes) -> str:
+    """16 hex digits of the SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -115,7 +115,8 @@ def check_memory_limit():
 def continued(model_config: ModelConfig, train_config: TrainConfig) -> Preset:
     """The defaults for --continue_from: architecture, data and tokenizer of the run, all else from its preset."""
     default = next((known.train for known in PRESETS.values() if known.model == model_config), TrainConfig())
-    return Preset(model_config, replace(default, **{name: getattr(train_config, name) for name in ("data", "max_stories", "tokenizer")}))
+    kept_fields = {name: getattr(train_config, name) for name in ("data", "max_stories", "tokenizer")}
+    return Preset(model_config, replace(default, **kept_fields))
 
 
 def command(

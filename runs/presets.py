@@ -1,8 +1,8 @@
 """Presets: named architectures, and how they are trained. Fields that are not set are as in config.py. No torch.
 
-A preset named after a published model is a small version of it: the same blocks in the same order, the same constants unless they
-depend on the size, and about the same proportions, from the source that its comment names. Context, vocabulary and training are
-ours.
+A preset named after a published model is a small version of it: the same blocks in the same order, the same constants unless
+they depend on the size, and about the same proportions, from the source that its comment names. Context, vocabulary and training
+are ours.
 """
 
 from typing import NamedTuple
@@ -34,20 +34,22 @@ PRESETS: dict[str, Preset] = {
             activation="GELU", gated=False,
         )
     ),
-    # Llama 3 8B (arXiv 2407.21783, table 3): the MLP is 3.5 times as wide as the stream. 2 query heads share a key instead of 4.
+    # Llama 3 8B (arXiv 2407.21783, table 3): the MLP is 3.5 times as wide as the stream. 2 query heads share a key instead of
+    # 4.
     "llama3_like": Preset(ModelConfig(num_layers=4, rope_theta=500_000.0, tied_embeddings=False, mlp_dim=448)),
     # Qwen3 0.6B (arXiv 2505.09388, table 1): all heads together are twice as wide as the stream, the MLP 3 times.
     "qwen3_like": Preset(
         ModelConfig(num_layers=4, head_dim=64, rope_theta=1_000_000.0, norm_eps=1e-6, mlp_dim=384, qk_norm=True)
     ),
-    # Gemma 2B (arXiv 2403.08295, table 1): multi-query attention; the MLP is 8 times as wide as the stream. 4 heads instead of 8.
+    # Gemma 2B (arXiv 2403.08295, table 1): multi-query attention; the MLP is 8 times as wide as the stream. 4 heads instead
+    # of 8.
     "gemma1_like": Preset(
         ModelConfig(
             dim=96, num_layers=4, num_kv_heads=1, mlp_dim=768, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6,
         )
     ),
-    # Gemma 2 27B (arXiv 2408.00118, table 1): all heads together are 8/9 as wide as the stream, the MLP 8 times; scores are divided
-    # by sqrt(dim / num_heads); every other layer has a window of half the context.
+    # Gemma 2 27B (arXiv 2408.00118, table 1): all heads together are 8/9 as wide as the stream, the MLP 8 times; scores are
+    # divided by sqrt(dim / num_heads); every other layer has a window of half the context.
     "gemma2_like": Preset(
         ModelConfig(
             dim=108, num_layers=4, head_dim=24, mlp_dim=864, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6,
@@ -57,9 +59,9 @@ PRESETS: dict[str, Preset] = {
             ),
         )
     ),
-    # Gemma 3 4B (arXiv 2503.19786, section 2): all heads together are 4/5 as wide as the stream, the MLP 4 times; 5 layers have a
-    # window, the sixth has none and longer wavelengths (8 times longer still in Gemma 3). The window is 1/8 of the context instead
-    # of 1/128.
+    # Gemma 3 4B (arXiv 2503.19786, section 2): all heads together are 4/5 as wide as the stream, the MLP 4 times; 5 layers
+    # have a window, the sixth has none and longer wavelengths (8 times longer still in Gemma 3). The window is 1/8 of the
+    # context instead of 1/128.
     "gemma3_like": Preset(
         ModelConfig(
             dim=120, num_layers=6, head_dim=24, mlp_dim=480, activation="GELU", embedding_scale="sqrt(dim)", norm_eps=1e-6,
@@ -69,8 +71,8 @@ PRESETS: dict[str, Preset] = {
             ),
         )
     ),
-    # Grok-1 (https://github.com/xai-org/grok-1, run.py): 6 query heads share a key; 2 of 8 experts, weighted by their scores without
-    # renormalising; logits are divided by sqrt(3). An expert is as wide as the stream instead of 5 1/3 times.
+    # Grok-1 (https://github.com/xai-org/grok-1, run.py): 6 query heads share a key; 2 of 8 experts, weighted by their scores
+    # without renormalising; logits are divided by sqrt(3). An expert is as wide as the stream instead of 5 1/3 times.
     "grok_like": Preset(
         ModelConfig(
             dim=96, num_layers=4, num_heads=6, num_kv_heads=1, mlp_dim=96, activation="GELU", attention_soft_cap=30.0,
@@ -86,10 +88,10 @@ PRESETS: dict[str, Preset] = {
             layers=PRE_NORM.replace("MLP", "MoE(num_experts=8, top_k=2)"),
         )
     ),
-    # DeepSeek-V3 (arXiv 2412.19437, section 4.2): queries and keys have half as many channels with RoPE as without; the first layer
-    # is dense (3 of 61 there), the others have a shared expert. 4 of 16 experts instead of 8 of 256, half as wide as the stream
-    # instead of 2/7; latents 1/3 and 1/2 as wide as the stream instead of 1/14 and 3/14; no expert groups, no multi-token
-    # prediction.
+    # DeepSeek-V3 (arXiv 2412.19437, section 4.2): queries and keys have half as many channels with RoPE as without; the first
+    # layer is dense (3 of 61 there), the others have a shared expert. 4 of 16 experts instead of 8 of 256, half as wide as
+    # the stream instead of 2/7; latents 1/3 and 1/2 as wide as the stream instead of 1/14 and 3/14; no expert groups, no
+    # multi-token prediction.
     "deepseek_like": Preset(
         ModelConfig(
             dim=96, num_layers=4, num_kv_heads=4, head_dim=16, norm_eps=1e-6, tied_embeddings=False, mlp_dim=256, layers=(
@@ -101,30 +103,30 @@ PRESETS: dict[str, Preset] = {
             ),
         )
     ),
-    # Snowflake Arctic (https://huggingface.co/Snowflake/snowflake-arctic-base, config.json): 7 query heads share a key; the MLP is as
-    # wide as the stream; 2 experts run parallel to attention and MLP. 16 experts instead of 128, 3/7 as wide as the stream instead
-    # of 2/3.
+    # Snowflake Arctic (https://huggingface.co/Snowflake/snowflake-arctic-base, config.json): 7 query heads share a key; the
+    # MLP is as wide as the stream; 2 experts run parallel to attention and MLP. 16 experts instead of 128, 3/7 as wide as the
+    # stream instead of 2/3.
     "arctic_like": Preset(
         ModelConfig(
             dim=112, num_layers=3, num_heads=7, num_kv_heads=1, mlp_dim=112, tied_embeddings=False,
             layers=[PRE_NORM, "Norm->MoE(mlp_dim=48, num_experts=16, top_k=2)->+"],
         )
     ),
-    # Mamba 130M (arXiv 2312.00752, section 3.4, and https://huggingface.co/state-spaces/mamba-130m-hf, config.json): a layer is a
-    # norm and a Mamba block, whose proportions and constants are the same at every size. 7 layers instead of 24.
+    # Mamba 130M (arXiv 2312.00752, section 3.4, and https://huggingface.co/state-spaces/mamba-130m-hf, config.json): a layer
+    # is a norm and a Mamba block, whose proportions and constants are the same at every size. 7 layers instead of 24.
     "mamba_like": Preset(
         ModelConfig(num_layers=7, num_heads=1, num_kv_heads=1, positions="none", layers="Norm->Mamba->+")
     ),
-    # Mamba-2 130M (arXiv 2405.21060, section 7, and https://huggingface.co/state-spaces/mamba2-130m, config.json): heads of 64
-    # channels share B and C. The state dimension is 32, a fifth of the stream's width, instead of 128, a sixth. 5 layers instead
-    # of 24.
+    # Mamba-2 130M (arXiv 2405.21060, section 7, and https://huggingface.co/state-spaces/mamba2-130m, config.json): heads of
+    # 64 channels share B and C. The state dimension is 32, a fifth of the stream's width, instead of 128, a sixth. 5 layers
+    # instead of 24.
     "mamba2_like": Preset(
         ModelConfig(
             dim=160, num_layers=5, num_heads=1, num_kv_heads=1, head_dim=64, positions="none", layers="Norm->Mamba2->+",
         )
     ),
-    # Mamba-2-Hybrid 8B (arXiv 2406.07887): as many MLPs as mixers, and no position encoding. One of 4 mixers is attention instead
-    # of one of 7.
+    # Mamba-2-Hybrid 8B (arXiv 2406.07887): as many MLPs as mixers, and no position encoding. One of 4 mixers is attention
+    # instead of one of 7.
     "mamba2_hybrid_like": Preset(
         ModelConfig(
             num_layers=4, positions="none", mlp_dim=320, layers=(
@@ -133,9 +135,9 @@ PRESETS: dict[str, Preset] = {
             ),
         )
     ),
-    # Griffin as in RecurrentGemma 2B (arXiv 2404.07839, table 1, and its config.json): two recurrent layers, then one of multi-query
-    # attention with a window of 1/4 of the context and RoPE on half of the channels; the MLP is 3 times as wide as the stream. 4
-    # heads instead of 10, 6 layers instead of 26. The embedding scale is sqrt(dim) in bfloat16, as theirs.
+    # Griffin as in RecurrentGemma 2B (arXiv 2404.07839, table 1, and its config.json): two recurrent layers, then one of
+    # multi-query attention with a window of 1/4 of the context and RoPE on half of the channels; the MLP is 3 times as wide
+    # as the stream. 4 heads instead of 10, 6 layers instead of 26. The embedding scale is sqrt(dim) in bfloat16, as theirs.
     "griffin_like": Preset(
         ModelConfig(
             dim=112, num_layers=6, num_kv_heads=1, norm_eps=1e-6, linear_bias=True, mlp_dim=336, activation="GELU",
@@ -145,26 +147,27 @@ PRESETS: dict[str, Preset] = {
             ),
         )
     ),
-    # Megalodon 7B (arXiv 2404.08801, section 4.1, and https://github.com/XuezheMax/megalodon, mega.py): heads are 1/4 as wide as the
-    # stream, values and the SwiGLU twice; a state of 16 complex numbers per channel; chunks of 1/8 of the context. One head instead
-    # of 4, groups of 32 channels instead of 64. The norm before the output head is a LayerNorm instead of a timestep norm.
+    # Megalodon 7B (arXiv 2404.08801, section 4.1, and https://github.com/XuezheMax/megalodon, mega.py): heads are 1/4 as wide
+    # as the stream, values and the SwiGLU twice; a state of 16 complex numbers per channel; chunks of 1/8 of the context. One
+    # head instead of 4, groups of 32 channels instead of 64. The norm before the output head is a LayerNorm instead of a
+    # timestep norm.
     "megalodon_like": Preset(
         ModelConfig(
             num_layers=3, num_heads=1, num_kv_heads=1, head_dim=32, mlp_dim=256, norm="LayerNorm", norm_bias=True,
             tied_embeddings=False, layers=TWO_HOP.replace("Norm->Attn", "Megalodon(chunk=64)"),
         )
     ),
-    # Gated DeltaNet (arXiv 2412.06464, section 3.4, and its code): the keys of all heads together are 3/4 as wide as the stream,
-    # the values 3/2.
+    # Gated DeltaNet (arXiv 2412.06464, section 3.4, and its code): the keys of all heads together are 3/4 as wide as the
+    # stream, the values 3/2.
     "gated_deltanet_like": Preset(
         ModelConfig(
             num_layers=4, num_heads=3, num_kv_heads=3, head_dim=32, positions="none", mlp_dim=296,
             layers=PRE_NORM.replace("Attn", "GatedDeltaNet"),
         )
     ),
-    # Qwen3.5 (the default sizes of Qwen3_5TextConfig in transformers): three layers of Gated DeltaNet, with keys half as wide as the
-    # stream and values as wide, then one of gated attention with 4 query heads per key and RoPE on 1/4 of the channels; the MLP is
-    # 3 times as wide as the stream. Embeddings are tied.
+    # Qwen3.5 (the default sizes of Qwen3_5TextConfig in transformers): three layers of Gated DeltaNet, with keys half as wide
+    # as the stream and values as wide, then one of gated attention with 4 query heads per key and RoPE on 1/4 of the
+    # channels; the MLP is 3 times as wide as the stream. Embeddings are tied.
     "qwen3.5_like": Preset(
         ModelConfig(
             num_layers=4, num_kv_heads=1, rope_theta=10_000_000.0, norm_eps=1e-6, qk_norm=True, mlp_dim=384, layers=(
