@@ -11,6 +11,7 @@ import pytest
 from config import ModelConfig, TrainConfig
 from conftest import MODEL
 from inference import load_model
+from metrics.cost import num_parameters
 from runs.command_line import command, parse
 from runs.folder import Run
 from runs.presets import PRESETS
@@ -143,7 +144,7 @@ class TestEqualBudgets:
         for label, column in (("loss", "validation_loss"), ("bits per byte", "bits_per_byte")):
             assert shown.loc["tiny", label] == pytest.approx((scored.loc[10, column] + scored.loc[20, column]) / 2)
             assert shown.loc["other", label] == Run("other").log()[column].iloc[-1]
-        assert shown["parameters"].tolist() == [load_model("tiny")[0].num_parameters()] * 2
+        assert shown["parameters"].tolist() == [num_parameters(load_model("tiny")[0])] * 2
 
     def test_equal_flops_are_more_steps_for_a_smaller_model(self, tiny_run, make_config):
         list(train(replace(MODEL, dim=8), make_config(max_steps=60, eval_every=4), "small"))

@@ -18,8 +18,7 @@ from evaluation.comparison import compare
 from runs.command_line import Arguments, command, parse
 from runs.folder import Run, group_members
 from train import train
-from training import autotune as probe
-from training import seeds
+from training import autotune, seeds
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,8 +95,8 @@ class TestInTurn:
 class TestSideBySide:
     @pytest.mark.parametrize("one, both, wanted", [(0.2, 0.15, True), (0.2, 0.09, False)])
     def test_by_measured_speeds(self, quick, monkeypatch, capsys, one, both, wanted):
-        monkeypatch.setattr(probe, "most_threads", lambda: 2)
-        monkeypatch.setattr(probe, "seconds_per_token", lambda model, config, way, device: one if way.threads == 1 else both)
+        monkeypatch.setattr(autotune, "most_threads", lambda: 2)
+        monkeypatch.setattr(autotune, "seconds_per_token", lambda model, config, way, device: one if way.threads == 1 else both)
         arguments = Arguments(name="group", seeds=4, model=MODEL, train=replace(quick, threads="auto", device="cpu"))
         assert seeds.side_by_side(arguments, 4) is wanted
         printed = "".join(capsys.readouterr())
@@ -106,7 +105,7 @@ class TestSideBySide:
         assert not seeds.side_by_side(replace(arguments, train=replace(quick, threads=2)), 4)
 
     def test_in_processes_of_their_own_they_are_the_same(self, quick, monkeypatch, script):
-        monkeypatch.setattr(probe, "most_threads", lambda: 2)
+        monkeypatch.setattr(autotune, "most_threads", lambda: 2)
         code, printed = script(*words_of(quick))
         assert code == 0 and "2 seeds with one thread each: 2 side by side" in printed
         assert "\ngroup-seed0: ended\n" in printed and "\x1b" not in printed  # this is no terminal
@@ -134,12 +133,12 @@ class TestCtrlC:
         model = replace(MODEL, layers="Norm->Attn->+->Norm->MLP->+->Held->+", plugins=("held_blocks",))
         words = [*shlex.split(command(model, quick, "group"))[2:], "--seeds", "2"]
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        monkeypatch.setattr(probe, "most_threads", lambda: 2)
+        monkeypatch.setattr(autotune, "most_threads", lambda: 2)
         held = tmp_path / "held"
         held.mkdir()
         # Both at a time also where there is but one core.
-        code = f"import probe, runpy, sys; probe.most_threads = lambda: 2; sys.argv = {['train.py', *words]!r}; "
-        code += "runpy.run_path('train.py', run_name='__main__')"
+        code = "import runpy, sys; from training import autotune; autotune.most_threads = lambda: 2; "
+        code += f"sys.argv = {['train.py', *words]!r}; runpy.run_path('train.py', run_name='__main__')"
         with subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "HELD": str(held)}, start_new_session=True, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
