@@ -32,7 +32,7 @@ from runs.folder import Run, run_names
 from runs.presets import preset
 from tokenizer import load_tokenizer
 from train import train
-from training import autotune as probe
+from training import autotune
 from training.report import table
 
 REPOSITORY = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def test_an_own_model_trains_resumes_evaluates_and_is_compared(name, tiny_run, m
 
 
 def test_an_own_model_continues_from_another_run_and_its_weights_are_averaged(make_config):
-    config = make_config(max_steps=6, weight_averaging=0.9, optimizer="Muon", packing="padded")
+    config = make_config(max_steps=6, ema_decay=0.9, optimizer="Muon", packing="padded")
     for name, continue_from in (("first", None), ("second", "first")):
         records = list(train(OWN["Recurrent"], config, name, continue_from=continue_from))
     assert records[-1].validation_loss < Run("first").log()["validation_loss"].min()
@@ -96,16 +96,16 @@ def test_a_model_that_does_not_count_its_parameters_is_counted():
 
 @pytest.mark.parametrize("name", OWN)
 def test_it_is_measured_how_an_own_model_trains_fastest(name, make_config, monkeypatch, capsys):
-    monkeypatch.setattr(probe, "MEASURE_SECONDS", 0.01)
-    monkeypatch.setattr(probe, "SHORT_RUN", 0)
-    model = build_model(replace(OWN[name], attention="sdpa"), 50)
-    config = make_config(**TRAINING[name], max_steps=None, max_minutes=1.0)
-    chosen = probe.choose(model, config, torch.device("cpu"))
+    monkeypatch.setattr(autotune, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(autotune, "SHORT_RUN", 0)
+    model = build_model(OWN[name], 50)
+    config = make_config(**TRAINING[name], fast=False, max_steps=None, max_minutes=1.0)
+    chosen = autotune.choose_plan(model, config, torch.device("cpu"))
     assert chosen.micro_batch_size in (1, 2, 4) and not chosen.compile
     assert "this machine: " in capsys.readouterr().err
     plain = replace(chosen, dtype="float32")
-    assert probe.difference(model, config, plain, torch.device("cpu")) == ""
-    assert min(probe.memory_needed(model, config, torch.device("cpu"))) > 0
+    assert autotune.difference(model, config, plain, torch.device("cpu")) == ""
+    assert min(autotune.memory_needed(model, config, torch.device("cpu"))) > 0
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -113,7 +113,7 @@ def test_an_own_model_may_be_compiled(name, monkeypatch):
     calls = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, dynamic: calls.append(module))
     model = build_model(OWN[name], 50)
-    probe.compile_parts(model)
+    autotune.compile_parts(model)
     assert calls == [model]
 
 
@@ -262,8 +262,8 @@ MENU = "BLOCKS = {'Mine': Mine}\n"
         (BLOCK + "BLOCKS = [Mine]", "BLOCKS of the plugin 'an_idea' must be a dict"),
         (BLOCK + "BLOCKS = {'Mine': Mine()}", "'Mine': that must be a class of torch modules"),
         (BLOCK + "BLOCKS = {'My-Block': Mine}", "a class 'My-Block': take a name of letters"),
-        (BLOCK + "BLOCKS = {'MLP': Mine}", "calls a block 'MLP', but that name is taken: it is that of 'model'. Rename it"),
-        (BLOCK + "BLOCKS = {'ShortConv': Mine}", "'ShortConv', but that name is taken: it is that of 'modules.blocks'"),
+        (BLOCK + "BLOCKS = {'MLP': Mine}", "calls a block 'MLP', but that name is taken: it is that of 'baseGPT'. Rename it"),
+        (BLOCK + "BLOCKS = {'ShortConv': Mine}", "'ShortConv', but that name is taken: it is that of 'baseGPT'"),
         (BLOCK + MENU + "MODELS = {'GPT': Mine}", "calls a model 'GPT', but that name is taken"),
     ],
 )

@@ -17,6 +17,7 @@ from torch import nn
 from config import ModelConfig, TrainConfig
 from inference import Sampling, generate, next_token_probabilities, stream
 from model import GPT
+from modules.registry import build_model
 from runs.folder import Run
 from runs.presets import preset
 from tokenizer import load_tokenizer
@@ -41,7 +42,7 @@ def tokenizer():
 def build(config: ModelConfig, vocab_size: int) -> GPT:
     """A model with random weights, large enough that it has clear opinions."""
     torch.manual_seed(0)
-    model = GPT(config, vocab_size)
+    model = build_model(config, vocab_size)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.2)

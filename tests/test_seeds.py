@@ -113,7 +113,7 @@ class TestSideBySide:
         assert not seeds.side_by_side(replace(arguments, train=replace(quick, threads=2)), 4)
 
     def test_what_failed_says_why(self, quick, monkeypatch):
-        monkeypatch.setattr(seeds, "words_of", lambda _: [sys.executable, "-c", "import sys; sys.exit('error: no room')"])
+        monkeypatch.setattr(seeds, "child_command", lambda _: [sys.executable, "-c", "import sys; sys.exit('error: no room')"])
         one = Arguments(name="group-seed0", model=MODEL, train=quick, group="group")
         assert seeds.run_side_by_side([one]) == ({"group-seed0": "no room"}, False)
 
@@ -176,7 +176,7 @@ class TestCtrlC:
 
     def test_a_press_is_passed_on_to_each_process_once(self, quick, monkeypatch, tmp_path):
         """As by a service manager, who sends the signal to the first process alone."""
-        monkeypatch.setattr(seeds, "words_of", lambda one: [sys.executable, "-c", COUNTS, str(tmp_path / one.name)])
+        monkeypatch.setattr(seeds, "child_command", lambda one: [sys.executable, "-c", COUNTS, str(tmp_path / one.name)])
 
         def press():
             until = time.monotonic() + 60

@@ -317,7 +317,7 @@ class TestTraining:
                 TrainConfig(data=data, grade_stories=4)
         with pytest.raises(ValueError, match="grade_stories=-1"):
             TrainConfig(data="storyworld", grade_stories=-1)
-        monkeypatch.setattr("train.load_tokenizer", lambda name: bert_like([text for text, _ in mentions]))
+        monkeypatch.setattr("training.setup.load_tokenizer", lambda name: bert_like([text for text, _ in mentions]))
         with pytest.raises(ValueError, match="small_letters does not keep the stories"):
             next(train(MODEL, TRAIN, "small"))
         assert not Run("small").folder.exists()
