@@ -16,7 +16,7 @@ train: $(VENV)/installed  ## train a model with the defaults of train.py, in a f
 	$(RUN) train.py
 
 test: $(VENV)/installed-dev  ## run every test, and every notebook at a small size
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/installed-dev  ## run ruff
 	$(RUN) -m ruff check
