@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ablations import changed
 from script import HERE, describe_machine, in_new_process, run_script, save_page, show, table
 
+from config import VERSION, ModelConfig, TrainConfig, migrate
 from data.dataset import choose_validation, load_data, open_source, story_hash
 from runs.presets import Preset, preset
 from tokenizer import load_tokenizer
@@ -148,7 +149,22 @@ def write_stories(arguments: Arguments, chosen: Preset, folder: Path) -> str:
 def settings_of(chosen: Preset, fingerprint: str) -> dict:
     """Everything but the seed that affects the result of a run, as read from JSON."""
     ignored = {"data": fingerprint, "seed": None, "eval_every": None}
-    return json.loads(json.dumps({"model": asdict(chosen.model), "train": asdict(chosen.train) | ignored}))
+    version = {"version": VERSION}
+    return json.loads(json.dumps({"model": version | asdict(chosen.model), "train": version | asdict(chosen.train) | ignored}))
+
+
+def are_same(then: dict, now: dict) -> bool:
+    """Compare recorded settings with others, in the fields of today. Fields that are newer than the record are not compared."""
+    then, now = migrated(then), migrated(now)
+    return all(then[group].items() <= now[group].items() for group in now)
+
+
+def migrated(settings: dict) -> dict:
+    """Settings in the fields of today; version 1 had the attention of the machine in the model."""
+    today = {"model": migrate(ModelConfig, settings["model"]), "train": migrate(TrainConfig, settings["train"])}
+    if "attention" in settings["model"]:
+        today["train"]["fast"] = {"auto": "auto", "kernel": True}.get(settings["model"]["attention"], False)
+    return today
 
 
 def read_results(path: Path | None, settings: dict) -> dict[int, Result]:
@@ -163,7 +179,7 @@ def read_results(path: Path | None, settings: dict) -> dict[int, Result]:
             result = Result(**json.loads(line))
         except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(f"{path}, line {number}, is not a result ({error}): delete the line") from error
-        if all(result.settings[group].items() <= settings[group].items() for group in settings):
+        if are_same(result.settings, settings):
             results[result.seed] = result
         else:
             others += 1

@@ -33,6 +33,7 @@ from script import HERE, describe_machine, in_new_process, new_process, quartile
 from config import ModelConfig, TrainConfig
 from metrics.cost import num_parameters
 from model import GPT
+from modules import registry
 from runs.presets import Preset
 from training.autotune import STORY_TOKENS, ExecutionPlan, apply_plan, choose_plan, matmul_peaks
 from training.configure import configure_for_training
@@ -137,7 +138,7 @@ def sweep(shape: Preset, arguments: Arguments) -> list[str]:
             memory = process.submit(warm_up, variant).result()
             speeds = [process.submit(take_turn, arguments.seconds).result() for _ in range(arguments.rounds)]
         share = np.median(speeds) * flops_per_token(variant) / peaks[variant.plan.dtype]
-        parameters = num_parameters(GPT(variant.shape.model, variant.vocab_size))
+        parameters = num_parameters(registry.build_model(variant.shape.model, variant.vocab_size))
         row = [point[0].partition(".")[2], f"{parameters:,}", quartiles(speeds, ",.0f"), f"{share:.1%}",
                *(f"{megabytes:,.0f}" for megabytes in memory), str(variant.plan)]  # fmt: skip
         lines += show(table(head, [row])[2:])
@@ -178,7 +179,7 @@ def list_variants(shape: Preset, vocab_size: int, names: Iterable[str]) -> dict[
 
 def build_model(shape: Preset, vocab_size: int) -> GPT:
     torch.manual_seed(0)
-    model = GPT(shape.model, vocab_size)
+    model = registry.build_model(shape.model, vocab_size)
     configure_for_training(model, shape.train)
     return model
 
@@ -295,7 +296,7 @@ def flops_per_token(variant: Variant) -> float:
     if variant.library == "ours" and variant.shape.train.mask_stories:
         stories = torch.bincount(made_up_stories(variant.shape)[0]).tolist()
     attended = sum(length**2 for length in stories) / T / 2  # mean number of visible tokens
-    model = GPT(config, variant.vocab_size)
+    model = registry.build_model(config, variant.vocab_size)
     in_products = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     attention_dim = config.num_heads * config.block_values()["head_dim"]
     return 6 * in_products + 12 * config.num_layers * attended * attention_dim

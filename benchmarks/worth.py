@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ablations import changed, chosen_ablations
 from preset_speed import RECURRENT
 from script import HERE, describe_machine, in_new_process, new_process, quartiles, run_script, save_page, show, table
-from time_to_loss import settings_of, with_train
+from time_to_loss import are_same, settings_of, with_train
 from train_speed import Variant, list_variants, take_turn, warm_up
 
 from config import TrainConfig
@@ -47,6 +47,7 @@ from runs.presets import Preset, preset
 from tokenizer import load_tokenizer
 from training import seeds
 from training.autotune import ExecutionPlan
+from training.checkpoint import saved_plan
 from training.optim import growing_batch_size
 
 EVALUATIONS = 4  # per run with --budget steps
@@ -164,19 +165,23 @@ def measured_speeds(presets: dict[str, Preset], arguments: Arguments) -> dict[st
     Raises ValueError if it was measured with other settings.
     """
     path = runs_folder() / "speeds.json"
-    known = {name: Speed(**entry) for name, entry in json.loads(path.read_text()).items()} if path.exists() else {}
+    known = {name: read_speed(entry) for name, entry in json.loads(path.read_text()).items()} if path.exists() else {}
     settings = {name: settings_of(chosen, arguments.data) for name, chosen in presets.items()}
     for group in settings.values():
         del group["train"]["max_minutes"]  # a speed holds for any budget
     for name in known.keys() & presets.keys():
-        then, now = known[name].settings, settings[name]
-        if not all(then[group].items() <= now[group].items() for group in now):
+        if not are_same(known[name].settings, settings[name]):
             raise ValueError(f"{path} has the speed of {name} with other settings: give those again, or another folder as --runs")
     missing = {name: chosen for name, chosen in presets.items() if name not in known}
     if missing:
         known |= measure(missing, settings, arguments)
         path.write_text(json.dumps({name: asdict(speed) for name, speed in known.items()}, indent=1))
     return known
+
+
+def read_speed(entry: dict) -> Speed:
+    """Read an entry of speeds.json, also of version 1, whose plan was called choices."""
+    return Speed(entry["settings"], asdict(saved_plan(entry)), entry["tokens_per_second"], entry["machine"])
 
 
 def measure(presets: dict[str, Preset], settings: dict[str, dict], arguments: Arguments) -> dict[str, Speed]:

@@ -25,6 +25,14 @@ def rows(printed: str) -> dict[str, list[str]]:
     return {first: others for first, *others in cells}
 
 
+def of_version_1(settings: dict, attention: str = "auto") -> dict:
+    """Settings of TINY as version 1 recorded them."""
+    model = {name: value for name, value in settings["model"].items() if name != "version"}
+    train = {name: value for name, value in settings["train"].items() if name not in ("version", "fast", "ema_decay")}
+    average = {"weight_averaging": settings["train"]["ema_decay"]}
+    return {"model": model | {"mlp_dim": 24, "attention": attention}, "train": train | average}
+
+
 @pytest.fixture
 def scripts(monkeypatch):
     """The benchmarks can be imported."""
@@ -113,6 +121,24 @@ def test_time_to_loss_goes_on(terminal, corpus, tmp_path, monkeypatch):
     assert results.read_text().startswith(line) and results.read_text().count("\n") == 2
     assert page.with_suffix(".png").stat().st_size > 0 and "| median |" in page.with_suffix(".md").read_text()
 
+    recorded = [json.loads(line) for line in results.read_text().splitlines()]
+    older = [line | {"settings": of_version_1(line["settings"])} for line in recorded]
+    results.write_text("".join(json.dumps(line) + "\n" for line in older))
+    assert rows(terminal(time_to_loss, *words, "--seeds", "0", "1")) == table
+    assert results.read_text().count("\n") == 2
+    other = terminal(time_to_loss, *words[:3], "train.fast=False", *words[3:], "--seeds", "0")
+    assert rows(other)["0"] and results.read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("attention, fast", [("auto", "auto"), ("kernel", True), ("sdpa", False), ("plain", False)])
+def test_the_attention_of_older_results_is_fast_or_not(scripts, attention, fast):
+    import time_to_loss
+
+    tiny = time_to_loss.changed(preset("1m"), TINY)
+    now = {way: time_to_loss.settings_of(time_to_loss.with_train(tiny, fast=way), "data") for way in ("auto", True, False)}
+    older = of_version_1(now["auto"], attention)
+    assert [way for way, settings in now.items() if time_to_loss.are_same(older, settings)] == [fast]
+
 
 def test_every_ablation_is_a_change_that_the_config_takes(scripts):
     import ablations
@@ -200,7 +226,7 @@ def worth_here(scripts, corpus, tmp_path, monkeypatch):
             write_report(run.name)
         return {}, False
 
-    trained, way = [], {"dtype": "float32", "attention": "sdpa", "micro_batch_size": 2, "threads": 1, "compile": False}
+    trained, way = [], {"dtype": "float32", "fast": False, "micro_batch_size": 2, "threads": 1, "compile": False}
     monkeypatch.setenv("BASEGPT_RUNS", "set again by main, and then taken back")
     monkeypatch.setattr(seeds, "run_side_by_side", create_autospec(seeds.run_side_by_side, side_effect=train_here))
     monkeypatch.setattr(worth, "HERE", tmp_path)
@@ -232,6 +258,14 @@ def test_worth_trains_what_is_missing_and_tells_it_again(worth_here, tmp_path, c
 
     worth.main(words)
     assert rows(capsys.readouterr().out) == rows(printed) and len(trained) == 4
+    speeds = json.loads((words.runs / "speeds.json").read_text())
+    for speed in speeds.values():
+        plan = speed.pop("plan")
+        speed["choices"] = plan | {"attention": "kernel" if plan.pop("fast") else "sdpa"}
+        speed["settings"] = of_version_1(speed["settings"])
+    (words.runs / "speeds.json").write_text(json.dumps(speeds))
+    worth.main(words)
+    assert rows(capsys.readouterr().out) == rows(printed) and len(trained) == 4
     with pytest.raises(ValueError, match="other settings"):
         worth.main(replace(words, set=(*words.set, "model.mlp_dim=32")))
 
@@ -251,11 +285,11 @@ def test_worth_compares_a_preset_with_changes_of_it(worth_here, tmp_path, capsys
 def test_worth_trains_for_the_steps_that_fit_into_the_minutes(scripts):
     import worth
 
-    speed = worth.Speed({}, {"dtype": "float32", "attention": "sdpa", "micro_batch_size": 2, "threads": 1, "compile": False},
+    speed = worth.Speed({}, {"dtype": "float32", "fast": False, "micro_batch_size": 2, "threads": 1, "compile": False},
                         [10.0, 4096.0, 9999.0], "a machine")  # fmt: skip
     trained = worth.for_steps(preset("1m"), speed, 10.0)
     assert trained.train.max_steps == 60 * 10 * 4096 / (4 * 512) and trained.train.max_minutes is None
-    assert (trained.model.attention, trained.train.micro_batch_size, trained.train.dtype) == ("sdpa", 2, "float32")
+    assert (trained.train.fast, trained.train.micro_batch_size, trained.train.dtype) == (False, 2, "float32")
     growing = worth.for_steps(preset("speedrun"), speed, 10.0)  # 8, 16 and 32 rows for 1/4, 1/4 and 1/2 of the steps
     assert growing.train.max_steps == round(60 * 10 * 4096 / (22 * 256))
 

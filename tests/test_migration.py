@@ -109,8 +109,8 @@ class TestWidths:
     @pytest.mark.parametrize("mlp_dim", [None, 4, 24, 100, 516])
     def test_every_mlp_is_as_wide_as_it_was(self, gated, mlp_dim):
         steps = {"MLP": {}, "MLP(gated=True)": {"gated": True}, "MLP(gated=False)": {"gated": False},
-                 "MLP(mlp_dim=36)": {"mlp_dim": 36}, "MoE(num_experts=2, top_k=1, mlp_dim=60)": {"mlp_dim": 60},
-                 "MoE(num_experts=2, top_k=1, gated=False)": {"gated": False}}  # fmt: skip
+                 "MLP(mlp_dim=36)": {"mlp_dim": 36}, "MoE(num_experts=2, mlp_dim=60)": {"mlp_dim": 60},
+                 "MoE(num_experts=2, gated=False)": {"gated": False}}  # fmt: skip
         text = old_model(dim=24, layers="->".join(steps), num_layers=1, gated=gated, mlp_dim=mlp_dim)
         blocks = build_model(from_json(ModelConfig, text), 50).layers[0].branches[0].blocks
         for block, options in zip(blocks, steps.values(), strict=True):
