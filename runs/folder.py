@@ -1,19 +1,19 @@
-"""The run folder: trained_models/NAME holds everything that is known of one trained model.
+"""The run folder: trained_models/NAME holds everything about one trained model.
 
-README.md          numbers, a sample, how to reproduce
+README.md          results, a sample, how to reproduce it
 model_config.json  the architecture
 train_config.json  how it was trained
-log_data.csv       a row for every few steps
-blocks.csv         what blocks report of themselves at every evaluation, such as how evenly experts are used; where there are such
-model.pth          the best weights so far, and the size and fingerprint of the tokenizer they belong to
-checkpoint.pth     the last state of the training, to resume from
-story_losses.csv   what the model scores on every validation story;  story_losses.json: with which weights, data and code
-diverged.txt       at which step the loss was no longer finite; where it was not
-group.json         the group of seeds that the run belongs to; where it does
-loss.png           the loss curve;  grades.png: what the storyworld accepts of its samples, by loss; where it grades them
+log_data.csv       the training log, a row every few steps
+blocks.csv         metrics that blocks report at every evaluation, such as how evenly experts are used; if there are any
+model.pth          the best weights so far, and the size and fingerprint of the tokenizer
+checkpoint.pth     the last training state, to resume from
+story_losses.csv   the loss on every validation story;  story_losses.json: digests of the weights, data and code
+diverged.txt       the step at which the loss was no longer finite; if it ever was not
+group.json         the group of seeds that the run belongs to; if there is one
+loss.png           the loss curve;  grades.png: the share of samples that storyworld accepts, against the loss; if it grades
 
-A run that is called EXPERIMENT/RUN goes with the experiment: it is experiments/EXPERIMENT/trained_models/RUN.
-Files are written next to their place and moved there, so that a crash or a full disk leaves what was there before.
+The run EXPERIMENT/RUN belongs to an experiment: its folder is experiments/EXPERIMENT/trained_models/RUN.
+Files are written to a temporary name and then moved, so that a crash or a full disk leaves the old ones as they were.
 """
 
 import csv
@@ -34,24 +34,22 @@ RESERVED_ON_WINDOWS = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("
 
 
 def runs_folder(experiment: str | None = None) -> Path:
-    """trained_models/ beside this file, or of an experiment; in the folder that the environment variable BASEGPT_RUNS names."""
-    if elsewhere := os.environ.get("BASEGPT_RUNS"):
-        return Path(elsewhere, experiment or "")
+    """trained_models/ of the repository, or of an experiment; the environment variable BASEGPT_RUNS names another folder."""
+    if folder := os.environ.get("BASEGPT_RUNS"):
+        return Path(folder, experiment or "")
     return EXPERIMENTS / experiment / "trained_models" if experiment else Path(__file__).parents[1] / "trained_models"
 
 
 def run_names(with_file: str = "model.pth") -> list[str]:
-    """The names of all runs that hold a trained model, those of experiments behind the others."""
-    own = sorted(path.parent.name for path in runs_folder().glob(f"*/{with_file}"))
-    return own + [
-        f"{experiment}/{path.parent.name}"
-        for experiment in experiment_names()
-        for path in sorted(runs_folder(experiment).glob(f"*/{with_file}"))
-    ]
+    """The names of all runs that have this file; those of experiments come last."""
+    names = sorted(path.parent.name for path in runs_folder().glob(f"*/{with_file}"))
+    for experiment in experiment_names():
+        names += sorted(f"{experiment}/{path.parent.name}" for path in runs_folder(experiment).glob(f"*/{with_file}"))
+    return names
 
 
 def group_names() -> list[str]:
-    """The names of all groups of seeds, and of the runs that belong to none: what can be compared."""
+    """The names of all groups of seeds, and of all runs that are in no group."""
     return list(dict.fromkeys(group_of(name) or name for name in run_names()))
 
 
@@ -60,17 +58,17 @@ def group_of(name: str) -> str | None:
 
 
 def group_members(name: str) -> list[str]:
-    """The runs of a group of seeds; the run itself where it is one. Raises FileNotFoundError where it is neither."""
+    """The runs of a group of seeds, or the run of that name. Raises FileNotFoundError if there is neither."""
     if not Run(name).folder.is_dir():
         members = [member for member in run_names() if group_of(member) == name]
         if members:
             return members
-        Run(name).path("model.pth")  # says so
+        Run(name).path("model.pth")  # raises
     return [name]
 
 
 def default_name(preset: str) -> str:
-    """The preset and the time, in characters that every file system takes."""
+    """The preset and the time, in characters that are safe on every file system."""
     return f"{preset}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
@@ -81,25 +79,22 @@ def is_safe(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Run:
-    """One folder in trained_models/, by its name; EXPERIMENT/RUN for one of an experiment.
-
-    Raises ValueError for a name that is not safe on every file system.
-    """
+    """A folder in trained_models/, or EXPERIMENT/RUN. Raises ValueError for a name that is not safe on every file system."""
 
     name: str
 
     def __post_init__(self):
-        *experiment, own = self.name.split("/")
-        if len(experiment) > 1 or not all(map(is_safe, [*experiment, own])):
+        parts = self.name.split("/")
+        if len(parts) > 2 or not all(map(is_safe, parts)):
             raise ValueError(f"{self.name!r} cannot be a run's name: use letters, digits, '_', '-' and '.', such as my_run_2")
 
     @property
     def folder(self) -> Path:
-        *experiment, own = self.name.split("/")
-        return runs_folder(*experiment) / own
+        *experiment, name = self.name.split("/")
+        return runs_folder(*experiment) / name
 
     def check_is_new(self):
-        """Raises ValueError where a run of that name exists, or would belong to an experiment that does not."""
+        """Raise ValueError if the run exists, or if its experiment does not."""
         if "/" in self.name:
             check_experiment(self.name.split("/")[0])
         if self.folder.exists():
@@ -108,7 +103,7 @@ class Run:
             raise ValueError(f"a group of seeds is called {self.name!r}, so no single run can be: take another --name")
 
     def create(self, model_config: ModelConfig, train_config: TrainConfig, group: str | None = None):
-        """Make the folder, write the configs, and the group where there is one. Raises ValueError where the run exists."""
+        """Make the folder with the configs and the group. Raises ValueError if the run exists."""
         self.check_is_new()
         self.folder.mkdir(parents=True)
         try:
@@ -121,14 +116,13 @@ class Run:
             raise
 
     def path(self, file: str) -> Path:
-        """The path of a file that must be there. Raises FileNotFoundError that names the run or the file that is missing."""
+        """The path of a file of the run. Raises FileNotFoundError if the run or the file is missing."""
         if not self.folder.is_dir():
-            there = run_names("model_config.json")
-            if members := [name for name in there if group_of(name) == self.name]:
+            names = run_names("model_config.json")
+            if members := [name for name in names if group_of(name) == self.name]:
                 raise FileNotFoundError(f"{self.name!r} is a group of seeds: name one of its runs, {', '.join(members)}")
-            raise FileNotFoundError(
-                f"no run is called {self.name!r}.{did_you_mean(self.name, there)} There are: {', '.join(there) or 'none yet'}"
-            )
+            hint = f"{did_you_mean(self.name, names)} There are: {', '.join(names) or 'none yet'}"
+            raise FileNotFoundError(f"no run is called {self.name!r}.{hint}")
         path = self.folder / file
         if not path.is_file():
             raise FileNotFoundError(f"the run {self.name!r} has no {file}: restore it, or train the model again")
@@ -145,12 +139,12 @@ class Run:
     def _config(self, config_class, file: str):
         try:
             return from_json(config_class, self.path(file).read_text(encoding="utf-8"))
-        except ValueError as error:  # also what is not UTF-8
+        except ValueError as error:  # from_json, or not UTF-8
             raise ValueError(f"{file} of the run {self.name!r} cannot be read: {error}") from error
 
     @property
     def group(self) -> str | None:
-        """The group of seeds that the run belongs to, or None. Raises ValueError where group.json is damaged."""
+        """The group of seeds that the run belongs to, or None. Raises ValueError if group.json is damaged."""
         if not (self.folder / "group.json").exists():
             return None
         try:
@@ -160,7 +154,7 @@ class Run:
 
     @property
     def diverged(self) -> str | None:
-        """At which step the loss was no longer finite, in words; None where it was."""
+        """The message about the step at which the loss was no longer finite; None if it always was."""
         file = self.folder / "diverged.txt"
         return file.read_text(encoding="utf-8").strip() if file.exists() else None
 
@@ -180,19 +174,19 @@ class Run:
         return log
 
     def was_stopped(self) -> bool:
-        """Whether neither its steps nor its minutes are used up yet."""
+        """Whether the run was stopped before max_steps or max_minutes."""
         log, config = self.log(), self.train_config
         return log.empty or bool(config.progress(log["step"].max(), log["seconds"].max()) < 1)
 
     def load(self, file: str, keys: set[str]) -> dict:
-        """What `save` wrote. Raises ValueError for a file that is truncated, or that is not one of ours."""
+        """Read a file of `save`. Raises ValueError if it is truncated, or not one of ours."""
         import torch
 
         try:
             content = torch.load(self.path(file), map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise
-        except Exception as error:  # torch.load has no exception of its own for a damaged file: each layer below raises another
+        except Exception as error:  # torch.load raises many types for a damaged file
             problem = f"{file} of the run {self.name!r} is damaged or not one of ours ({type(error).__name__})"
             raise ValueError(f"{problem}: restore it, or train the model again") from error
         if not isinstance(content, dict) or not keys <= content.keys():
@@ -200,7 +194,7 @@ class Run:
         return content
 
     def save(self, file: str, content: dict):
-        """Write tensors and plain values with torch.save. Raises OSError with the cure where the disk is full."""
+        """Write tensors and plain values with torch.save. Raises OSError with the cure if the disk is full."""
         import torch
 
         buffer = io.BytesIO()
@@ -211,7 +205,7 @@ class Run:
         self._write(file, text.encode())
 
     def save_log(self, rows: list[dict], columns: list[str], file: str = "log_data.csv"):
-        """Write a table: empty where a value is None, floats in full so that they are read back as they were."""
+        """Write a table as CSV; None is empty, and floats have all digits."""
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
@@ -224,7 +218,7 @@ class Run:
         self._write(file, image.getvalue())
 
     def log_rows(self) -> list[dict]:
-        """The rows of log_data.csv as text, to be written again unchanged. Raises as `log` does."""
+        """The rows of log_data.csv as text, to write them again unchanged. Raises as `log` does."""
         self.log()
         with open(self.path("log_data.csv"), newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
@@ -232,13 +226,13 @@ class Run:
     def _write(self, file: str, content: bytes):
         unfinished = self.folder / f"{file}.unfinished"
         try:
-            with open(unfinished, "wb") as written:
-                written.write(content)
-                written.flush()
-                os.fsync(written.fileno())
+            with open(unfinished, "wb") as output:
+                output.write(content)
+                output.flush()
+                os.fsync(output.fileno())
             os.replace(unfinished, self.folder / file)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
-            kept = (self.folder / "checkpoint.pth").exists()
-            cure = f"go on with --name {self.name} --resume: what was saved before is still there" if kept else "start again"
+            has_checkpoint = (self.folder / "checkpoint.pth").exists()
+            cure = f"go on with --name {self.name} --resume from the last checkpoint" if has_checkpoint else "start again"
             raise OSError(f"could not write {file} of the run {self.name!r} ({error.strerror}): make room and {cure}") from error

@@ -558,7 +558,7 @@ class TestTerminal:
     def test_help_explains_the_knobs(self, script):
         code, printed = script("--help")
         assert code == 0
-        for said in ("width of the residual stream", "learning rate before the warm-up", "go on with the run called --name"):
+        for said in ("width of the residual stream", "learning rate before the warm-up", "go on with the stopped run --name"):
             assert said in plain(printed)
 
     def test_a_new_python_ends_with_an_exit_code_and_one_line(self):
