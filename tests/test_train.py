@@ -1,23 +1,29 @@
 """Promises of train.py and machine.py: it learns, it repeats itself, it goes on where it stopped, it loses nothing."""
 
+import functools
 import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from config import TrainConfig, to_json
 from conftest import MODEL
+from data import dataset
 from data.dataset import load_data
+from fast import build
 from inference import generate, load_model
 from metrics.scores import evaluate
 from model import GPT, MLP
@@ -176,7 +182,7 @@ class TestLog:
             if record.validation_loss is not None:
                 assert record.perplexity == pytest.approx(torch.tensor(record.validation_loss, dtype=torch.float64).exp().item())
 
-    def test_validation_reads_the_same_stories_every_time_and_for_every_model(self, make_config, monkeypatch):
+    def test_validation_always_reads_the_same_stories(self, make_config, monkeypatch):
         read = []
 
         def spy(model, tokenizer, stories, **options):
@@ -265,9 +271,11 @@ VARIANTS = {
 TRAIN_PY = "runpy.run_path('train.py', run_name='__main__')"
 
 KILLED = """
-import json, sys
+import functools, json, sys
+from torch import nn
 from config import ModelConfig, TrainConfig, from_json
 from train import train
+nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")
 generators = []
 for name, model, config in json.loads(sys.argv[1]):
     generators.append(train(from_json(ModelConfig, model), from_json(TrainConfig, config), name))
@@ -280,13 +288,21 @@ sys.stdin.readline()
 
 @pytest.fixture(scope="module")
 def killed(make_config, tmp_path_factory):
-    """The variants after a process that was killed at step 11, each with a checkpoint of step 8."""
+    """The variants after a process that was killed at step 11, each with a checkpoint of step 8.
+
+    What is compiled was traced, but not by the C++ compiler, and the kernels are those that this process has.
+    """
     folder = tmp_path_factory.mktemp("killed")
     jobs = [(name, to_json(model), to_json(make_config(**changes))) for name, (model, changes) in VARIANTS.items()]
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, json.dumps(jobs)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env=os.environ | {"BASEGPT_RUNS": str(folder / "runs"), "BASEGPT_CACHE": str(folder / "cache")},
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BASEGPT_RUNS", str(folder / "runs"))
+        patch.setenv("BASEGPT_CACHE", str(folder / "cache"))
+        (folder / "cache").mkdir()
+        kernels = Path(build.build()._name)
+        if kernels.parent != folder / "cache":
+            shutil.copy(kernels, folder / "cache")
+        words = [sys.executable, "-c", KILLED, json.dumps(jobs)]
+        process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout.readline().strip() == b"ready"
     process.kill()
     process.communicate()
@@ -297,6 +313,7 @@ class TestResume:
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_eight_steps_a_kill_and_twelve_more_are_twenty(self, killed, variant, make_config, monkeypatch):
         monkeypatch.setenv("BASEGPT_RUNS", str(killed / "runs"))
+        monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
         model, changes = VARIANTS[variant]
         config = make_config(**changes)
         assert state(variant)["step"] == 8
@@ -306,26 +323,27 @@ class TestResume:
         assert losses(resumed) == losses(whole[8:])
         assert_same(variant, f"{variant}_whole")
 
-    def test_ctrl_c_in_the_terminal_then_resume(self, make_config, script):
-        config = make_config(max_steps=800, eval_every=400, checkpoint_every=50)
+    def test_ctrl_c_in_the_terminal_then_resume(self, make_config, script, tmp_path):
+        model = replace(MODEL, layers="Norm->Attn->+->Norm->MLP->+->Held->+", plugins=("held_blocks",))
+        config, held = make_config(), tmp_path / "held"
+        held.mkdir()
         process = subprocess.Popen(
-            [sys.executable, "train.py", *words_of(config, "interrupted")], cwd=ROOT, text=True,
+            [sys.executable, "train.py", *words_of(config, "interrupted", model)], cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | {"HELD": str(held), "PYTHONPATH": str(Path(__file__).parent)},
         )  # fmt: skip
-        begun = ""
-        while process.poll() is None and "step 1," not in begun:
-            begun += process.stderr.read(1)
+        while process.poll() is None and not any(held.iterdir()):  # step 4 waits for Ctrl-C
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
         assert process.returncode == 0 and "Traceback" not in err, err
-        step = state("interrupted")["step"]
-        assert step < 800
-        assert f"stopped after {step:,} steps and saved" in out
+        assert state("interrupted")["step"] == 4
+        assert "stopped after 4 steps and saved" in out
         assert "python train.py --name interrupted --resume" in out
 
         code, printed = script("--name", "interrupted", "--resume")
-        assert code == 0 and "bits per byte after 800 steps" in printed, printed
-        list(train(MODEL, config, "uninterrupted"))
+        assert code == 0 and "bits per byte after 20 steps" in printed, printed
+        list(train(model, config, "uninterrupted"))
         assert_same("interrupted", "uninterrupted")
 
     def test_the_terminal_refuses_other_options(self, make_config, script):
@@ -374,7 +392,7 @@ class TestContinueFrom:
             next(train(MODEL, make_config(), "further", continue_from="tinny"))
         assert not Run("further").folder.exists()
 
-    def test_in_the_terminal_the_old_run_gives_model_and_tokenizer(self, tiny_run, make_config, corpus):
+    def test_the_old_run_gives_model_and_tokenizer(self, tiny_run, make_config, corpus):
         arguments = parse(["--continue_from", tiny_run, "--train.data", corpus])
         assert arguments.model == MODEL
         assert arguments.train == TrainConfig(data=corpus, tokenizer="bpe_tokenizer_128")
@@ -384,6 +402,7 @@ class TestContinueFrom:
 
 POISON = """
 import torch
+from torch import nn
 from torch import nn
 
 class Poison(nn.Module):
@@ -441,7 +460,9 @@ class TestDivergence:
 
 
 class TestData:
-    def test_without_a_network_auto_is_storyworld_and_says_so(self, make_config, capsys, folders):
+    def test_without_a_network_auto_is_storyworld(self, make_config, capsys, monkeypatch):
+        """And says so."""
+        monkeypatch.setattr(dataset, "MAX_VALIDATION", 200)
         config = make_config(data="auto", max_stories=200, tokenizer="bpe_tokenizer_256")
         list(train(MODEL, config, "offline"))
         assert "using the built-in storyworld instead" in capsys.readouterr().err
@@ -569,7 +590,7 @@ class TestTerminal:
         assert done.returncode == 1 and done.stdout == ""
         assert re.fullmatch(r"error: no preset is called '6m'\. .*\n", done.stderr)
 
-    def test_a_run_from_the_terminal_ends_with_stories_and_what_to_do_next(self, make_config, script):
+    def test_a_run_from_the_terminal_ends_with_stories(self, make_config, script):
         code, printed = script(*words_of(make_config(max_steps=5), "mine"))
         assert code == 0
         said_last = 'python inference.py mine "Once upon a time"'
