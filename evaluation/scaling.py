@@ -192,7 +192,7 @@ def told_race(one: str, other: str, found: Race, noise: set[str]) -> str:
                 f"{span(*interval, size_told)}), and worse below that")  # fmt: skip
     elif not found.stretches:
         told = (f"can't tell which of {one} and {other} is better {measured}: at the largest {other} - {one} is "
-                f"{span(found.at_once.low[-1], found.at_once.high[-1], '+.4f')} {BITS}")  # fmt: skip
+                f"{span(found.simultaneous.low[-1], found.simultaneous.high[-1], '+.4f')} {BITS}")  # fmt: skip
     elif len(found.stretches) > 1:
         each = "; ".join(f"{names[which]} {span(start, end, size_told)}" for which, start, end in found.stretches)
         told = f"{one} and {other} overtake each other more than once: better is {each}"

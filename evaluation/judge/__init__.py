@@ -1,4 +1,4 @@
-"""Stories graded by a large language model: `python -m evaluation.judge --help`.
+"""Stories graded by a large language model: `python -m evaluation judge --help`.
 
 judging.py   main, write_stories: the command line; runs write stories, and the judge grades them
 prompts.py   read_prompts, Prompt: what the stories begin with, and the questions to the judge
