@@ -180,7 +180,7 @@ def test_what_pytorch_alone_computes_is_compared_too(model, monkeypatch, capsys)
     assert autotune.difference(model, LONG, replace(plain, dtype="bfloat16"), CPU) == ""
     monkeypatch.setattr(blocks.SWAPS[False][Attention], "causal_attention", staticmethod(wrong_attention))
     assert "off by" in autotune.difference(model, LONG, plain, CPU)
-    assert autotune.checked(plain, model, LONG, CPU) == plain
+    assert autotune.verified(plain, model, LONG, CPU) == plain
     assert "but there is no simpler plan" in capsys.readouterr().err
 
 

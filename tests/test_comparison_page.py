@@ -102,7 +102,7 @@ def result(groups):
 @pytest.fixture
 def without_plots(monkeypatch):
     """Pages without plots, which take longest to make."""
-    for name in ("plot_by", "plot_of_differences"):
+    for name in ("plot_by", "plot_differences"):
         monkeypatch.setattr(page, name, lambda *_: "")
 
 

@@ -82,8 +82,8 @@ class TestByHand:
     def test_what_two_layers_keep_together_is_weighed_once(self):
         kept = torch.zeros(5)
         seen = set()
-        assert cost.weigh({"a": kept, "b": [kept, (torch.zeros(2, dtype=torch.int64), 7, "x")]}, seen) == 5 * 4 + 2 * 8
-        assert cost.weigh(kept, seen) == 0
+        assert cost.num_bytes({"a": kept, "b": [kept, (torch.zeros(2, dtype=torch.int64), 7, "x")]}, seen) == 5 * 4 + 2 * 8
+        assert cost.num_bytes(kept, seen) == 0
 
     def test_a_context_of_one_token(self):
         cost = model_cost(GPT(replace(HAND, max_seq_len=1), VOCAB_SIZE))

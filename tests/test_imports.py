@@ -14,7 +14,7 @@ tools data runs
 model tokenizer
 modules
 inference fast originals
-metrics evaluation/judge
+metrics
 training
 train
 evaluation search export serve

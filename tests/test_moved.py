@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("line, place", [
-    ("from visibility import visible", "modules/windows.py: `from modules.windows import ...`"),
+    ("from visibility import visible", "model.py: `from model import ...`"),
     ("from kernels import attention", "fast/ops.py: `from fast.ops import ...`"),
     ("from data import load_data", "data/dataset.py: `from data.dataset import ...`"),
     ("from runs import Run, load_model", "runs/folder.py: `from runs.folder import ...`"),
