@@ -26,7 +26,7 @@ from data.cache import say
 from model import Branch, Norm, rope_table, story_starts
 from modules.registry import accepted_kwargs, build_block, build_branch, exported, find_block
 from shapes.comments import ShapeComments
-from tools import LoggingModule
+from tools import LoggingModule, show_shapes
 
 CONFIG = ModelConfig(dim=24, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24, max_seq_len=80)
 
@@ -288,11 +288,12 @@ def check_shape_comments(trial: Trial):
         if trial.causal:
             in_chunks(trial, CHUNKS)
     require(not comments.wrong, comments.wrong and comments.wrong[0])
-    with contextlib.redirect_stdout(io.StringIO()) as shown:
-        rope = trial.rope and tuple(table[None] for table in trial.rope)
-        trial.branch.show(trial.inputs.x, rope=rope, tokens=trial.inputs.tokens, memory=trial.inputs.memory, shared={})
-    for block in trial.branch.blocks:
-        require(type(block).__name__ in shown.getvalue(), "show() does not show it")
+    rope = trial.rope and tuple(table[None] for table in trial.rope)
+    given = {"tokens": trial.inputs.tokens, "memory": trial.inputs.memory, "shared": {}}
+    with show_shapes(trial.branch, file=io.StringIO()) as calls:
+        trial.branch(trial.inputs.x, rope=rope, **given)
+    shown = {getattr(step, "module", None) for step in calls[0].children}
+    require(shown >= set(trial.branch.blocks), "show() does not show it")
 
 
 @torch.no_grad()

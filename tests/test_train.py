@@ -123,7 +123,7 @@ class TestLearning:
             assert records[size].tokens == records[None].tokens
 
     def test_the_first_loss_is_that_of_the_first_batch(self, make_config):
-        """A slow reference: each row on its own, each target that tells its own story counted once."""
+        """A slow reference: each story of a row on its own, each target that tells its own story counted once."""
         config = make_config(max_steps=1, warmup_steps=0)
         record = next(iter(train(MODEL, config, "first")))
         tokenizer = load_tokenizer(config.tokenizer)
@@ -132,10 +132,12 @@ class TestLearning:
         rows = load_data(config.data, tokenizer, MODEL.max_seq_len).rows(0, config.batch_size, config.seed)
         nats = []
         for row in rows.tolist():
-            log_probs = model(torch.tensor([row[:-1]]))[0][0].log_softmax(dim=-1)
-            for at, (token, target) in enumerate(itertools.pairwise(row)):
-                if target != tokenizer.pad_id and token != tokenizer.eos_id:
-                    nats.append(-log_probs[at, target].item())
+            while row and row[0] != tokenizer.pad_id:
+                end = row.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in row else len(row)
+                story, row = [token for token in row[:end] if token != tokenizer.pad_id], row[end:]
+                if len(story) > 1:
+                    log_probs = model(torch.tensor([story[:-1]]))[0][0].log_softmax(dim=-1)
+                    nats += [-log_probs[at, target].item() for at, target in enumerate(story[1:])]
         assert record.tokens == len(nats)
         assert record.train_loss == pytest.approx(sum(nats) / len(nats), rel=1e-5)
 
