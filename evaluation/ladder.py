@@ -1,11 +1,11 @@
-"""A ladder of sizes: an architecture, made narrower or wider until its parameters come nearest to each of some numbers; trained.
+"""A ladder of sizes: scale the width of an architecture to match given parameter counts, and train every rung.
 
-The depth, the layer strings and all other fields stay. Heads keep about their width, so that there are more or fewer of them, and
-the MLP keeps its share of the width. Widths that stand in the layer string itself stay as they are.
+Depth, layer strings and all other fields are unchanged. The number of heads scales with dim, so that their width stays about the
+same, and the MLP keeps its ratio to dim. Widths set in a layer string are not scaled.
 
-Parameters are all that are learned, embeddings and every expert too, as cost.py counts them. Kaplan et al. (2020, arXiv
-2001.08361, section 1.3) left the embeddings out. That bends the law where they are much of the model, as in ours: fitted to small
-models the total gives the law of large ones, the rest does not (Pearce and Song 2024, arXiv 2406.12907).
+Parameter counts include embeddings and all experts, as in metrics/cost.py. Kaplan et al. (2020, arXiv 2001.08361, section 1.3)
+excluded embeddings. This distorts the law if embeddings are a large share, as in small models: there, total counts recover the
+law of large models and non-embedding counts do not (Pearce and Song 2024, arXiv 2406.12907).
 """
 
 import io
@@ -32,13 +32,13 @@ from tokenizer import load_tokenizer
 from training.optim import growing_batch_size
 from training.seeds import member_names, members, run_in_turn, train_members
 
-STEP = 4  # dim is a multiple of it
-FURTHEST = 0.15  # a rung may miss its size by this share
+STEP = 4  # dim is a multiple of this
+FURTHEST = 0.15  # maximum relative error of a rung's size
 FEWEST_SIZES = 3
-LARGEST = 100_000_000  # parameters: what is larger is no model for a laptop
-WIDTHS = re.compile(r"\b\w*(?:dim|rank|heads)=\d+")  # options of a layer string that would grow with dim
+LARGEST = 100_000_000  # parameters: the limit for a laptop
+WIDTHS = re.compile(r"\b\w*(?:dim|rank|heads)=\d+")  # widths in a layer string, which are not scaled
 
-NO_MATTER = {  # in what two ways of training may differ without a word
+NO_MATTER = {  # training options whose differences are not reported
     "max_steps", "max_minutes", "eval_every", "checkpoint_every", "seed", "data_seed", "device", "dtype", "compile", "threads",
     "micro_batch_size",
 }  # fmt: skip
@@ -48,9 +48,9 @@ NO_MATTER = {  # in what two ways of training may differ without a word
 class Rung:
     """An architecture at one size."""
 
-    architecture: str  # the name it goes by
-    wanted: int  # parameters
-    parameters: int  # that it has
+    architecture: str  # its name
+    wanted: int  # target parameters
+    parameters: int  # actual
     config: ModelConfig
 
     @property
@@ -67,7 +67,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Budget:
-    """What each rung may spend: so many "steps", "minutes" or "tokens_per_parameter"."""
+    """Training budget of each rung.  kind: "steps", "minutes" or "tokens_per_parameter"."""
 
     kind: str
     amount: float
@@ -80,7 +80,7 @@ class Budget:
         return f"{self.amount:.10g}{self.kind}"
 
     def apply(self, config: TrainConfig, rung: Rung) -> TrainConfig:
-        """The config that spends it. Tokens are those that are read, in sequences as long as the context."""
+        """Set the budget in a config. Tokens are counted in sequences of max_seq_len."""
         if self.kind == "minutes":
             return replace(config, max_steps=None, max_minutes=float(self.amount))
         steps = self.amount
@@ -95,16 +95,16 @@ EQUAL_STEPS = Budget("steps", 2000)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be trained: for each rung a group of runs, one for each seed."""
+    """The runs to train: a group per rung, a run per seed."""
 
     rungs: list[Rung]
-    groups: list[Arguments]  # of each rung
+    groups: list[Arguments]  # one per rung
     budget: Budget
     notes: list[str]
 
 
 def read_size(text: str) -> int:
-    """'0.25m' and '250k' become 250000. Raises ValueError for what is no size."""
+    """Parse a size: '0.25m' and '250k' are 250000. Raises ValueError if invalid."""
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)([km]?)", text.strip().lower())
     size = float(found[1]) * {"": 1, "k": 1e3, "m": 1e6}[found[2]] if found else 0
     if size < 1:
@@ -115,25 +115,25 @@ def read_size(text: str) -> int:
 
 
 def size_label(size: int) -> str:
-    """250000 becomes '0.25m'"""
+    """Format 250000 as '0.25m'."""
     return f"{size / 1e6:.10g}m"
 
 
 def ladder(architecture: str, config: ModelConfig, vocab_size: int, sizes: list[int]) -> list[Rung]:
-    """The architecture at each of these sizes. Raises ValueError for a size that it does not come near."""
+    """Scale the architecture to each size. Raises ValueError for a size it cannot match."""
 
     @cache
     def parameters(dim: int) -> int | None:
-        """How many there are at that width; None where the architecture cannot be that wide."""
+        """Count the parameters at this dim; None if the dim is invalid."""
         try:
             with torch.random.fork_rng(devices=[]):
                 model = build_model(at_width(config, dim), vocab_size)
-        except ValueError:  # a width that heads or groups do not divide
+        except ValueError:  # dim is not divisible by heads or groups
             return None
         return sum(weight.numel() for weight in model.parameters())
 
     with torch.random.fork_rng(devices=[]):
-        build_model(config, vocab_size)  # what is wrong with it at any width is said here
+        build_model(config, vocab_size)  # raise errors that do not depend on dim
     rungs = []
     for size in sizes:
         dim = nearest_width(config.dim, size, parameters)
@@ -149,10 +149,10 @@ def ladder(architecture: str, config: ModelConfig, vocab_size: int, sizes: list[
 
 
 def nearest_width(dim: int, size: int, parameters: Callable[[int], int | None]) -> int:
-    """The dim whose parameters are nearest to a size, beginning at some dim.
+    """Find the dim with the parameter count nearest to size, starting from dim.
 
-    They grow at least as fast as dim and at most as its square, so that steps by the square root come nearer and never go beyond:
-    no model is built that is much larger than what is wanted.
+    The count grows between linearly and quadratically in dim, so scaling dim by the square root of the ratio converges without
+    overshooting: no model much larger than size is built.
     """
     seen: set[int] = set()
     dim = possible_width(dim, parameters)
@@ -165,7 +165,7 @@ def nearest_width(dim: int, size: int, parameters: Callable[[int], int | None]) 
 
 
 def possible_width(dim: float, parameters: Callable[[int], int | None]) -> int:
-    """The multiple of STEP that is nearest to dim and that the architecture can have. Raises ValueError where none is near."""
+    """Round dim to the nearest multiple of STEP that is valid for the architecture. Raises ValueError if there is none."""
     middle = max(1, round(dim / STEP))
     for place in (middle + sign * away for away in range(64) for sign in (-1, 1)):
         if place > 0 and parameters(STEP * place):
@@ -174,10 +174,10 @@ def possible_width(dim: float, parameters: Callable[[int], int | None]) -> int:
 
 
 def at_width(config: ModelConfig, dim: int) -> ModelConfig:
-    """The same architecture with another dim, and heads and MLP that fit it; the MLP a multiple of 8 wide.
+    """Change dim, and scale the number of heads and mlp_dim (a multiple of 8) with it.
 
-    Query heads share keys and values as they did, as far as there are enough of them. Where the config names head_dim it stays;
-    else it is dim / num_heads, to the nearest even number.
+    The number of query heads per KV head is kept if there are enough heads. A head_dim set in the config is kept; otherwise it is
+    dim / num_heads, rounded to an even number.
     """
     head_dim, share = config.block_values()["head_dim"], dim / config.dim
     group = config.num_heads // config.num_kv_heads
@@ -197,7 +197,7 @@ def at_width(config: ModelConfig, dim: int) -> ModelConfig:
 
 
 def kept_widths(layers: Layers) -> list[str]:
-    """The widths that stand in layer strings, and so are the same at all sizes: "Norm->Attn(num_heads=2)->+" has num_heads=2."""
+    """List the widths set in layer strings, which are not scaled: num_heads=2 in "Norm->Attn(num_heads=2)->+"."""
     if isinstance(layers, str):
         return list(dict.fromkeys(WIDTHS.findall(layers)))
     return list(dict.fromkeys(width for layer in layers for width in kept_widths(layer)))
@@ -205,7 +205,7 @@ def kept_widths(layers: Layers) -> list[str]:
 
 def plan(specs: tuple[str, ...], sizes: tuple[str, ...], seeds: int = 1, budget: Budget = EQUAL_STEPS,
          train: TrainConfig | None = None, name: str = "scaling") -> Plan:  # fmt: skip
-    """The runs of all rungs, by names that say what they are: NAME-ARCHITECTURE-SIZE-BUDGET-seed0. Raises as scaling does."""
+    """Plan the runs, named NAME-ARCHITECTURE-SIZE-BUDGET-seed0. Raises ValueError for an invalid option or size."""
     wanted = sorted(map(read_size, sizes))
     if len(set(wanted)) < len(wanted):
         raise ValueError(f"--sizes {' '.join(sizes)}: name each size once")
@@ -229,7 +229,7 @@ def plan(specs: tuple[str, ...], sizes: tuple[str, ...], seeds: int = 1, budget:
             groups.append(Arguments(name=run_name, seeds=seeds, model=rung.config, train=budget.apply(train, rung)))
         if kept := kept_widths(config.layers):
             notes.append(f"{spec}: its layer strings set {', '.join(kept)}, which stay the same at all sizes")
-    if train.data == "auto":  # all shall have what the first of them took
+    if train.data == "auto":  # use the same data for all runs
         begun = [Run(run) for group in groups for run in member_names(group) if Run(run).folder.exists()]
         data = begun[0].train_config.data if begun else open_source("auto").name
         groups = [replace(group, train=replace(group.train, data=data)) for group in groups]
@@ -242,22 +242,22 @@ def plan(specs: tuple[str, ...], sizes: tuple[str, ...], seeds: int = 1, budget:
 
 
 def resumed(group: Arguments) -> Arguments:
-    """The group, to be gone on with where it was begun."""
+    """Set resume if any run of the group exists."""
     return replace(group, resume=any(Run(run).folder.exists() for run in member_names(group)))
 
 
 def architecture(spec: str) -> tuple[ModelConfig, TrainConfig]:
-    """The architecture of a run, of a group of runs, or of a preset, in this order, and how that is trained by itself."""
+    """Look up the architecture and training config of a run, a group of runs, or a preset, in this order."""
     groups = {Run(run).group: run for run in reversed(run_names())}
     run = spec if spec in run_names() else groups.get(spec)
     if run is not None:
         return Run(run).model_config, Run(run).train_config
-    config, _ = config_of(spec)  # which names what there is, where there is no such preset
+    config, _ = config_of(spec)  # an unknown name raises an error that lists the presets
     return config, preset(spec).train
 
 
 def differing(ways: dict[str, tuple[ModelConfig, TrainConfig]]) -> Iterator[str]:
-    """A line for each architecture that is otherwise trained, or reads otherwise, by itself than the first is."""
+    """Report architectures whose own training options or context differ from those of the first."""
     (first, (model, train)), *others = ways.items()
     for spec, (own_model, own_train) in others:
         changed = [f"{field.name}={getattr(own_train, field.name)!r}" for field in fields(TrainConfig)
@@ -269,9 +269,9 @@ def differing(ways: dict[str, tuple[ModelConfig, TrainConfig]]) -> Iterator[str]
 
 
 def train_all(planned: Plan) -> bool:
-    """Train what is not finished, the smallest first. False where Ctrl-C came: all is saved then, and the same call goes on.
+    """Train the unfinished runs, smallest first. Returns False on Ctrl-C: runs are saved, and the same call resumes them.
 
-    A run that diverges is left as it is. Raises ChildProcessError where one fails otherwise.
+    Diverged runs are skipped. Raises ChildProcessError if a run fails for another reason.
     """
     rungs = zip(planned.rungs, map(resumed, planned.groups), strict=True)
     for _, group in sorted(rungs, key=lambda pair: pair[0].parameters):
@@ -279,7 +279,7 @@ def train_all(planned: Plan) -> bool:
         if not todo:
             continue
         say(f"{group.name}: {len(todo)} of {group.seeds} to train")
-        if planned.budget.kind == "minutes":  # side by side, a minute of one would not be worth that of another
+        if planned.budget.kind == "minutes":  # parallel runs would slow each other down
             failed, stopped = run_in_turn(todo, train_quietly)
         else:
             failed, stopped = train_members(group, todo, train_quietly)
@@ -291,7 +291,7 @@ def train_all(planned: Plan) -> bool:
 
 
 def train_quietly(arguments: Arguments) -> bool:
-    """Train a run with a progress bar, and write its report, which is where its stories are. False where it was stopped."""
+    """Train a run, showing only a progress bar; its stories are in its report. Returns False if stopped."""
     from train import train_one
 
     with redirect_stdout(io.StringIO()):

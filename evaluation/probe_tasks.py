@@ -1,11 +1,11 @@
-"""Synthetic sequences, each made to ask for one capability: recall, copying, compression, memory, steps of reasoning.
+"""Synthetic tasks that each test one capability: recall, copying, compression, memorisation, multi-step reasoning.
 
-All are smaller than in the papers that they are from, as they shall be learned on a CPU in minutes.
+All are smaller than in their papers, so that a CPU can learn them in minutes.
 
-A task makes as many fresh sequences as are wanted from a random generator. At a scored place a model, which has read the tokens
-up to there, shall answer with the token that stands in the targets there.
+A task generates fresh sequences from a random generator. At each scored position the model, given the tokens so far, must predict
+the token in the targets.
 
-B sequences, T tokens of each, V vocabulary, P pairs of a key and a value, N pieces of a key and its value.
+B sequences, T tokens in each, V vocabulary, P different key-value pairs, N key-value pairs in a sequence.
 """
 
 from dataclasses import dataclass
@@ -19,30 +19,30 @@ from torch import Tensor, nn
 
 from model import IGNORE
 
-WIDE_ENOUGH = 64  # the vocabulary of compression: its logits are all that is read of the model, so they are more than the letters
+WIDE_ENOUGH = 64  # vocabulary of compression, larger than its alphabet: the last logits must hold the sequence
 
 
 class Size(NamedTuple):
     vocab_size: int
-    T: int  # tokens of a sequence
-    num_answers: int  # that an answer is one of, all equally likely
+    T: int  # sequence length
+    num_answers: int  # possible answers, all equally likely
 
 
 class Sequences(NamedTuple):
     tokens: Tensor  # (B, T)
-    targets: Tensor  # (B, T), the answer to give after each token, or IGNORE where none is asked for
-    level: Tensor  # (B,) how hard each is, where a task has several levels; else 0
+    targets: Tensor  # (B, T), the answer after each token, or IGNORE if it is not scored
+    level: Tensor  # (B,) difficulty, 0 if the task has no levels
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all tasks have. chance is how often the best answer is right that is given without a look at the sequence.
+    """Base class of all tasks. chance is the accuracy of the best guess that ignores the sequence.
 
-    seed is the generator's: the test sequences are made from it alone, and are the same for every model.
+    seed alone determines the test sequences, which are the same for every model.
     """
 
     seed: int = 0
-    compressed: ClassVar[bool] = False  # all answers are to be read from what the model says after the last token
+    compressed: ClassVar[bool] = False  # decode all answers from the logits after the last token
 
     @property
     def size(self) -> Size:
@@ -61,30 +61,30 @@ class Task:
         return 1 / self.size.num_answers
 
     def draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """Tokens and targets, each (number, T), and, where there are levels, those (number,)."""
+        """Draw tokens and targets (number, T), and levels (number,) if there are any."""
         raise NotImplementedError
 
     def sequences(self, number: int, rng: np.random.Generator) -> Sequences:
-        """So many fresh sequences."""
+        """Generate sequences."""
         tokens, targets, *level = (torch.from_numpy(np.ascontiguousarray(made)) for made in self.draw(number, rng))
         return Sequences(tokens, targets, *(level or [torch.zeros(number, dtype=torch.long)]))
 
     def training_sequences(self, number: int, rng: np.random.Generator) -> Sequences:
-        """So many fresh sequences to learn from: as those of the test, unless the task says otherwise."""
+        """Generate training sequences, by default distributed like the test."""
         return self.sequences(number, rng)
 
     def test_sequences(self, number: int) -> Sequences:
-        """The first so many of the sequences that models are scored on, always the same."""
+        """Generate the fixed sequences that models are scored on."""
         return self.sequences(number, np.random.default_rng([self.seed, 1]))
 
     def training_rng(self, seed: int) -> np.random.Generator:
-        """The generator of what a model of that seed is trained on; no other task or seed has the same, nor has the test."""
+        """Random generator for training, different for each task and seed and from the test."""
         return np.random.default_rng([self.seed, 2, seed])
 
 
 @dataclass(frozen=True)
 class MultiQueryRecall(Task):
-    """Keys and values in pairs, then each key again, in another order: tell its value (Zoology, arXiv 2312.04927, section 3)."""
+    """Key-value pairs, then all keys in another order: recall their values (Zoology, arXiv 2312.04927, section 3)."""
 
     seed: int = 1
     num_pairs: int = 6
@@ -99,12 +99,12 @@ class MultiQueryRecall(Task):
         return self.draw_pairs(rng, np.full(number, self.num_pairs))
 
     def training_sequences(self, number, rng):
-        """With 1 to num_pairs different pairs, which come again where there are fewer: so models get on to it sooner."""
+        """Draw 1 to num_pairs different pairs, repeated to fill the sequence: easy ones speed up learning."""
         tokens, targets = self.draw_pairs(rng, rng.integers(1, self.num_pairs + 1, size=number))
         return Sequences(torch.from_numpy(tokens), torch.from_numpy(targets), torch.zeros(number, dtype=torch.long))
 
     def draw_pairs(self, rng: np.random.Generator, different: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and targets (B, T) of sequences with so many different pairs, (B,)."""
+        """Draw tokens and targets (B, T).  different (B,): number of different pairs"""
         number, P = len(different), self.num_pairs
         which = np.arange(P) % different[:, None]  # (B, P)
         keys = np.take_along_axis(distinct(rng, number, self.num_keys, P), which, axis=1)
@@ -119,15 +119,15 @@ class MultiQueryRecall(Task):
 
 @dataclass(frozen=True)
 class InContextRecall(Task):
-    """Pairs that come again and again: tell the value of each key that was there before (MAD, arXiv 2403.17844, section 3.1)."""
+    """Repeated key-value pairs: recall the value of every key shown before (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 2
-    num_pairs: int = 8  # different keys in a sequence: all there are, so that which ones it has is no help to guess
-    num_keys: int = 8  # tokens that keys are made of
-    num_values: int = 8  # tokens that values are made of
-    longest: int = 1  # tokens of a key, and of a value, at most
-    noise: float = 0.0  # share of pairs in whose place there is noise
-    num_noise: int = 0  # tokens that noise is made of
+    num_pairs: int = 8  # different keys in a sequence: all of them, so that the choice of keys gives no hint
+    num_keys: int = 8  # key tokens
+    num_values: int = 8  # value tokens
+    longest: int = 1  # maximum tokens of a key or value
+    noise: float = 0.0  # share of pairs replaced by noise
+    num_noise: int = 0  # noise tokens
     length: int = 32
 
     @property
@@ -135,7 +135,7 @@ class InContextRecall(Task):
         return Size(self.num_keys + self.num_values + self.num_noise, self.length, self.num_values)
 
     def draw(self, number, rng):
-        T, N = self.T, self.T // 2 + 1  # a piece has at least two tokens
+        T, N = self.T, self.T // 2 + 1  # a pair has at least two tokens
         keys, values = self.pairs(number, rng)  # (B, P, longest)
         which = rng.integers(self.num_pairs, size=(number, N))  # (B, N)
         pieces = np.concatenate([keys, values], axis=2)[np.arange(number)[:, None], which]  # (B, N, 2 * longest)
@@ -150,14 +150,14 @@ class InContextRecall(Task):
         scored = known[:, :, None] & (np.arange(2 * self.longest) >= self.longest)  # (B, N, 2 * longest)
 
         pieces, scored = pieces.reshape(number, -1), scored.reshape(number, -1)
-        order = np.argsort(pieces < 0, axis=1, kind="stable")[:, : T + 1]  # the gaps of short keys and values are closed
+        order = np.argsort(pieces < 0, axis=1, kind="stable")[:, : T + 1]  # remove the padding
         text, scored = (np.take_along_axis(made, order, axis=1) for made in (pieces, scored))  # (B, T + 1)
         return text[:, :-1], np.where(scored[:, 1:], text[:, 1:], IGNORE)
 
     def pairs(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The keys, all different, and the values of each sequence, both (number, num_pairs, longest), -1 behind short ones."""
+        """Draw different keys, and values, both (number, num_pairs, longest), padded with -1."""
         words, shares = motifs(self.num_keys, self.longest)
-        # The largest of log(share) + Gumbel noise are a draw without replacement by these shares.
+        # Gumbel top-k: the largest log(share) + Gumbel noise are a weighted draw without replacement.
         drawn = np.argsort(-np.log(shares) - rng.gumbel(size=(number, len(words))), axis=1)[:, : self.num_pairs]
         keys = words[drawn]
         words, shares = motifs(self.num_values, self.longest)
@@ -167,7 +167,7 @@ class InContextRecall(Task):
 
 @dataclass(frozen=True)
 class NoisyRecall(InContextRecall):
-    """In-context recall with tokens of noise in between, which mean nothing (MAD, arXiv 2403.17844, section 3.1)."""
+    """In-context recall with noise tokens in between (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 3
     noise: float = 0.1
@@ -188,13 +188,13 @@ class FuzzyRecall(InContextRecall):
 
 @dataclass(frozen=True)
 class SelectiveCopying(Task):
-    """Letters scattered among noise: write them down in their order (MAD, arXiv 2403.17844, section 3.1)."""
+    """Letters scattered among noise: copy them in order (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 5
     num_letters: int = 8
     num_noise: int = 4
     num_copied: int = 6
-    length: int = 24  # of what is read; the letters are written behind it
+    length: int = 24  # input tokens; the copied letters follow
 
     @property
     def size(self):
@@ -214,7 +214,7 @@ class SelectiveCopying(Task):
 
 @dataclass(frozen=True)
 class Compression(Task):
-    """Random letters, to be told again from what the model says after the last token (MAD, arXiv 2403.17844, section 3.1)."""
+    """Random letters: decode all of them from the logits after the last token (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 6
     num_letters: int = 8
@@ -233,7 +233,7 @@ class Compression(Task):
 
 
 class Compressor(nn.Module):
-    """A model, of whose logits after the last token alone an MLP tells all tokens before (MAD, arXiv 2403.17844, section 3.1)."""
+    """A model and an MLP that decodes all tokens from its last logits (MAD, arXiv 2403.17844, section 3.1)."""
 
     def __init__(self, model: nn.Module, dim: int, vocab_size: int, T: int):
         super().__init__()
@@ -244,7 +244,7 @@ class Compressor(nn.Module):
         self.head = nn.Linear(4 * dim, vocab_size)
 
     def forward(self, tokens, targets=None):
-        """As a model: logits (B, T, V) and the loss; the logits at a place are the answer for that place."""
+        """Return logits (B, T, V) and the loss; logits at t predict token t, not t + 1."""
         B, T = tokens.shape
         logits, _ = self.model(tokens)
         hidden = F.gelu(self.w_in(logits[:, -1:]) + self.position.weight)  # (B, T, 4 * dim)
@@ -256,7 +256,7 @@ class Compressor(nn.Module):
 
 @dataclass(frozen=True)
 class Memorisation(Task):
-    """Facts that are the same in all sequences: tell the value after its key and a blank (MAD, arXiv 2403.17844, section 3.1)."""
+    """Facts shared by all sequences: give the value of each key, at the blank after it (MAD, arXiv 2403.17844, section 3.1)."""
 
     seed: int = 7
     num_keys: int = 128
@@ -269,7 +269,7 @@ class Memorisation(Task):
 
     @property
     def facts(self) -> np.ndarray:
-        """(num_keys,) the value of each key; every value has as many keys as any other, within one."""
+        """(num_keys,) the value of each key; values are shared evenly among keys."""
         values = np.arange(self.num_keys) % self.num_values
         return self.num_keys + np.random.default_rng(self.seed).permutation(values)
 
@@ -284,7 +284,7 @@ class Memorisation(Task):
 
 @dataclass(frozen=True)
 class HopChains(Task):
-    """From a letter to what followed it when it was last seen, k times; k comes first (k-hop, arXiv 2402.09268, section 4)."""
+    """Hop to the letter after the previous occurrence, k times; k comes first (k-hop, arXiv 2402.09268, section 4)."""
 
     seed: int = 8
     num_letters: int = 6
@@ -299,7 +299,7 @@ class HopChains(Task):
         rows = np.arange(number)
         letters = rng.integers(self.num_letters, size=(number, self.length))
         hops = rng.integers(1, self.max_hops + 1, size=number)
-        follower = np.full((number, self.num_letters), -1)  # the place behind the last one of each letter; -1: not seen
+        follower = np.full((number, self.num_letters), -1)  # position after each letter's last occurrence; -1: none
         hop = np.empty_like(letters)
         for place in range(self.length):
             letter = letters[:, place]
@@ -327,13 +327,13 @@ TASKS: dict[str, Task] = {
 
 
 def distinct(rng: np.random.Generator, rows: int, choices: int, number: int) -> np.ndarray:
-    """In each row so many different numbers below `choices`, in random order.  (rows, number)"""
+    """Draw different integers below `choices` in each row, in random order.  (rows, number)"""
     assert number <= choices
     return rng.random((rows, choices)).argsort(axis=1)[:, :number]
 
 
 def motifs(num_tokens: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """All words of one to `longest` different tokens, -1 behind short ones, and the share of each: every length has as much."""
+    """List all words of 1 to `longest` different tokens, padded with -1, and their shares: all lengths are equally likely."""
     words, shares = [], []
     for length in range(1, longest + 1):
         made = list(permutations(range(num_tokens), length))

@@ -1,17 +1,16 @@
-"""What can an architecture learn to do? A small model of it is trained on each of the synthetic tasks of capability_tasks.py.
+"""What can an architecture learn to do? Train a small model on each synthetic task of probe_tasks.py.
 
-    python -m evaluation probes 1m mamba_like                        # presets and runs, by name: only their architecture counts
+    python -m evaluation probes 1m mamba_like                        # presets or runs: only the architecture is used
     python -m evaluation probes "Norm->Attn->+" "Norm->Mamba->+" --quick    # layer strings
     python -m evaluation probes 1m griffin_like --tasks "hop chains" --seeds 3 --save probes.png
 
-All models are scaled to one small width, and trained from scratch by the same Muon on fresh sequences, with three learning rates
-in turn until the task is solved; the model with the lowest training loss at its end counts. All tasks together take up to ten
-minutes of one core for an architecture, most where it cannot solve them. --quick trains less, with one rate; --thorough, with
-wider models and 20 times the steps, takes hours. A score is the share of right answers on test sequences that are the same for
-all; chance is what the best answer gives that does not look at the sequence. What was scored is kept in the cache folder and
-not trained again.
+All models are scaled to the same small width and trained from scratch with Muon on fresh sequences. Three learning rates are
+tried until one solves the task; the model with the lowest final training loss is scored. All tasks take up to ten minutes per
+architecture on one core, longest if they are not solved. --quick trains less, at one rate; --thorough trains wider models for 20
+times the steps and takes hours. A score is the accuracy on test sequences shared by all models; chance is the accuracy of the
+best guess that ignores the sequence. Scores are cached.
 
-B sequences, T tokens of each, V vocabulary.
+B sequences, T tokens in each, V vocabulary.
 """
 
 import argparse
@@ -46,35 +45,35 @@ from training.optim import build_optimizers, scheduled_learning_rate
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is done for one probe."""
+    """Model size and training budget of a probe."""
 
-    steps: int = 1000  # at most, for each learning rate
-    batch_size: int = 32  # sequences a step, all new
+    steps: int = 1000  # maximum per learning rate
+    batch_size: int = 32  # fresh sequences per step
     test_sequences: int = 512
-    lrs: tuple[float, ...] = (3e-3, 1e-3, 1e-2)  # the best is taken, as none suits all architectures: one may not learn at all
+    lrs: tuple[float, ...] = (3e-3, 1e-3, 1e-2)  # the best counts: no rate suits all architectures
     dim: int = 64
-    num_layers: int = 2  # or as many as the shortest tile of layers that is not shorter
+    num_layers: int = 2  # rounded up to whole repeats of the layer pattern
 
 
 QUICK = Effort(steps=400, test_sequences=256, lrs=(3e-3,))
 THOROUGH = Effort(steps=20_000, batch_size=128, test_sequences=1280, dim=128)
-SOLVED = 0.03  # nats an answer, the mean of the last LAST steps: then a training ends before its time
+SOLVED = 0.03  # nats per answer: stop early if the mean of the last LAST steps is lower
 LAST = 25
-SMALLEST_HEAD = 16  # channels: scaled down with the width, heads become no smaller
-CONTEXT = 64  # what a layer string is written for: about the length of the sequences
+SMALLEST_HEAD = 16  # minimum head_dim after scaling
+CONTEXT = 64  # context of a layer string, about the sequence length
 
 
 @dataclass(frozen=True)
 class Score:
-    """What models of one architecture, trained with several seeds, get right of one task."""
+    """Accuracy of an architecture on one level of a task, over seeds."""
 
     architecture: str
     task: str
-    level: int  # 0 where a task has but one
-    shares: Tensor  # (seeds, sequences): the share of right answers in each test sequence; NaN where training diverged
+    level: int  # 0 if the task has only one
+    shares: Tensor  # (seeds, sequences): accuracy on each test sequence; NaN if training diverged
     parameters: int
-    seconds: float  # of training and scoring, all seeds
-    lrs: tuple[float, ...] = ()  # the learning rate that was best, for each seed
+    seconds: float  # training and scoring, all seeds
+    lrs: tuple[float, ...] = ()  # the best learning rate of each seed
 
     @property
     def name(self) -> str:
@@ -86,10 +85,10 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% for the accuracy.
+        """95% interval of the accuracy.
 
-        Over the sequences it is Wilson's, as if each were right or wrong as a whole, which is never too narrow. From two seeds
-        on it also holds Student's interval of their means.
+        Wilson's interval over sequences, each treated as entirely right or wrong, which is conservative. With several seeds it
+        is widened to include Student's t interval over their means.
         """
         from scipy.stats import binomtest, t
 
@@ -111,9 +110,9 @@ class Score:
 
 
 def architecture(spec: str | ModelConfig, plugins: tuple[str, ...] = ()) -> ModelConfig:
-    """The config that a preset, a run, a layer string or a config stands for. A layer string has an arrow in it, or brackets.
+    """Return the config of a preset, run, config or layer string (which contains "->" or starts with a bracket).
 
-    Raises ValueError for a name that is neither a preset nor a run, and for a layer string that cannot be read.
+    Raises ValueError for an unknown name or an invalid layer string.
     """
     if isinstance(spec, str) and ("->" in spec or spec[:1] in ("[", "(")):
         layers = read_layers(spec)
@@ -124,10 +123,10 @@ def architecture(spec: str | ModelConfig, plugins: tuple[str, ...] = ()) -> Mode
 
 
 def scaled(config: ModelConfig, T: int, effort: Effort) -> ModelConfig:
-    """The same architecture, as wide and deep as the effort says, for sequences of T tokens.
+    """Scale an architecture to the width and depth of the effort, and to sequences of T tokens.
 
-    Heads and MLP keep their share of the width: a head the nearest power of two, and at least SMALLEST_HEAD. Windows and chunks
-    in the layer string keep their share of the context. All other options stay as they are.
+    head_dim (a power of two, at least SMALLEST_HEAD) and mlp_dim scale with dim; windows and chunks in the layer string scale
+    with the context. All other options are unchanged.
     """
     tile = len(config.layers) if isinstance(config.layers, tuple) else 1
     share, values = effort.dim / config.dim, config.block_values()
@@ -140,14 +139,14 @@ def scaled(config: ModelConfig, T: int, effort: Effort) -> ModelConfig:
 
 
 def shortened(layers: Layers, share: float) -> Layers:
-    """The layers with all windows and chunks multiplied by a share, and at least 2."""
+    """Scale all windows and chunks of the layers, to at least 2."""
     if not isinstance(layers, str):
         return type(layers)(shortened(layer, share) for layer in layers)
     return re.sub(r"\b(window|chunk)=(\d+)", lambda size: f"{size[1]}={max(2, round(int(size[2]) * share))}", layers)
 
 
 def build(config: ModelConfig, task: Task, effort: Effort) -> nn.Module:
-    """The model that shall learn the task. Raises ValueError where it sees the future, and what building it raises."""
+    """Build the model for a task. Raises ValueError if it is not causal or cannot be built."""
     model = build_model(scaled(config, task.T, effort), task.vocab_size)
     for block in model.modules():
         if not getattr(block, "causal", True):
@@ -158,9 +157,9 @@ def build(config: ModelConfig, task: Task, effort: Effort) -> nn.Module:
 
 @torch.no_grad()
 def start_like_torch(model: nn.Module):
-    """Scale matrices up that begin smaller than torch's own, of standard deviation 1 / sqrt(3 * inputs); not the last ones.
+    """Raise small initial weights to torch's default, a standard deviation of 1 / sqrt(3 * inputs), except output layers.
 
-    GPT-2's 0.02 is for wide models. A narrow one that begins with it attends to all tokens alike, and stays so for long.
+    GPT-2's 0.02 suits wide models. With it, attention in a narrow model stays uniform for a long time.
     """
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear) and name.rpartition(".")[2] not in ("w_out", "head") and part.weight.any():
@@ -168,9 +167,9 @@ def start_like_torch(model: nn.Module):
 
 
 def train(model: nn.Module, task: Task, seed: int, effort: Effort, lr: float) -> float:
-    """Teach the model the task, by Muon with warm-up and a cosine schedule: its loss in the end, infinite where it diverged.
+    """Train with Muon, warm-up and a cosine schedule. Returns the final loss, infinite if it diverged.
 
-    The loss is the mean of the last LAST steps, of sequences that were new to the model.
+    The final loss is the mean of the last LAST steps, all on fresh sequences.
     """
     config = TrainConfig(
         max_steps=effort.steps, lr_max=lr, warmup_steps=effort.steps // 10, schedule="cosine", weight_decay=0.0, optimizer="Muon",
@@ -197,16 +196,16 @@ def train(model: nn.Module, task: Task, seed: int, effort: Effort, lr: float) ->
 
 
 def best_model(config: ModelConfig, task: Task, seed: int, effort: Effort) -> tuple[nn.Module, float, float]:
-    """The model with the lowest loss of those trained with each learning rate, that rate, and that loss.
+    """Train with each learning rate until one solves the task. Returns the best model, its rate, and its loss.
 
-    Once one has solved the task the other rates are not tried.
+    The best model has the lowest final training loss.
     """
     best = None
     for lr in effort.lrs:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build(config, task, effort)
-            with fast.for_evaluation(model, num_stories=effort.steps):  # a step is worth as much compiling as a story
+            with fast.for_evaluation(model, num_stories=effort.steps):  # for compiling, a step counts as a story
                 loss = train(model, task, seed, effort, lr)
         if best is None or loss < best[2]:
             best = model, lr, loss
@@ -217,7 +216,7 @@ def best_model(config: ModelConfig, task: Task, seed: int, effort: Effort) -> tu
 
 @torch.no_grad()
 def right_answers(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    """The share of right answers in each sequence, NaN where none is asked for.  tokens and targets (B, T) → (B,)"""
+    """Accuracy on each sequence, NaN if it has no targets.  tokens and targets (B, T) -> (B,)"""
     model.eval()
     rows = zip(tokens.split(64), targets.split(64), strict=True)
     right = torch.cat([model(some)[0].argmax(dim=-1) == wanted for some, wanted in rows])  # (B, T)
@@ -225,9 +224,9 @@ def right_answers(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 def probe(name: str, config: ModelConfig, task_name: str, seeds: int = 1, effort: Effort = Effort()) -> list[Score]:
-    """Train and score an architecture on one task, with seeds 0, 1, ...; one Score for each level of the task.
+    """Train and score an architecture on one task with seeds 0, 1, ...; one Score per level.
 
-    A model that was scored before, by the same code, is not trained again.
+    Scores by the same code are read from the cache.
     """
     task = TASKS[task_name]
     test = task.test_sequences(effort.test_sequences)
@@ -242,7 +241,7 @@ def probe(name: str, config: ModelConfig, task_name: str, seeds: int = 1, effort
 
 
 def kept_or_scored(config: ModelConfig, task: Task, seed: int, effort: Effort) -> dict:
-    """What one seed gives: `shares` of right answers in each test sequence, `lr`, `parameters` and `seconds`; kept on disk."""
+    """Score one seed, or read its cached score: `shares` (accuracy per sequence), `lr`, `parameters`, `seconds`."""
     own = {file: Path(__file__).with_name(file).read_text(encoding="utf-8") for file in ("probes.py", "probe_tasks.py")}
     asked = [repr(config), repr(task), seed, repr(effort), code_digests(config.plugins), own, torch.__version__]
     path = default_cache_dir() / "probes" / f"{digest(json.dumps(asked))}.json"
@@ -265,9 +264,9 @@ def probes(
     *specs: str | ModelConfig, tasks: tuple[str, ...] = tuple(TASKS), seeds: int = 1, effort: Effort = Effort(),
     plugins: tuple[str, ...] = (),
 ) -> Iterator[list[Score]]:  # fmt: skip
-    """Probe architectures task by task: the Scores of one architecture on one task at a time, as they come.
+    """Probe architectures task by task. Yields the Scores of one architecture on one task at a time.
 
-    Raises ValueError, before anything is trained, for an unknown task or architecture, or one that cannot be built.
+    Raises ValueError before training for an unknown task or architecture, or one that cannot be built.
     """
     for task in tasks:
         if task not in TASKS:
@@ -287,7 +286,7 @@ def probes(
 
 
 def table(scores: list[Score]):
-    """A pandas DataFrame with a row for each task and level, and a column for each architecture: accuracy and 95% interval."""
+    """Tabulate accuracy and 95% interval in a DataFrame: a row per task and level, a column per architecture."""
     import pandas as pd
 
     rows: dict[str, dict] = {}
@@ -299,7 +298,7 @@ def table(scores: list[Score]):
 
 
 def radar(scores: list[Score]):
-    """A matplotlib figure: for each architecture a polygon over the tasks, from chance, the inner circle, to all right."""
+    """Draw a radar chart: a polygon per architecture, a spoke per task from chance (inner circle) to all right."""
     import matplotlib.pyplot as plt
 
     heights: dict[str, dict[str, list[float]]] = {}
@@ -310,16 +309,16 @@ def radar(scores: list[Score]):
     tasks = list(dict.fromkeys(score.task for score in scores))
     angles = [2 * math.pi * place / len(tasks) for place in range(len(tasks))]
     figure, axes = plt.subplots(figsize=(7, 7), layout="constrained", subplot_kw={"projection": "polar"})
-    plt.close(figure)  # or a notebook would show it a second time
+    plt.close(figure)  # otherwise a notebook shows it twice
     for architecture, by_task in heights.items():
-        spokes = [sum(by_task[task]) / len(by_task[task]) for task in tasks]  # the mean of the levels
+        spokes = [sum(by_task[task]) / len(by_task[task]) for task in tasks]  # mean over levels
         (line,) = axes.plot([*angles, angles[0]], [*spokes, spokes[0]], marker="o", label=architecture)
         axes.fill(angles, spokes, color=line.get_color(), alpha=0.12)
     axes.set_theta_offset(math.pi / 2)
     axes.set_theta_direction(-1)
     axes.set_xticks(angles, tasks)
     axes.tick_params(axis="x", pad=8)
-    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):  # beside the circle, not across it
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):  # keep labels outside the circle
         aside = math.sin(angle)
         label.set_horizontalalignment("center" if abs(aside) < 0.1 else "left" if aside > 0 else "right")
     axes.set_ylim(-0.15, 1)
@@ -333,7 +332,7 @@ def radar(scores: list[Score]):
 
 
 def check_picture(path: Path):
-    """Raises ValueError or OSError where no picture can be written there: better before the training than after."""
+    """Raise ValueError or OSError before training if the picture cannot be saved."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()
@@ -344,7 +343,7 @@ def check_picture(path: Path):
 
 
 def main(words: list[str]):
-    """The command line; a mistake ends the program with its one line."""
+    """Run the command line; errors exit with one line."""
     try:
         run(words)
     except (ValueError, OSError, ImportError) as error:
@@ -352,7 +351,7 @@ def main(words: list[str]):
 
 
 def run(words: list[str]):
-    """As main. Raises ValueError, OSError or ImportError with one line for what cannot be."""
+    """Parse the options and run. Raises ValueError, OSError or ImportError."""
     from tqdm import tqdm
 
     parser = argparse.ArgumentParser(

@@ -1,17 +1,17 @@
-"""Does it scale? A ladder of sizes is trained from each architecture, and the law of its losses is fitted.
+"""Does it scale? Train each architecture at several sizes and fit a scaling law to the losses.
 
     python -m evaluation scaling 1m mamba_like --sizes 0.25m 0.5m 1m 2m      # presets, EXPERIMENT/PRESET, runs or groups
     python -m evaluation scaling 1m my_idea --sizes 0.25m 0.5m 1m 2m --seeds 3 --steps 4000 --save scaling
 
-Of runs and groups only the architecture counts (ladder.py says what its sizes are). All rungs are trained alike, as the first
-of the names is by itself: on the same data in the same order, with the same learning rate. `--train.lr_max 2e-3`, and whatever
-else train.py takes as --train, changes that for all. The same command goes on where it was stopped, and trains nothing twice.
+Runs and groups only supply an architecture (ladder.py explains the sizes). All models use the training options of the first name:
+the same data in the same order, the same learning rate. `--train.lr_max 2e-3`, or any other --train option of train.py, overrides
+them for all. The same command resumes a stopped ladder and skips finished runs.
 
-By default the number of steps is equal, so that of tokens: the law then holds as it is (see loss_law.py). At equal minutes, or
-with tokens in proportion to the parameters, size is not all that differs, and the law is just a curve through the points.
+By default all models train for the same number of steps, and so of tokens, as the law assumes (see loss_law.py). With equal
+minutes or tokens per parameter, more than the size varies, and the law is only a curve through the points.
 
-The largest size is held out, and forecast from the others. The laws, and where they cross, are of all sizes. Losses are bits per
-byte on all validation stories. With several seeds the intervals say what other seeds would give on these stories.
+The largest size is held out and forecast from the others. The laws and their crossings use all sizes. Losses are bits per byte
+on all validation stories. With several seeds the intervals cover the choice of seed on these stories.
 """
 
 import argparse
@@ -38,18 +38,18 @@ NOISE = {"seeds": "over seeds", "stories": "from the stories alone; another seed
 
 @dataclass(frozen=True)
 class Scaling:
-    """What came out. Laws and races go by the names of the architectures."""
+    """Runs, laws and verdicts. Laws and races are keyed by architecture."""
 
     runs: pd.DataFrame  # a row for each trained model
-    laws: dict[str, Law]  # of all sizes
-    held_out: dict[str, Law]  # of all but the largest, which they forecast
+    laws: dict[str, Law]  # fitted to all sizes
+    held_out: dict[str, Law]  # fitted without the largest, to forecast it
     races: dict[tuple[str, str], Race]
     notes: list[str]
     verdicts: list[str]
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each architecture and size: what was measured, what the law says, and what was forecast."""
+        """A row for each architecture and size: measured loss, fitted law, forecast."""
         rows = {}
         for (name, size), runs in self.runs.groupby(["architecture", "size"], sort=False):
             parameters, losses = runs["parameters"].iloc[0], runs[BITS]
@@ -66,7 +66,7 @@ class Scaling:
 
     @property
     def numbers(self) -> pd.DataFrame:
-        """E, A and alpha of each architecture with their intervals."""
+        """E, A and alpha of each architecture, with intervals."""
         rows = {}
         for name, law in self.laws.items():
             told = {number: f"{value:.3g} ({span(*law.intervals[number], '.3g')})" for number, value in law.numbers.items()}
@@ -85,11 +85,10 @@ class Scaling:
 
 def scaling(*specs: str, sizes: tuple[str, ...], seeds: int = 1, budget: Budget = EQUAL_STEPS, train: TrainConfig | None = None,
             name: str = "scaling") -> Scaling | None:  # fmt: skip
-    """Train the ladder of each architecture, as far as it is not trained yet, and say how it scales. None where Ctrl-C came.
+    """Train the unfinished runs of each architecture's ladder and fit the laws. Returns None on Ctrl-C.
 
-    sizes such as "0.25m"; train is how all rungs are trained, by default as the first architecture is. The runs are called
-    NAME-ARCHITECTURE-SIZE-BUDGET-seed0. Raises ValueError, OSError, ImportError or ChildProcessError with one line for what
-    cannot be.
+    sizes: such as "0.25m". train: training options of all runs, by default those of the first architecture. Runs are named
+    NAME-ARCHITECTURE-SIZE-BUDGET-seed0. Raises ValueError, OSError, ImportError or ChildProcessError with a one-line message.
     """
     planned = plan(specs, sizes, seeds, budget, train, name)
     for line in [*map(str, planned.rungs), *planned.notes]:
@@ -98,9 +97,9 @@ def scaling(*specs: str, sizes: tuple[str, ...], seeds: int = 1, budget: Budget 
 
 
 def measure(planned: Plan) -> Scaling:
-    """The laws of what was trained, the forecasts of the largest size, and where one architecture overtakes another.
+    """Fit the laws, forecast the largest size, and find where one architecture overtakes another.
 
-    Raises ValueError where a run is not finished, or runs are not of the same data.
+    Raises ValueError if a run is unfinished or the runs' data differ.
     """
     runs, notes = gather(planned)
     laws, held_out, verdicts = {}, {}, []
@@ -118,7 +117,7 @@ def measure(planned: Plan) -> Scaling:
 
 
 def gather(planned: Plan) -> tuple[pd.DataFrame, list[str]]:
-    """A row for each run, and notes on those that are left out. Raises as `measure` does."""
+    """Tabulate the runs and note excluded ones. Raises ValueError if a run is unfinished."""
     rows, notes, facts = [], [], {}
     for rung, group in zip(planned.rungs, planned.groups, strict=True):
         for run in map(Run, member_names(group)):
@@ -137,7 +136,7 @@ def gather(planned: Plan) -> tuple[pd.DataFrame, list[str]]:
 
 
 def story_error(losses: pd.DataFrame) -> float:
-    """The standard error of bits per byte, as if the stories had been drawn anew."""
+    """Standard error of bits per byte over the choice of stories."""
     from scipy.stats import t
 
     alone = over_stories(np.zeros(len(losses)), losses["nats"], losses["bytes"])
@@ -145,7 +144,7 @@ def story_error(losses: pd.DataFrame) -> float:
 
 
 def check_same_data(facts: dict) -> list[str]:
-    """Raises ValueError where runs were trained or scored on other data; a line where other code trained them."""
+    """Raise ValueError if training or validation data differ; note if the code does."""
     if not facts:
         return []
     first = next(iter(facts))
@@ -158,7 +157,7 @@ def check_same_data(facts: dict) -> list[str]:
 
 
 def told_law(name: str, law: Law) -> list[str]:
-    """What is wrong with a law, or open, a line each."""
+    """Report a poor fit or undetermined numbers, one per line."""
     if law.best[1] == 0:
         return [f"{name}: the loss does not fall with the size, so there is no law"]
     lines = []
@@ -183,7 +182,7 @@ def told_forecast(name: str, law: Law) -> str:
 
 
 def told_race(one: str, other: str, found: Race, noise: set[str]) -> str:
-    """One sentence: which is better, and where one overtakes the other, as far as it was measured."""
+    """State in one sentence which is better at the measured sizes, and where they cross."""
     names, low, high = {-1: other, 1: one}, found.sizes[0], found.sizes[-1]
     measured = f"from {size_told(low)} to {size_told(high)} parameters"
     if found.overtaking is not None:
@@ -213,17 +212,17 @@ def span(low: float, high: float, way=".4f") -> str:
 
 
 def size_told(size: float) -> str:
-    """1234567 becomes '1.23m'"""
+    """Format 1234567 as '1.23m'."""
     return f"{size / 1e6:.3g}m"
 
 
 def plot(result: Scaling):
-    """A matplotlib figure: losses by size, both on logarithmic axes, with the laws, their 95% bands, and the forecasts."""
+    """Plot loss against size on log-log axes, with the laws, their 95% bands, and the forecasts."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    plt.close(figure)  # or a notebook would show it a second time
+    plt.close(figure)  # otherwise a notebook shows it twice
     axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel=f"{BITS} of the validation stories")
     for number, (name, runs) in enumerate(result.runs.groupby("architecture", sort=False)):
         colour, means = f"C{number}", runs.groupby("parameters")[BITS].mean()
@@ -251,7 +250,7 @@ def plot(result: Scaling):
             axes.axvspan(*interval, color="grey", alpha=0.15, linewidth=0, label="where they cross")
     least, most = np.log(result.runs[BITS].min()), np.log(result.runs[BITS].max())
     margin = max(0.3 * (most - least), 0.01)
-    axes.set_ylim(np.exp(least - margin), np.exp(most + margin))  # else bands that are wide open would leave no room for the rest
+    axes.set_ylim(np.exp(least - margin), np.exp(most + margin))  # do not let wide bands set the scale
     labels = dict.fromkeys(result.runs["size"])
     axes.set_xticks([read_size(label) for label in labels], labels)
     axes.yaxis.set_minor_formatter(ScalarFormatter())
@@ -272,20 +271,20 @@ def save(result: Scaling, folder: Path):
 
 
 def main(words: list[str]):
-    """The command line. A mistake ends the program with one line; Ctrl-C leaves all as it can be gone on with."""
+    """Run the command line. Errors exit with one line; after Ctrl-C the same command resumes."""
     try:
         finished = run(words)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:  # while no run is in training
+    except KeyboardInterrupt:  # between two runs
         finished = False
     if not finished:
         print("stopped; what was begun is saved. The same command goes on with it", file=sys.stderr)
-        sys.exit(130)  # the shell's own code for Ctrl-C
+        sys.exit(130)  # exit code of the shell for Ctrl-C
 
 
 def run(words: list[str]) -> bool:
-    """As main. Raises ValueError, OSError or ImportError with one line for what cannot be; False where Ctrl-C came."""
+    """Parse the options and run. Returns False on Ctrl-C. Raises ValueError, OSError or ImportError."""
     import tyro
 
     @dataclass(frozen=True)
