@@ -1,14 +1,14 @@
-"""How time and memory of every block that mixes tokens grow with the length, and how fast each is for what it computes.
+"""Measure how time and memory of every token-mixing block scale with sequence length, and its time per FLOP.
 
     python benchmarks/mixers.py
     python benchmarks/mixers.py --layers "Attn(window=64)" BlockAttn --lengths 512 1024 2048
 
-A step is forward and backward through a block alone, on made-up numbers. There are as many tokens in it at every length T, in
-fewer rows the longer they are, so that a block whose time and memory are linear in T takes as much of both at every length. Each
-number comes from a process of its own.
+A step is a forward and backward pass through one block on random inputs. The number of tokens per step is the same at every
+length T (longer rows, fewer of them), so a block that is linear in T takes constant time and memory. Each measurement runs in a
+separate process.
 
-Time per FLOP is compared with Attn at T 256, step by step in turns: 1.5 takes half as long again for as much work. FLOPs are
-those of cost.py. Growth is the power of T: 1 + the slope of log time (or log memory) per step over log T, over the longer half.
+Time per FLOP is relative to Attn at T 256, measured in alternation: 1.5 takes 50% longer for the same work. FLOPs are those of
+metrics/cost.py. Growth is the exponent of T: 1 + the slope of log time (or log memory) per step over log T, on the longer half.
 
 B batch, T time, D model dim.
 """
@@ -39,7 +39,7 @@ from training.machine import peak_memory_mb
 SHAPE = ModelConfig(dim=128, num_layers=1, num_heads=4, num_kv_heads=2)
 COMPARED_AT = 256  # tokens
 VOCAB_SIZE = 1024
-WINDOWED = (  # beside each block as it is without options: what makes a quadratic one linear
+WINDOWED = (  # in addition to each block with its default options: a window makes attention linear
     "Attn(window=128)", "GatedAttn(window=128)", "AlibiAttn(window=128)", "DiffAttn(window=128)", "LatentAttn(window=128)",
     "SinkAttn(window=128)", "SinkAttn(window=128, keep=4)",
 )  # fmt: skip
@@ -47,14 +47,14 @@ WINDOWED = (  # beside each block as it is without options: what makes a quadrat
 
 @dataclass(frozen=True)
 class Arguments:
-    layers: tuple[str, ...] = ()  # layer strings to measure; by default every block of the menu that mixes tokens
+    layers: tuple[str, ...] = ()  # layer strings to measure; by default every registered block that mixes tokens
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)  # T
-    tokens: int = 8192  # of a step
-    fast: bool = False  # with the C++ kernels of fast/, or by PyTorch alone
-    plugins: tuple[str, ...] = ()  # modules whose blocks join the menu
-    rounds: int = 9  # how often a block and Attn take turns
-    seconds: float = 1.0  # how long a block is measured at each length, and a turn is
-    short: bool = False  # a glance: three lengths, a quarter of the tokens, three short rounds
+    tokens: int = 8192  # per step
+    fast: bool = False  # use the C++ kernels of fast/, not PyTorch alone
+    plugins: tuple[str, ...] = ()  # modules whose blocks are registered too
+    rounds: int = 9  # rounds in which a block and Attn alternate
+    seconds: float = 1.0  # measurement time of a block at each length, and in each round
+    short: bool = False  # quick look: three lengths, a quarter of the tokens, three short rounds
     save: bool = False  # write the table to benchmarks/mixers.md
 
 
@@ -69,7 +69,7 @@ def main(arguments: Arguments):
 
 
 def measure_all(arguments: Arguments) -> list[str]:
-    """The table, printed block by block and returned."""
+    """Print the table row by row, and return it."""
     config = replace(SHAPE, plugins=arguments.plugins)
     layers = arguments.layers or in_new_process(every_mixer, config)
     lengths = [f"T {T}" for T in arguments.lengths]
@@ -91,7 +91,7 @@ def measure_all(arguments: Arguments) -> list[str]:
 
 
 def every_mixer(config: ModelConfig) -> list[str]:
-    """Layer strings for every block that asks for a cache, as those do that mix tokens; in company where none is tried alone."""
+    """Layer strings for every token mixer (its forward takes a cache), with a companion block if it cannot run alone."""
     layers = []
     for name, block in all_blocks(config).items():
         if "cache" in inspect.signature(block.forward).parameters:
@@ -102,7 +102,7 @@ def every_mixer(config: ModelConfig) -> list[str]:
 
 
 def growth(lengths: tuple[int, ...], per_step: tuple[float, ...]) -> float:
-    """The power of T that a cost grows by, whose values per step of as many tokens are given; over the longer half of lengths."""
+    """Fit the exponent of T of a cost, given per step of a fixed number of tokens, on the longer half of lengths."""
     half = min(len(lengths) // 2, len(lengths) - 2)
     floor = [max(value, 1e-9) for value in per_step[half:]]
     return 1 + np.polyfit(np.log(lengths[half:]), np.log(floor), 1)[0]
@@ -111,7 +111,7 @@ def growth(lengths: tuple[int, ...], per_step: tuple[float, ...]) -> float:
 def measure(
     layer: str, config: ModelConfig, T: int, tokens: int, seconds: float, with_kernels: bool
 ) -> tuple[float, float]:
-    """Seconds per step, and the additional megabytes it takes; to be called in a new process."""
+    """Measure seconds and additional megabytes per step; call in a new process."""
     step = training_step(layer, config, T, tokens, with_kernels)
     before = peak_memory_mb(CPU)
     step()
@@ -125,7 +125,7 @@ def measure(
 def compare(
     layer: str, config: ModelConfig, tokens: int, rounds: int, seconds: float, with_kernels: bool
 ) -> list[float]:
-    """Time per FLOP of a layer over that of Attn, in each round; nothing for a layer whose work is not counted in FLOPs."""
+    """Ratio of a layer's time per FLOP to Attn's, for each round; empty if the layer has no FLOPs."""
     work = {name: flops(name, config) for name in (layer, "Attn")}
     if not work[layer]:
         return []
@@ -138,19 +138,19 @@ def compare(
             while number >= 0 and sum(times) < seconds:
                 times.append(step())
             taken[name] = np.median(times) / work[name]
-        if number >= 0:  # the first round is to warm up
+        if number >= 0:  # the first round is a warm-up
             ratios.append(taken[layer] / taken["Attn"])
     return ratios
 
 
 def flops(layer: str, config: ModelConfig) -> float:
-    """Of the blocks of a layer string, per token, where T is COMPARED_AT."""
+    """FLOPs per token of a layer string at T = COMPARED_AT."""
     cost = cost_of(replace(config, layers=layer), COMPARED_AT)
     return sum(part.flops for part in cost.parts if part.place.startswith("layers."))
 
 
 def training_step(layer: str, config: ModelConfig, T: int, tokens: int, with_kernels: bool) -> Callable[[], float]:
-    """Make a function that runs a layer string forward and backward, with a memory of T tokens, and returns the seconds."""
+    """Make a function that times a forward and backward pass of a layer string, with a memory of T tokens."""
     config = replace(config, layers=layer, max_seq_len=T)
     torch.manual_seed(0)
     branch = build_branch(layer, config, VOCAB_SIZE)

@@ -1,6 +1,6 @@
-"""Make a folder for an idea of your own: a renamed copy of the example.
+"""Start a new experiment: a renamed copy of the example.
 
-    python -m experiments new my_idea    # makes experiments/my_idea, whose test passes
+    python -m experiments new my_idea    # creates experiments/my_idea, with a passing test
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Mixture of experts: each token goes through a few of many MLPs, so that the model grows at the same compute per token.
+"""Mixture of experts: more parameters at the same compute per token.
 
-B batch, T time, D model dim, E experts, R rows: one for each expert of each token.
+B batch, T time, D model dim, E experts, R = B T top_k rows: a token's input to one expert.
 """
 
 import math
@@ -21,22 +21,21 @@ class MoE(LoggingModule):
 
     By default as in Mixtral (Jiang et al. 2024, arXiv 2401.04088, section 2.1). Options:
 
-    num_experts, top_k: the number of MLPs, and of those for each token. Each is as wide as `MLP` with this mlp_dim.
+    num_experts, top_k: number of experts (MLPs of width mlp_dim), and of experts per token.
     shared_experts: width, in experts, of an MLP for all tokens (Dai et al. 2024, arXiv 2401.06066).
-    shared_gate: multiply its output by a sigmoid of the token, as in Qwen1.5-MoE and Qwen3-Next.
+    shared_gate: gate its output by a sigmoid of a projection of the token, as in Qwen1.5-MoE and Qwen3-Next.
     scores: "softmax" over the experts, or a "sigmoid" for each (DeepSeek-AI 2024, arXiv 2412.19437, equation 15).
-    renormalise: make the scores of the selected experts, which are their weights, sum to 1. False uses them as they are, as in
+    renormalise: normalise the selected experts' scores to sum to 1, as their weights. False: use the scores as weights, as in
     Grok-1 and Switch (Fedus et al. 2021, arXiv 2101.03961, equation 2). routed_scale multiplies the weights.
     balance_loss: coefficient of the load-balancing loss (Fedus et al. 2021, equation 4; for any top_k as in Dai et al. 2024,
     equation 12). z_loss: coefficient of the router z-loss (Zoph et al. 2022, arXiv 2202.08906, equation 5).
-    bias_rate: add a bias to the scores for the selection, but not for the weights. Each step raises it by bias_rate for experts
-    that were used less than average, and lowers it for the others (Wang et al. 2024, arXiv 2408.15664, algorithm 1). None: no
-    bias; 0: a constant one.
-    noise: standard deviation of normal noise on the router's logits in training; "learned": a function of the token, for each
-    expert (Shazeer et al. 2017, arXiv 1701.06538, equation 4).
-    capacity: in training, an expert takes at most capacity times its even share of a row's tokens. The first ones have
-    precedence, so that no token depends on later ones; stories in a row share the capacity. A token beyond it skips the expert.
-    None drops nothing; evaluation never does.
+    bias_rate: bias the scores for the selection, not the weights. Each step raises the bias by bias_rate for experts used less
+    than average, and lowers it for the others (Wang et al. 2024, arXiv 2408.15664, algorithm 1). None: no bias; 0: constant bias.
+    noise: standard deviation of Gaussian noise on the router's logits in training; "learned": predicted per token and expert
+    (Shazeer et al. 2017, arXiv 1701.06538, equation 4).
+    capacity: capacity factor; in training, an expert takes at most capacity times its even share of a sequence's tokens. Tokens
+    beyond it skip the expert; earlier tokens have precedence, for causality. Stories in a sequence share the capacity. None drops
+    no tokens; evaluation never does.
     """
 
     examples = (
@@ -199,7 +198,7 @@ def count_uses(experts: Tensor, num_experts: int) -> Tensor:
 
 
 class Experts(MLP):
-    """num_experts MLPs of one shape; rows, sorted by expert, go each through its own.  (R, D) -> (R, D)"""
+    """num_experts MLPs of one shape, applied to rows sorted by expert.  (R, D) -> (R, D)"""
 
     def __init__(self, num_experts: int, dim: int, mlp_dim: int, activation: str, gated: bool, linear_bias: bool):
         super().__init__(dim, mlp_dim, activation, gated, linear_bias)
@@ -217,7 +216,7 @@ class Experts(MLP):
 
 
 class ExpertLinear(nn.Linear):
-    """An nn.Linear for each expert, initialised as `linear`: weight (E, out, in), bias (E, out).  (R, in) -> (R, out)"""
+    """A linear layer per expert, with GPT-2 initialization: weight (E, out, in), bias (E, out).  (R, in) -> (R, out)"""
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias=False)
@@ -234,9 +233,9 @@ class ExpertLinear(nn.Linear):
 
 
 class ExpertProducts(torch.autograd.Function):
-    """x @ weight.T with the weight of each row's expert.  x (R, in), weights (E, out, in), num_rows (E) -> (R, out)
+    """Grouped matmul, x @ weight.T for each expert's rows.  x (R, in), weights (E, out, in), num_rows (E) -> (R, out)
 
-    The rows are sorted by expert; the remaining ones, which have none, become 0.
+    Rows are sorted by expert; dropped rows come last and become 0.
     """
 
     @staticmethod

@@ -1,14 +1,14 @@
-"""The template language of the story world, and the World that compiles it.
+"""The template language of the story world, and its compiler, World.
 
 The template language, by example:
     The [big|tiny] {kind}           one of the alternatives, all equally likely; `3*big` is three times as likely
     [very |]happy                   an empty alternative makes a word optional
-    {hero.his}, {Hero}              a form of the value of a variable; the capital letter asks for a capital letter
-    {kind~animal.a}                 if `kind` is not known yet, draw it from the table `animal`
-    @weather, @Weather, @weather.a  a named list of alternatives, capitalised, or with a or an before it
-    [<kind.child>ran|<!pet>flew]    alternatives that hold only if kind has the tag child, if pet is not known yet
+    {hero.his}, {Hero}              a form of a variable's value; a capital letter capitalises it
+    {kind~animal.a}                 if `kind` is not drawn yet, draw it from the table `animal`
+    @weather, @Weather, @weather.a  a named list of alternatives; capitalised; with the article a or an
+    [<kind.child>ran|<!pet>flew]    guards: allowed only if kind has the tag child; if pet is not drawn yet
 
-What a compiled template can do is in `storyworld_nodes`.
+Templates compile to the nodes of nodes.py.
 """
 
 import re
@@ -18,12 +18,12 @@ from data.storyworld.nodes import Choice, Entity, Guard, Literal, Reference, Seq
 
 
 class World:
-    """Tables of entities, named lists of words, variables; compiles templates that use them.
+    """Compiler of templates, with their tables of entities, named lists of words, and variables.
 
     tables      name -> {None or the entity it depends on: Table}
-    variables   name -> (name of its table, name of the variable it depends on or None); a variable that is not listed, such as
-                `food2`, draws from the table of its name without the digits
-    facts       domain -> the kind of fact that breaks with it: who, what, where, why
+    variables   name -> (table name, name of the variable it depends on or None); unlisted variables, such as `food2`, draw from
+                the table of their name without digits
+    facts       domain -> the kind of error that a wrong value is: who, what, where, why
     shared      domains in which several variables may have the same value
     """
 
@@ -66,7 +66,7 @@ class World:
         return self._domain_tables[domain]
 
     def classes(self, table: Table) -> list[tuple[Entity, int]]:
-        """The members of a table that no later choice can tell apart, as (one of them, how many)."""
+        """Equivalence classes of a table's entities with respect to later choices, as (representative, size)."""
         if id(table) not in self._classes:
             groups = defaultdict(list)
             for entity in table.entities:
@@ -76,17 +76,17 @@ class World:
         return self._classes[id(table)]
 
     def homes(self, entity: Entity) -> tuple[int, ...]:
-        """The tables that an entity is in, by id."""
+        """Ids of the tables that contain an entity."""
         if entity not in self._homes:
             tables = (part for parts in self.tables.values() for part in parts.values())
             self._homes[entity] = tuple(sorted({id(part) for part in tables if entity in part.members}))
         return self._homes[entity]
 
     def outlook(self, table: Table) -> tuple:
-        """Equal for tables that lead to equal choices.
+        """A key that is equal for tables with equivalent choices.
 
-        All that counts in a table is its length if its members are in no other table, decide nothing, and meet no rival from
-        another table because all variables of their domain depend on the same variable.
+        Only a table's length matters if no other table has its entities, no guard or table depends on them, and no rival draws
+        from another table, as all variables of their domain depend on the same variable.
         """
         first = table.entities[0]
         givens = {variable.given for variable in self.variables.values() if self.domain_of(variable.table) == first.domain}
@@ -95,7 +95,7 @@ class World:
         return ("length", len(table.entities)) if alone and len(givens) == 1 else ("table", id(table))
 
     def compile(self, source: str, before: str = "", capital: bool = False):
-        """A node with sample, match and entropy; `before` is put before each alternative that is not empty."""
+        """Compile a template to a node; `before` is prepended to each nonempty alternative."""
         node, end = self._alternatives(source, 0, before, capital)
         if end != len(source):
             raise ValueError(f"a bracket closes that was never opened, at {source[end:]!r} in {source!r}")

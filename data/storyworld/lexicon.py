@@ -1,7 +1,7 @@
-"""The words of the story world: who lives there, what they like, where things are, and which belongs to which.
+"""The lexicon of the story world: characters, things, places, and the relations between them.
 
-`build_tables` makes the tables that `storyworld_grammar.World` draws from. Lists are written compactly, one entity a line or a
-comma; a star after a thing makes it plural (berries*), a tilde a mass (honey~).
+`build_tables` builds the tables that `grammar.World` draws from. Entities are separated by newlines or commas; * marks a plural
+(berries*), ~ a mass noun (honey~).
 """
 
 from data.storyworld.nodes import Entity, Table, with_article

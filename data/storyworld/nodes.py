@@ -1,9 +1,9 @@
-"""Nodes of templates whose texts have a known probability: to write with, to read with, and to measure.
+"""Nodes of compiled templates: sampling, parsing and entropy.
 
-A variable is drawn where it first shows, uniformly from the table that belongs to the variable it depends on, never a value that
-another variable of its domain has. So all choices are visible in the text. Three walks over the same tree: `sample` chooses,
-`match` finds all ways to have chosen the text, `entropy` adds up how much there was to choose.
-An environment `env` is a tuple with the values of all variables by index, None where not drawn yet; env[FAULT] is a kind of fact.
+A variable is drawn at its first mention, uniformly from its table (given the variable it depends on), without the values of its
+rivals. So all choices show in the text. Every node has `sample`, which draws a text; `match`, which finds all parses of a text;
+`entropy`, which sums the entropies of the choices; and `first`, its set of first letters and whether it can be empty.
+An environment `env` is a tuple of all variables' values, None if not drawn yet; env[FAULT] is the kind of error, if any.
 """
 
 import math
@@ -11,11 +11,11 @@ from bisect import bisect
 from collections import defaultdict
 
 FAULT = 0
-FAULT_COST = 1000.0  # nats; only to prefer the reading with the fewest faults
+FAULT_COST = 1000.0  # nats; prefers the parse with the fewest faults
 
 
 class Entity:
-    """A thing of the world: `forms` are its words by name ("" for the plain one), `tags` what guards may ask for."""
+    """A value of a variable. `forms` are its words by name ("" is the default), `tags` are tested by guards."""
 
     __slots__ = ("domain", "forms", "name", "tags")
 
@@ -31,7 +31,7 @@ class Entity:
         return capitalised(self.forms[name]) if capital else self.forms[name]
 
 
-SOMETHING = Entity("", "something", {})  # stands for a value that no later choice depends on
+SOMETHING = Entity("", "something", {})  # a value that no later choice depends on
 
 
 def capitalised(text: str) -> str:
@@ -39,7 +39,7 @@ def capitalised(text: str) -> str:
 
 
 def with_article(word: str) -> str:
-    """apple -> an apple; a weight stays in front: 3*apple -> 3*an apple"""
+    """Prepend the article, after any weight: apple -> an apple, 3*apple -> 3*an apple"""
     weight, star, rest = word.rpartition("*")
     if star:
         return f"{weight}*{with_article(rest)}"
@@ -47,7 +47,7 @@ def with_article(word: str) -> str:
 
 
 class Table:
-    """Entities that are equally likely, and where to find them by their words."""
+    """Equally likely entities, with an index by their words."""
 
     def __init__(self, entities: list[Entity]):
         assert entities and len(set(entities)) == len(entities), entities
@@ -61,7 +61,7 @@ class Table:
 
 
 class Surfaces:
-    """Finds which of many strings start at a position: one dictionary look-up for each length that occurs."""
+    """Find which of many strings occur at a position: one dictionary lookup for each length."""
 
     def __init__(self, pairs: list[tuple[str, object]]):
         self.by_text = defaultdict(list)
@@ -80,7 +80,7 @@ class Surfaces:
 
 
 class Variable:
-    """Drawn from tables[the value of `given`], or from tables[None]; never equal to a value of its `rivals`."""
+    """A variable, drawn from tables[value of `given`] or tables[None]; never equal to its `rivals`."""
 
     def __init__(self, name: str, index: int, table: str, given: "Variable | None"):
         self.name, self.index, self.table, self.given = name, index, table, given
@@ -88,7 +88,7 @@ class Variable:
 
 
 class Reader:
-    """A text being read. From position `lenient_from` on, wrong facts are let through and noted in env[FAULT]."""
+    """A text being parsed. From position `lenient_from` on, wrong facts are accepted and recorded in env[FAULT]."""
 
     def __init__(self, text: str, lenient_from: float = math.inf):
         self.text, self.lenient_from, self.furthest = text, lenient_from, 0
@@ -124,7 +124,7 @@ class Literal:
 
 
 class Words:
-    """Alternatives that are all plain text: a Choice with a quick look-up."""
+    """A Choice between plain texts, with a fast lookup."""
 
     def __init__(self, texts: list[str], weights: list[int]):
         total = sum(weights)
@@ -150,7 +150,7 @@ class Words:
 
 
 class Reference:
-    """A form of a variable's value, which is drawn here if it is not known yet."""
+    """A form of a variable's value; draws the value if it has none yet."""
 
     def __init__(self, world, variable: Variable, table: str, form: str, capital: bool):
         self.world, self.variable, self.index, self.form, self.capital = world, variable, variable.index, form, capital
@@ -269,7 +269,7 @@ class Sequence:
 
 
 def step(node, reader, states: list) -> list:
-    """States (position, env, log probability so far) after reading `node` from each of the states."""
+    """Extend each state (position, env, log-probability) by all matches of `node`."""
     if len(states) == 1:
         position, env, cost = states[0]
         return [(end, after, cost + more) for end, after, more in node.match(reader, position, env)]
@@ -277,7 +277,7 @@ def step(node, reader, states: list) -> list:
 
 
 class Guard:
-    """<variable.tag>, <variable> (is known), and their opposites with !"""
+    """A condition: <variable.tag>, <variable> (is drawn), or either negated with !"""
 
     def __init__(self, variable: Variable, tag: str, negated: bool, fact: str):
         self.index, self.tag, self.negated, self.fact = variable.index, tag, negated, fact
@@ -309,7 +309,7 @@ class Choice:
         return self.letters, self.nullable
 
     def allowed(self, env) -> list[int]:
-        """The weights, 0 where a guard does not hold."""
+        """The weights, 0 where a guard fails."""
         pairs = zip(self.weights, self.guards, strict=True)
         weights = [weight if all(guard.holds(env) for guard in guards) else 0 for weight, guards in pairs]
         assert any(weights), f"no alternative is left in {self.guards}"

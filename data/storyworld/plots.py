@@ -1,8 +1,8 @@
-"""The plots of the story world, in the template language of `storyworld_grammar`.
+"""The plots of the story world, in the template language of grammar.py.
 
-A plot has a name, a cast (kinds, or tags of kinds, that may be its hero), morals, and lines: "- " goes on, "/ " starts a paragraph,
-other lines continue the one before; || separates ways to tell a whole line. What a line names in {braces} holds for the rest of
-the story: the later lines look back to it.
+A plot has a name, a cast (kinds, or tags of kinds, allowed as its hero), morals, and lines: "- " starts a line, "/ " a line in a
+new paragraph, other lines continue the previous one; || separates alternatives for a whole line. Variables in {braces} keep
+their values for the whole story.
 """
 
 OPENING = """

@@ -1,20 +1,19 @@
-"""A little world that tells stories, without a download and without end, and knows how probable each of them is.
+"""A generator of endless synthetic stories whose exact probabilities are known; no download.
 
-A story is drawn by a probabilistic program: first the opening (who the hero is), then a plot that suits the hero, then the
-sentences of the plot one after the other. The words are in `storyworld_lexicon`, the plots in `storyworld_plots`, the template
-language in `storyworld_grammar`, its three walks (sample, match, entropy) in `storyworld_nodes`. No choice is hidden, and no two
-runs of choices give the same text, so
+A probabilistic program samples the opening (who the hero is), then a plot that allows this hero, then the plot's sentences in
+order. Words are in lexicon.py, plots in plots.py, the template language in grammar.py, and sampling, parsing and entropy in
+nodes.py. Every choice shows in the text, and different choices give different texts, so
 
     sample(random.Random(0)).log_prob == score(sample(random.Random(0)).text).log_prob
 
-and the entropy of the choices is the entropy of the text: a floor that the loss of no model can pass.
-    nats per story      entropy(), exact; about code_length(some stories) / len(some stories)
-    bits per byte       code_length(stories) / log(2) / the number of their bytes, for the very stories a model is evaluated on
-`stories` splits training from validation by a checksum of the text, which a model could in principle learn to profit from by
-log(8/7) nats a story in training and log(8) in validation; in practice that is nothing.
+and the entropy of the choices is the entropy of the text: a lower bound on the loss of any model.
+    nats per story      entropy(), exact; about code_length(sample) / len(sample)
+    bits per byte       code_length(stories) / log(2) / their number of bytes, for the stories a model is evaluated on
+`stories` splits training from validation by a checksum of the text. A model that learned the checksum would gain log(8/7) nats
+per story in training and log(8) in validation; in practice none does.
 
-    python -m data.storyworld --count 3 --seed 0         tells stories and how many bits they carry
-    python -m data.storyworld --score my_stories.txt     grades stories, separated by empty lines
+    python -m data.storyworld --count 3 --seed 0         print stories and their information content in bits
+    python -m data.storyworld --score my_stories.txt     score stories, separated by empty lines
 """
 
 import functools
@@ -32,7 +31,7 @@ from data.storyworld.grammar import World
 from data.storyworld.nodes import FAULT, SOMETHING, Choice, Entity, Reader, Reference, Table, bound, step
 from data.storyworld.plots import OPENING, PHRASES, PLOTS
 
-VALIDATION_SHARE = 8  # one story in so many is a validation story
+VALIDATION_SHARE = 8  # one story in 8 is for validation
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,13 @@ class Story:
 
 @dataclass(frozen=True)
 class Score:
-    """What `score` found out. For a story of this world `error` is None and `plot` its plot; for any other `log_prob` is -inf.
+    """Result of `score`: `log_prob` and `plot` of a valid story; for an invalid one log_prob is -inf, and the error is set.
 
-    error      one line: which sentence is not of this world, and what is wrong with it
-    sentence   the first sentence that is not of this world; index is its number, from 0: so many sentences were right
-    fact       what broke there: "who", "what", "where" or "why" (a fact that differs from what was told before, or from what this
-               world knows); "end" where the story stops before its end; "grammar" where no sentence of this world fits
+    error      one line: the invalid sentence, and what is wrong with it
+    sentence   the first invalid sentence
+    index      its index, which is also the number of valid sentences
+    fact       the kind of error: "who", "what", "where" or "why" (contradicts the story or the world), "end" (the story is
+               incomplete), "grammar" (no sentence of this world matches)
     """
 
     log_prob: float
@@ -70,7 +70,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Program:
-    """The compiled world: a story is the slots of `opening`, then those of one of the plots for the hero's kind."""
+    """The compiled world: a story is the slots of `opening`, then those of a plot from `cast` for the hero's kind."""
 
     world: World
     opening: list
@@ -81,7 +81,7 @@ class Program:
 
 
 def compile_slots(world: World, source: str, is_start: bool = False) -> list:
-    """One node for each line that begins with "- " (goes on) or "/ " (a new paragraph); other lines continue the one before."""
+    """Compile each line that starts with "- " or "/ " (new paragraph) to a node; other lines continue the previous one."""
     lines = [line.strip() for line in source.strip().splitlines()]
     joined = re.split(r"\n(?=[-/] )", "\n".join(lines))
     slots = []
@@ -95,7 +95,7 @@ def compile_slots(world: World, source: str, is_start: bool = False) -> list:
 
 @functools.cache
 def program() -> Program:
-    """Compiles the world on first use (well under a second)."""
+    """Compile the world on first use (well under a second)."""
     tables = lexicon.build_tables()
     plots = {name: Entity("plot", name, {}) for name in PLOTS}
     tables["plot"] = {None: Table(list(plots.values()))}
@@ -114,7 +114,7 @@ def program() -> Program:
 
 
 def tell(rng: random.Random) -> tuple[str, float, str]:
-    """The text of a new story, its log-probability and the name of its plot."""
+    """Sample a story: its text, log-probability and plot name."""
     p = program()
     env, words = list(p.world.empty_env()), []
     log_prob = 0.0
@@ -130,13 +130,13 @@ def tell(rng: random.Random) -> tuple[str, float, str]:
 
 
 def sample(rng: random.Random) -> Story:
-    """Draws a story; its log-probability is exact, in nats."""
+    """Sample a story, with its exact log-probability in nats."""
     text, log_prob, _ = tell(rng)
     return Story(text, log_prob)
 
 
 def merged(states: list) -> list:
-    """States (position, env, log probability) with those that agree in position and env put together."""
+    """Merge states (position, env, log-probability) that share position and env."""
     if len(states) < 2:
         return states
     together = defaultdict(list)
@@ -153,9 +153,9 @@ def log_sum(log_probs: list[float]) -> float:
 
 
 def read(reader: Reader, until: float = math.inf) -> tuple[list, list]:
-    """All states after each slot, as ([(plot name, states at the end of its last slot)], [all states after any slot]).
+    """Parse the text: ([(plot name, states after its last slot)], [states after every slot]).
 
-    From states at position `until` or beyond nothing is read any more.
+    States at position `until` or beyond are not extended.
     """
 
     def after(slot, states):
@@ -184,7 +184,7 @@ def read(reader: Reader, until: float = math.inf) -> tuple[list, list]:
 
 
 def score(text: str) -> Score:
-    """The exact log-probability of a text in nats, summed over all ways to tell it, or which sentence is not of this world."""
+    """Compute the exact log-probability of a text in nats, summed over all parses, or find its first invalid sentence."""
     reader = Reader(text)
     ends, _ = read(reader)
     whole = [(name, log_prob) for name, states in ends for position, _, log_prob in states if position == len(text)]
@@ -195,12 +195,12 @@ def score(text: str) -> Score:
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """Start and end of each sentence; speech ends with its quotation mark."""
+    """Start and end of each sentence, including a closing quotation mark."""
     return [found.span() for found in re.finditer(r"\S.*?(?:[.!?]\"?(?=\s|$)|$)", text, re.MULTILINE)]
 
 
 def diagnosis(text: str, furthest: int) -> Score:
-    """Names the sentence at the position where reading got stuck, and the kind of fact that broke in it."""
+    """Report the sentence where parsing failed, and the kind of error."""
     spans = sentence_spans(text) or [(0, len(text))]
     index = next((index for index, (_, end) in enumerate(spans) if end > furthest), len(spans) - 1)
     start, end = spans[index]
@@ -217,7 +217,7 @@ def diagnosis(text: str, furthest: int) -> Score:
 
 
 def code_length(texts: Iterable[str]) -> float:
-    """Nats that the world itself needs for the given stories: the floor for any model on them.
+    """Negative log-likelihood of the stories under the world itself, in nats: the floor for any model.
 
     Raises ValueError for a text that is not of this world.
     """
@@ -232,9 +232,9 @@ def code_length(texts: Iterable[str]) -> float:
 
 @functools.cache
 def entropy() -> float:
-    """Nats per story, exact: the expected sum of the entropies of all choices.
+    """Compute the exact entropy in nats per story: the expected sum of the entropies of all choices.
 
-    The distribution over what later choices depend on is carried through the slots; everything else is forgotten on the way.
+    Propagates the distribution over environments slot by slot, marginalizing out values that no later choice depends on.
     """
     p = program()
     dist, nats = {p.world.empty_env(): 1.0}, 0.0
@@ -257,7 +257,7 @@ def entropy() -> float:
 
 
 def carry(slot, dist: dict) -> tuple[dict, float]:
-    """slot.entropy(dist), worked out once for all environments that agree in what the slot looks at."""
+    """slot.entropy(dist), computed once for all environments that agree in the variables the slot reads."""
     looked_at = sorted({index for pair in slot_uses(slot) for index in pair if index is not None})
     groups = defaultdict(list)
     for env, mass in dist.items():
@@ -278,7 +278,7 @@ def carry(slot, dist: dict) -> tuple[dict, float]:
 
 
 def slot_uses(node) -> set[tuple[int, int | None]]:
-    """Which variables a slot looks at: (variable, None) always, (variable, other) only while the other is not drawn yet."""
+    """Variables that a slot reads: (variable, None) always, (variable, other) only while `other` is not drawn yet."""
     uses = set()
     if isinstance(node, Reference):
         uses = {(other, node.index) for other in [node.index, *node.variable.rivals]}
@@ -291,7 +291,7 @@ def slot_uses(node) -> set[tuple[int, int | None]]:
 
 
 def forget(dist: dict, uses: set) -> dict:
-    """Puts together the environments that no later choice can tell apart."""
+    """Merge environments that are equivalent for all later choices."""
     smaller, idle = defaultdict(float), {}
     for env, mass in dist.items():
         known = tuple([value is not None for value in env])
@@ -306,9 +306,9 @@ def forget(dist: dict, uses: set) -> dict:
 
 
 def stories(split: str, count: int) -> Iterator[str]:
-    """The first `count` stories of an endless stream, the same on every machine: split is "train" or "validation".
+    """The first `count` stories of an endless stream, the same on every machine; split is "train" or "validation".
 
-    A checksum of its text decides to which of the two a story belongs, so they never share one, however long they get.
+    A checksum of the text assigns each story to one split, so they are always disjoint.
     """
     if split not in ("train", "validation"):
         raise ValueError(f'split is "train" or "validation", not {split!r}')
@@ -321,13 +321,13 @@ def stories(split: str, count: int) -> Iterator[str]:
 
 
 def main(count: int = 3, seed: int = 0, score: Path | None = None, show_entropy: bool = False):
-    """Tells stories with the bits they carry, or grades the stories of a file.
+    """Print sampled stories with their information content in bits, or score the stories of a file.
 
     Args:
-        count: how many stories to tell
-        seed: another seed, other stories
-        score: a text file with stories separated by empty lines, to be graded instead
-        show_entropy: also compute the bits that a story of this world carries on average; takes ten seconds
+        count: number of stories
+        seed: random seed
+        score: a text file of stories, separated by empty lines, to score instead
+        show_entropy: also compute the entropy of this world in bits per story; takes ten seconds
     """
     if score is not None:
         grade(score)
@@ -342,7 +342,7 @@ def main(count: int = 3, seed: int = 0, score: Path | None = None, show_entropy:
 
 
 def grade(path: Path):
-    """Prints a verdict for each story of a file."""
+    """Score each story of a file, and print the results."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; --score takes a text file with stories separated by empty lines")
     texts = [part.strip() for part in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")) if part.strip()]
