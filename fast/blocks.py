@@ -143,22 +143,16 @@ def register(block: type[nn.Module], *, kernels: bool = True, **functions: Calla
     SWAPS[kernels][block], PLAIN[fast] = fast, block
 
 
-for _block in (
-    plain.Attention, attention_blocks.RotaryAttention, attention_blocks.GatedAttention, attention_blocks.DifferentialAttention,
-    sparse_attention.StridedAttention, latent_attention.LatentAttention,
-):  # fmt: skip
-    register(_block, causal_attention=causal_attention, apply_rope=apply_rope)
+_ATTENTION: dict[type, dict[str, Callable]] = {  # with the functions that they have besides those of all attention blocks
+    plain.Attention: {}, attention_blocks.RotaryAttention: {}, attention_blocks.GatedAttention: {},
+    attention_blocks.DifferentialAttention: {}, sparse_attention.StridedAttention: {}, latent_attention.LatentAttention: {},
+    attention_blocks.SinkAttention: {"attention_with_sinks": attention_with_sinks},
+    values.ValueAttention: {"weighted_sum": weighted_sum}, megalodon.Megalodon: {"activate": activate},
+}  # fmt: skip
+for _block, _others in _ATTENTION.items():
+    register(_block, causal_attention=causal_attention, apply_rope=apply_rope, **_others)
     register(_block, kernels=False, causal_attention=windowed_attention)
 register(sparse_attention.BlockAttention, apply_rope=apply_rope)
-register(
-    attention_blocks.SinkAttention, causal_attention=causal_attention, attention_with_sinks=attention_with_sinks,
-    apply_rope=apply_rope,
-)  # fmt: skip
-register(attention_blocks.SinkAttention, kernels=False, causal_attention=windowed_attention)
-register(values.ValueAttention, causal_attention=causal_attention, apply_rope=apply_rope, weighted_sum=weighted_sum)
-register(values.ValueAttention, kernels=False, causal_attention=windowed_attention)
-register(megalodon.Megalodon, causal_attention=causal_attention, apply_rope=apply_rope, activate=activate)
-register(megalodon.Megalodon, kernels=False, causal_attention=windowed_attention)
 register(embeddings.Shortcut, weighted_sum=weighted_sum)
 register(convolution.ShortConv, short_conv=short_conv)
 register(mamba.Mamba, activate=activate, selective_scan=selective_scan)
