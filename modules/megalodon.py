@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import RMSNorm, activate, apply_rope, causal_attention, linear
+from modules.attention import narrowest
 from modules.chunks import check_sizes
 from modules.moving_average import CEMA, TimestepNorm
 from modules.scan import check_rows
@@ -102,7 +103,7 @@ class Megalodon(LoggingModule):
         positions = torch.arange(T, device=q.device)
         in_story = positions if story_start is None else positions - story_start
         chunk_start = (positions - in_story % self.chunk).expand(B, T)  # of the chunk that each token is in
-        return self.causal_attention(q, k, v, chunk_start, min(self.chunk, window or self.chunk), self.soft_cap, dropout)
+        return self.causal_attention(q, k, v, chunk_start, narrowest(self.chunk, window), self.soft_cap, dropout)
 
     def attend_cached(self, q, k, v, cache):
         """attend_chunks after the cached tokens of the last chunk, which the first of the new tokens complete."""

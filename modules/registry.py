@@ -120,16 +120,16 @@ def find_block(name: str, config: ModelConfig) -> type[nn.Module]:
 
 
 def build_block(name: str, options: dict, config: ModelConfig, vocab_size: int) -> nn.Module:
-    """Build one block by name. Raises ValueError as check_step does."""
+    """Build one block by name. Raises ValueError as validate_step does."""
     blocks = all_blocks(config)
-    check_step(name, options, config, blocks)
+    validate_step(name, options, config, blocks)
     return model.build_block(name, options, config, blocks, vocab_size)
 
 
 def build_branch(layer: str, config: ModelConfig, vocab_size: int) -> model.Branch:
     """Build the blocks of one layer string. Raises ValueError with the place of what is wrong in it."""
     blocks = all_blocks(config)
-    check_layer(layer, config, blocks)
+    validate_layer(layer, config, blocks)
     return model.Branch(layer, config, blocks, residual_scale=1.0, vocab_size=vocab_size)
 
 
@@ -143,7 +143,7 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
     if "blocks" in init_parameters(model_class):
         blocks["blocks"] = all_blocks(config)
         for layer in dict.fromkeys(config.layer_strings):
-            check_layer(layer, config, blocks["blocks"])
+            validate_layer(layer, config, blocks["blocks"])
     built = model_class(config, vocab_size, **blocks)
     built.config, built.vocab_size = config, vocab_size
     return built
@@ -161,21 +161,21 @@ def parameter_names(function: Callable) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def check_layer(layer: str, config: ModelConfig, blocks: dict[str, type[nn.Module]]):
+def validate_layer(layer: str, config: ModelConfig, blocks: dict[str, type[nn.Module]]):
     """Raises ValueError with the place of the first step of a layer string that cannot be built."""
     for position, (name, options) in enumerate(layer_steps(layer)):
         if name not in "+|":
             try:
-                check_step(name, options, config, blocks)
+                validate_step(name, options, config, blocks)
             except ValueError as error:
                 raise ValueError(f"layers={marked(layer, position)!r}: {error}") from error
 
 
-def check_step(name: str, options: dict, config: ModelConfig, blocks: dict[str, type[nn.Module]]):
+def validate_step(name: str, options: dict, config: ModelConfig, blocks: dict[str, type[nn.Module]]):
     """Raises ValueError for an unknown name or option, a value that the config refuses, or an input that no layer supplies."""
     block, values = look_up("block", name, blocks), config.block_values(options)
     parameters = init_parameters(block)
-    check_options(name, options, parameters, config)
+    validate_options(name, options, parameters, config)
     inputs = inspect.signature(block.forward).parameters
     if config.positions == "rope" and "rope" in inputs and values["head_dim"] != config.block_values()["head_dim"]:
         raise ValueError(f"{name}(head_dim=...) does not fit RoPE: set the config's head_dim instead")
@@ -187,7 +187,7 @@ def check_step(name: str, options: dict, config: ModelConfig, blocks: dict[str, 
             raise ValueError(f"{name} needs {argument!r}, which is no field of the config: write {name}({argument}=...)")
 
 
-def check_options(name: str, options: dict, parameters: dict[str, inspect.Parameter], config: ModelConfig):
+def validate_options(name: str, options: dict, parameters: dict[str, inspect.Parameter], config: ModelConfig):
     """Raises ValueError for an option that the block does not have, or with a value that it or the config would not take."""
     known = config.block_values()
     for option, value in options.items():
