@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 
 from config import ModelConfig, TrainConfig
+from data.sources import portable_name
 from evaluation.statistics import BITS, SIGNIFICANCE, Difference, holm, over_seeds, over_stories, seeds_needed
-from metrics.story_losses import NOT_ITS_OWN, TOP_K, Scored, losses_of
+from metrics.story_losses import NOT_ITS_OWN, TOP_K, Scored, data_of, losses_of, too_lossy
 from runs.folder import Run, group_members
 
 AT = ("end", "parameters", "step", "tokens", "flops", "seconds")
@@ -29,7 +30,7 @@ class Member:
     """One run of a candidate."""
 
     name: str
-    config: TrainConfig
+    config: TrainConfig  # with a portable name of the data
     architecture: ModelConfig
     scored: Scored
     losses: pd.DataFrame  # a row for each story, by its digest
@@ -142,14 +143,21 @@ def gather(name: str, notes: list[str], data_if_missing: str | None) -> Candidat
         if not np.isfinite(losses["nats"]).all():
             notes.append(f"{run.name} diverged and is left out: not all of its losses are finite")
             continue
-        member = Member(run.name, run.train_config, run.model_config, scored, losses.set_index("story"), run.log())
+        if problem := too_lossy(run.name, scored):
+            notes.append(problem)
+            continue
+        trace = f"{scored.tokenizer} loses {scored.lost:.2%} of the text, which is not counted as predicted"
+        notes += [trace] * (scored.lost > 0 and trace not in notes)
+        config = replace(run.train_config, data=portable_name(run.train_config.data))
+        member = Member(run.name, config, run.model_config, scored, losses.set_index("story"), run.log())
         seed = member.config.seed
         if seed in members:
             notes.append(f"{run.name} has the same seed as {members[seed].name} and is left out: a seed counts once")
             continue
         members[seed] = member
         if scored.data.endswith(NOT_ITS_OWN):
-            notes.append(f"{run.name} was scored on {scored.data}: it was trained on {member.config.data!r}, which is not here")
+            notes.append(f"{run.name} was scored on {scored.data}: its validation stories during training, on "
+                         f"{trained_on(member)}, were others")  # fmt: skip
         if run.was_stopped():
             notes.append(f"{run.name} was stopped early: --resume continues it")
     ordered = tuple(members[seed] for seed in sorted(members))
@@ -227,28 +235,35 @@ def comparable(one: Candidate, other: Candidate, at: str, notes: list[str]) -> b
     a, b = one.members[0], other.members[0]
     both = f"{one.name} and {other.name}"
     if len({member.scored.validation for member in (*one.members, *other.members)}) > 1:
-        notes.append(f"{both} are not compared: scored on different validation stories ({a.scored.data}, {b.scored.data})")
+        notes.append(f"{both} are not compared: scored on different validation stories, those of "
+                     f"{data_of(a.losses, a.scored)} and of {data_of(b.losses, b.scored)}. Train both on the same")  # fmt: skip
         return False
     if at == "parameters" and abs(one.parameters - other.parameters) > SAME_SIZE * min(one.parameters, other.parameters):
         notes.append(f"{both} are not compared: {one.parameters:,} and {other.parameters:,} parameters are not equal within 5%")
         return False
     if a.scored.tokenizer != b.scored.tokenizer:
         tokenizers = f"{a.scored.tokenizer}, {b.scored.tokenizer}"
-        notes.append(f"{both} have different tokenizers ({tokenizers}): bits per byte are comparable all the same")
-    reading = [(m.config.tokenizer, m.config.packing, m.architecture.max_seq_len) for m in (a, b)]
+        notes.append(f"{both} have different tokenizers ({tokenizers}): bits per byte count only what both give back")
+    reading = [(m.config.tokenizer, m.config.packing, m.config.max_stories, m.architecture.max_seq_len) for m in (a, b)]
     fingerprints = (a.scored.data_fingerprint, b.scored.data_fingerprint)
     same_data = None not in fingerprints and len(set(fingerprints)) == 1  # wherever they are stored
-    if a.config.max_stories != b.config.max_stories or (a.config.data != b.config.data and not same_data):
-        notes.append(f"{both} were trained on different data: {a.config.data} and {b.config.data}, "
-                     f"the first {a.config.max_stories} and {b.config.max_stories} stories")  # fmt: skip
+    if not same_data and trained_on(a) != trained_on(b):
+        notes.append(f"{both} were trained on different data: {trained_on(a)} and {trained_on(b)}")
     elif None in fingerprints:
         notes.append(f"{both}: whether they were trained on the same data is not known, as one run predates that record")
     elif reading[0] == reading[1] and not same_data:
-        notes.append(f"{both} were trained on different data, though both call them {a.config.data}")
+        notes.append(f"{both} may have been trained on different data: both are {trained_on(a)}, with other fingerprints")
     notes += [line for line in [different_code(both, one, other), different_threads(both, a, b, at)] if line]
     if a.architecture == b.architecture and a.config == b.config:
         notes.append(f"{both} are the same config with the same seed: only rounding or the code can differ")
     return True
+
+
+def trained_on(member: Member) -> str:
+    """The training data by name and size: 'tinystories (15,939 stories)'."""
+    stories, most = member.scored.training_stories, member.config.max_stories
+    size = f"{stories:,} stories" if stories else f"the first {most:,} stories" if most else "all stories"
+    return f"{member.config.data} ({size})"
 
 
 def different_code(both: str, one: Candidate, other: Candidate) -> str | None:
@@ -276,7 +291,9 @@ def difference_row(one: Candidate, other: Candidate, by_story: bool) -> dict:
         difference, over = over_seeds(one.values, other.values, paired), "seeds, paired" if paired else "seeds"
     elif by_story:
         nats = [np.mean([member.losses["nats"] for member in candidate.members], axis=0) for candidate in (one, other)]
-        difference, over = over_stories(*nats, one.members[0].losses["bytes"]), "stories"
+        num_bytes, others = (candidate.members[0].losses["bytes"] for candidate in (one, other))
+        nats[1] *= num_bytes.sum() / others.sum()  # a tokenizer may lose a trace of the text
+        difference, over = over_stories(*nats, num_bytes), "stories"
     else:
         difference, over = Difference(other.values.mean() - one.values.mean(), *[float("nan")] * 3), "nothing"
     return {

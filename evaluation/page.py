@@ -160,13 +160,12 @@ def where_the_loss_is(
     """
     by_position, by_class, manner, stories_of = {}, {}, {}, {}
     for group in groups:
-        data = group.members[0].config.data
+        data = Run(group.members[0].name).train_config.data
         try:
             if data not in stories_of:
                 stories_of[data] = validation_stories(data, data_if_missing)[1]
         except OSError as error:
-            notes.append(f"the loss of {group.name} by position and kind of word was not measured, as its data are not here "
-                         f"({error}): --data_if_missing auto takes others")  # fmt: skip
+            notes.append(f"the loss of {group.name} by position and kind of word was not measured: {error}")
             continue
         print(f"measuring {group.name}")
         measured = [measures_of(member, stories_of[data][:num_stories]) for member in group.members]
@@ -196,7 +195,7 @@ def measures_of(member: Member, stories: list[str]) -> tuple[pd.Series, pd.Serie
     model, tokenizer = load_model(member.name)
     scores = token_scores(model, tokenizer, stories)
     classes = loss_by_word_class(scores, tokenizer, stories)
-    num_bytes = sum(len(story.encode(errors="replace")) for story in stories)
+    num_bytes = sum(map(tokenizer.kept_bytes, stories))
     bits = classes["loss"] * classes["tokens"] / num_bytes / math.log(2)
     samples = generate(model, tokenizer, [""] * NUM_SAMPLES)
     manner = {"calibration error": calibration(scores)[0], "4 words repeated": repetition(samples)}
