@@ -142,8 +142,7 @@ def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packe
         raise ValueError(f"{tokenizer.name} pads with its bos or eos token ({tokenizer.pad_id}), which the loss would ignore. "
                          "Give it a pad token of its own")
     opened, cache_dir, capacity = open_source(source), Path(cache_dir or default_cache_dir()), max_seq_len + 1
-    key = digest(FORMAT, opened.fingerprint(cache_dir), tokenizer.fingerprint, max_stories)
-    fingerprint = digest(key, max_seq_len, packing)
+    key, fingerprint = keys(opened, tokenizer, max_seq_len, packing, max_stories, cache_dir)
     stories_dir, rows_dir = cache_dir / f"stories-{key}", cache_dir / f"rows-{fingerprint}-2"  # 2: with `repeated`
 
     stories, tokenised = open_or_build(stories_dir, lambda folder: _tokenise(opened, tokenizer, max_stories, folder, progress))
@@ -156,6 +155,12 @@ def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packe
             f"{rows['wasted']:.1%} padding, {rows['left_out']:.1%} left out, "
             f"{rows['repeated']:.1%} of the targets are repeated beginnings of stories")
     return Data(opened.name, fingerprint, stories_dir, rows_dir, stories | rows, capacity, tokenizer)
+
+
+def keys(source: Source, tokenizer, max_seq_len: int, packing: str, max_stories: int | None, cache_dir: Path) -> tuple[str, str]:
+    """The digests of the tokenised stories, and of the rows that are packed from them."""
+    key = digest(FORMAT, source.fingerprint(cache_dir), tokenizer.fingerprint, max_stories)
+    return key, digest(key, max_seq_len, packing)
 
 
 def choose_validation(source: Source, skipped: Counter, progress: bool = False) -> list[str]:

@@ -18,9 +18,10 @@ from evaluation import __main__ as evaluation
 from evaluation.comparison import compare
 from evaluation.statistics import holm, over_seeds, over_stories, seeds_needed
 from inference import load_model
-from metrics.story_losses import COLUMNS, read_losses
+from metrics.story_losses import COLUMNS, read_losses, save_losses, validation_stories
 from runs.code import digest
 from runs.folder import Run
+from train import train
 from training.report import write_report
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +161,7 @@ class TestLosses:
     @pytest.mark.parametrize("damage, said", [
         (lambda folder: (folder / "story_losses.csv").unlink(), "has no losses by story: scoring it"),
         (lambda folder: (folder / "story_losses.csv").write_text("story,bytes\n1,2\n"), "are damaged: scoring it .* again"),
-        (lambda folder: (folder / "story_losses.json").write_text("{"), "are damaged: scoring it .* again"),
+        (lambda folder: (folder / "story_losses.json").write_text("{}"), "are damaged or of an older version: scoring it"),
         (lambda folder: (folder / "model.pth").write_bytes((folder / "model.pth").read_bytes() + b" "), "of other weights than"),
     ])  # fmt: skip
     def test_what_is_missing_damaged_or_old_is_scored_again_and_said(self, make_run, capsys, damage, said):
@@ -222,7 +223,10 @@ class TestCompare:
 
     @pytest.mark.parametrize("facts, said, compared", [
         ({"validation": "others"}, "a and b are not compared: scored on different validation stories", False),
-        ({"data_fingerprint": "other"}, "a and b were trained on different data, though both call them", True),
+        ({"data_fingerprint": "other"}, "may have been trained on different data: both are little.txt (300 ", True),
+        ({"data_fingerprint": "other", "training_stories": 9_000}, "little.txt (300 stories) and little.txt (9,000", True),
+        ({"lost": 0.0123}, "b is left out: its tokenizer bpe_tokenizer_128 loses 1.2% of the text", False),
+        ({"lost": 0.0099}, "bpe_tokenizer_128 loses 0.99% of the text, which is not counted as predicted", True),
         ({"data_fingerprint": None}, "whether they were trained on the same data is not known", True),
         ({"tokenizer": "other"}, "a and b have different tokenizers", True),
         ({"code": {"model.py": "other"}}, "a and b were trained with different code: ", True),
@@ -238,6 +242,34 @@ class TestCompare:
         change("b", "story_losses.json", **facts)
         result = compare("a", "b")
         assert said in "\n".join(result.notes) and len(result.verdicts) == compared
+        if "validation" in facts:  # a sample and the whole of a data set have one name
+            assert re.search(r"those of little\.txt \(300 stories; 200 for validation, digest \w{16}\) and of "
+                             r"little\.txt \(300 stories; 100 for validation, digest \w{16}\)", result.notes[0])  # fmt: skip
+
+    def test_what_a_lossy_tokenizer_throws_away_wins_nothing(self, make_run, make_config, tmp_path):
+        """On Cyrillic bpe_tokenizer_128 gives back white space and full stops alone."""
+        stories = ("Жил был кот. " + "Он ел. " * (number % 9) + str(number) for number in range(600))
+        (tmp_path / "cyrillic.txt").write_text("\n\n".join(stories), encoding="utf-8")
+        list(train(MODEL, make_config(data=str(tmp_path / "cyrillic.txt"), max_steps=2), "lossy"))
+        save_losses("lossy")
+        _, scored = read_losses("lossy")
+        assert 0.6 < scored.lost < 0.8
+        result = compare("tiny", "lossy")
+        assert not result.verdicts and f"its tokenizer bpe_tokenizer_128 loses {scored.lost:.1%} of the text" in result.notes[0]
+
+    def test_the_validation_stories_decide_which_data_are_its_own(self, tiny_run, corpus, stories, tmp_path):
+        """Not their path: a copy with another name is its own, and other stories of the same name are not."""
+        copy = tmp_path / "copy.txt"
+        copy.write_text("\n\n".join(stories), encoding="utf-8")
+        change(tiny_run, "train_config.json", data="gone/little.txt")
+        save_losses(tiny_run, str(copy))
+        assert read_losses(tiny_run)[1].data == "copy.txt"
+        copy.write_text("\n\n".join(stories[:450]), encoding="utf-8")
+        change(tiny_run, "train_config.json", data=str(copy))
+        save_losses(tiny_run)
+        assert read_losses(tiny_run)[1].data == "copy.txt (not its own)"
+        with pytest.raises(FileNotFoundError, match=r"'gone'.*To score on other stories, give data_if_missing, such as auto"):
+            validation_stories("gone", None)
 
     def test_the_same_data_in_another_place_are_the_same(self, make_run):
         make_run("a"), make_run("b", -0.02, seed=1)
