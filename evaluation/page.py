@@ -28,7 +28,7 @@ from evaluation.diff_view import TEMPLATES
 from evaluation.statistics import BITS
 from inference import generate, load_model
 from metrics.measures import calibration, distinct, loss_by_position, loss_by_word_class, repetition, token_scores
-from metrics.story_losses import validation_stories
+from metrics.story_losses import NOT_ITS_OWN, label, validation_stories
 from runs.command_line import command as training_command
 from runs.folder import Run
 from training.machine import cpu_name
@@ -163,12 +163,15 @@ def where_the_loss_is(
         data = Run(group.members[0].name).train_config.data
         try:
             if data not in stories_of:
-                stories_of[data] = validation_stories(data, data_if_missing)[1]
+                stories_of[data] = validation_stories(data, data_if_missing)
         except OSError as error:
             notes.append(f"the loss of {group.name} by position and kind of word was not measured: {error}")
             continue
         print(f"measuring {group.name}")
-        measured = [measures_of(member, stories_of[data][:num_stories]) for member in group.members]
+        source, stories = stories_of[data]
+        if (source := label(Run(group.members[0].name), source, stories)).endswith(NOT_ITS_OWN):
+            notes.append(f"the loss of {group.name} by position and kind of word is measured on {source}")
+        measured = [measures_of(member, stories[:num_stories]) for member in group.members]
         by_position[group.name], by_class[group.name], manner[group.name] = (
             pd.concat(columns, axis=1).mean(axis=1) for columns in zip(*measured, strict=True)
         )
