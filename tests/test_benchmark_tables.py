@@ -62,7 +62,8 @@ def test_a_table_is_made_again_from_saved_raw_results(tables, tmp_path, monkeypa
     run = {"plan": plan, "parameters": 1234, "flops_per_token": 5e5, "memory_mb": [300, 100]}
     results = {"transformers_float32": run | {"tokens_per_second": [100.0, 200.0, 300.0]},
                "ours_float32": run | {"tokens_per_second": [150.0, 400.0, 300.0]}}  # fmt: skip
-    raw = {"shape": "small", "turns": "3 rounds", "sweep": False, "peak_flops": {"float32": 1e9, "bfloat16": 5e8}, "results": results}
+    peaks = {"float32": 1e9, "bfloat16": 5e8}
+    raw = {"shape": "small", "turns": "3 rounds", "sweep": False, "peak_flops": peaks, "results": results}
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["benchmarks/train_speed.py", "--save", "speeds"])
     script.report(train_speed.tables, raw, "speeds")
@@ -90,7 +91,8 @@ def test_the_speeds_in_the_readme_are_those_of_the_tables(tables):
 def test_the_readme_scores_2m_speedrun_on_all_stories():
     folder = ROOT / "trained_models" / "2m_speedrun"
     stories = pd.read_csv(folder / "story_losses.csv")
-    whole, short = (part["nats"].sum() / math.log(2) / part["bytes"].sum() for part in (stories, stories[stories["bytes"] <= 700]))
+    parts = stories, stories[stories["bytes"] <= 700]
+    whole, short = (part["nats"].sum() / math.log(2) / part["bytes"].sum() for part in parts)
     assert f"{whole:.2f} bits per byte on all {len(stories):,} validation stories" in readme()
     text = " ".join((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split())
     assert f"has {short:.2f} bits per byte on them and {whole:.2f} on all" in text
@@ -101,4 +103,4 @@ def test_corrected_p_values_decide_what_the_text_says_is_decided(tables):
     decided = text.partition("**Decided**")[2].partition("**Muon**")[0]
     table = numbers(tables, "ablations")
     effects = table.loc[table["p (Holm, of 32)"] < 0.05, "difference to speedrun over seeds (95%, uncorrected)"]
-    assert sorted(re.findall(r"0\.\d{3}", decided)) == sorted(f"{effect:.3f}" for effect in np.abs(effects))
+    assert sorted(map(float, re.findall(r"0\.\d{3}", decided))) == pytest.approx(sorted(np.abs(effects)), abs=6e-4)

@@ -326,6 +326,7 @@ def test_worth_compares_by_position_in_the_story(scripts):
 
     losses = {"base": [[3.0, 2.0], [3.2, 2.2]], "idea": [[3.1, 1.9], [3.3, 2.1]]}
     positions = {"stories": 5, "octaves": ["1 to 1", "2 to 3"], "tokens": [10, 20], "losses": losses}
-    counts, base, idea = worth_tables.position_rows({"results": dict.fromkeys(losses, {"seeds": [0, 1]}), "by_position": positions})
+    seeds = {name: {"seeds": [0, 1]} for name in losses}
+    counts, base, idea = worth_tables.position_rows({"results": seeds, "by_position": positions})
     assert (counts["1 to 1"], base["1 to 1"], base["2 to 3"]) == ("10", "3.100", "2.100")
     assert (idea["1 to 1"], idea["1 to 1: difference"], idea["2 to 3: difference"]) == ("3.200", "+0.100", "-0.100")
