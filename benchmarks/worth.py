@@ -293,7 +293,7 @@ def raw_results(candidate: Candidate, result: Comparison, speeds: dict[str, Spee
         over = over_stories(*nats, first.members[0].losses["bytes"])
         ends = (row["95% from"], row["to"], row["p"]) if row["over"].startswith("seeds") else [math.nan] * 3
         raw["difference"] = asdict(Difference(row["difference"], *ends))
-        raw |= {"p_holm": row["p (Holm)"], "over_stories": asdict(over)}
+        raw |= {"p_corrected": row["p (Holm)"], "over_stories": asdict(over)}
     return raw
 
 

@@ -35,7 +35,7 @@ def score_rows(results: dict[str, dict]) -> list[Row]:
         if "difference" in of:
             over_seeds_column = f"difference to {first} over seeds (95%, uncorrected)"
             row |= with_margin(over_seeds_column, Difference(**of["difference"]), "+.4f")
-            row[f"p (Holm, of {len(others)})"] = format_p(of["p_holm"])
+            row[f"p (Holm, of {len(others)})"] = format_p(of["p_corrected"])
             row |= with_margin("over stories (95%, no verdict)", Difference(**of["over_stories"]), "+.4f")
         rows.append(row)
     return rows

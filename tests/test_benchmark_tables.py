@@ -98,6 +98,12 @@ def test_the_readme_scores_2m_speedrun_on_all_stories():
     assert f"has {short:.2f} bits per byte on them and {whole:.2f} on all" in text
 
 
+def test_the_readme_counts_the_decided_recurrent_presets(tables):
+    p = numbers(tables, "worth")["p (Holm, of 7)"].dropna()
+    words = dict(enumerate(["none", "one", "two", "three", "four", "five", "six", "seven"]))
+    assert f"{words[sum(p < 0.05)]} of {words[len(p)]} recurrent presets are worse than attention" in readme()
+
+
 def test_corrected_p_values_decide_what_the_text_says_is_decided(tables):
     text = " ".join(tables.README.read_text(encoding="utf-8").split())
     decided = text.partition("**Decided**")[2].partition("**Muon**")[0]

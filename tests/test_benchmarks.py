@@ -153,7 +153,7 @@ def test_the_attention_of_older_results_is_fast_or_not(scripts, attention, fast)
 def test_every_ablation_is_a_change_that_the_config_takes(scripts):
     import ablations
 
-    for change in ablations.ABLATIONS.values():
+    for change in ablations.chosen_ablations(["all", "tune_AdamW"]).values():
         ablations.changed(preset("speedrun"), change)
 
 
@@ -303,6 +303,8 @@ def test_worth_trains_for_the_steps_that_fit_into_the_minutes(scripts):
 def test_worth_measures_once_what_is_as_fast(scripts):
     import worth
 
+    tuned = worth.as_fast(worth.chosen_presets(worth.Arguments(presets=("speedrun",), ablate=("tune_AdamW",))))
+    assert len(tuned) == 13 and set(tuned.values()) == {"speedrun", "AdamW_0.002_decay_0.01"}
     chosen = worth.chosen_presets(worth.Arguments(presets=("speedrun",), ablate=("no_weight_decay", "cosine", "GELU", "tied")))
     assert worth.as_fast(chosen) == {
         "speedrun": "speedrun", "no_weight_decay": "speedrun", "cosine": "speedrun", "GELU": "GELU", "tied": "tied",
