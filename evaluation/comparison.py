@@ -4,8 +4,8 @@
     python -m evaluation compare A B --at flops     # at equal training FLOPs
     python -m evaluation compare A B --html report.html    # and write a self-contained report
 
-A name is a run, or a group of runs that differ in the seed (train.py --seeds). If both sides have several seeds, the seed is the
-unit: the interval covers the choice of seeds. With one seed it covers only the choice of validation stories.
+A name is a run, or a group of runs that differ in the seed (train.py --seeds). A verdict needs several seeds on both sides: the
+seed is the unit, and the interval covers the choice of seeds. One seed gets an interval over validation stories, and no verdict.
 """
 
 import itertools
@@ -14,44 +14,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from config import ModelConfig, TrainConfig
+from config import TrainConfig
 from data.sources import portable_name
-from evaluation.statistics import BITS, SIGNIFICANCE, Difference, holm, over_seeds, over_stories, seeds_needed
-from metrics.story_losses import NOT_ITS_OWN, TOP_K, Scored, data_of, losses_of, too_lossy
+from evaluation.pairwise import Candidate, Member, by_seeds, by_stories, format_p
+from evaluation.statistics import BITS
+from metrics.story_losses import NOT_ITS_OWN, TOP_K, data_of, losses_of, too_lossy
 from runs.folder import Run, group_members
 
 AT = ("end", "parameters", "step", "tokens", "flops", "seconds")
 SAME_SIZE = 0.05  # relative difference in parameters that counts as equal
 SAME_BUDGET = 0.02  # relative difference in what was spent that counts as equal
-
-
-@dataclass(frozen=True)
-class Member:
-    """One run of a candidate."""
-
-    name: str
-    config: TrainConfig  # with a portable name of the data
-    architecture: ModelConfig
-    scored: Scored
-    losses: pd.DataFrame  # a row for each story, by its digest
-    log: pd.DataFrame
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A run, or a group of runs with different seeds."""
-
-    name: str
-    members: tuple[Member, ...]  # sorted by seed
-    values: np.ndarray  # (members,) bits per byte
-
-    @property
-    def seeds(self) -> list[int]:
-        return [member.config.seed for member in self.members]
-
-    @property
-    def parameters(self) -> int:
-        return self.members[0].scored.parameters
 
 
 @dataclass(frozen=True)
@@ -66,14 +38,10 @@ class Comparison:
     at: str
 
     def __str__(self) -> str:
-        formatters = dict.fromkeys(("p", "p (Holm)"), format_p)
+        formatters = dict.fromkeys(("p", "p (corrected)"), format_p)
         tables = [frame.to_string(float_format="{:.4f}".format, formatters=formatters, na_rep="–")
                   for frame in (self.candidates, self.differences) if len(frame)]  # fmt: skip
         return "\n\n".join(["\n".join(lines) for lines in (self.notes, tables[:1], tables[1:], self.verdicts) if lines])
-
-
-def format_p(p: float) -> str:
-    return "–" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missing: str | None = None) -> Comparison:
@@ -104,7 +72,7 @@ def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missi
     Examples
     --------
     >>> compare("0.5m_short_and_thick", "0.5m_tall_and_skinny").verdicts[0]  # doctest: +SKIP
-    '0.5m_short_and_thick is better than 0.5m_tall_and_skinny by 0.1065 ± 0.0417 bits per byte (3 seeds, p = 0.0082)'
+    '0.5m_short_and_thick is better than 0.5m_tall_and_skinny by 0.1065 ± 0.0454 bits per byte (3 seeds, p = 0.009)'
     """
     if at not in AT:
         raise ValueError(f"at={at!r}: it must be one of {', '.join(AT)}")
@@ -118,10 +86,13 @@ def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missi
         notes += unequal(candidates)
     pairs = [pair for pair in itertools.combinations(candidates, 2)
              if (all_pairs or pair[0] is candidates[0]) and comparable(*pair, at, notes)]  # fmt: skip
-    rows = [difference_row(*pair, by_story) for pair in pairs]
-    corrected = holm([row["p"] for row in rows])
-    rows = [row | {"p (Holm)": p} for row, p in zip(rows, corrected, strict=True)]
-    verdicts = [verdict(*pair, row, len(rows)) for pair, row in zip(pairs, rows, strict=True)]
+    have_seeds = [min(len(one.values), len(other.values)) > 1 for one, other in pairs]
+    rows, verdicts = [], []
+    for pair, has_seeds in zip(pairs, have_seeds, strict=True):
+        comparisons = have_seeds.count(has_seeds)
+        row, verdict = by_seeds(*pair, comparisons, notes) if has_seeds else by_stories(*pair, comparisons, by_story)
+        rows.append(row)
+        verdicts.append(verdict)
     index = [f"{other.name} - {one.name}" for one, other in pairs]
     summary = pd.DataFrame({candidate.name: summary_of(candidate) for candidate in candidates}).T
     return Comparison(summary, pd.DataFrame(rows, index=index), notes, verdicts, candidates, at)
@@ -256,6 +227,10 @@ def comparable(one: Candidate, other: Candidate, at: str, notes: list[str]) -> b
     notes += [line for line in [different_code(both, one, other), different_threads(both, a, b, at)] if line]
     if a.architecture == b.architecture and a.config == b.config:
         notes.append(f"{both} are the same config with the same seed: only rounding or the code can differ")
+    elif a.architecture == b.architecture and a.config == replace(
+        b.config, seed=a.config.seed, data_seed=a.config.data_seed, data=a.config.data if same_data else b.config.data
+    ):
+        notes.append(f"{both} differ in nothing but the seed: any difference between them is luck")
     return True
 
 
@@ -282,50 +257,6 @@ def different_threads(both: str, a: Member, b: Member, at: str) -> str | None:
     if at != "seconds" or a.config.threads == b.config.threads:
         return None
     return f"{both} had {a.config.threads} and {b.config.threads} threads: their seconds are not comparable"
-
-
-def difference_row(one: Candidate, other: Candidate, by_story: bool) -> dict:
-    """other - one, over seeds if both have several, else over stories if possible."""
-    if len(one.values) > 1 and len(other.values) > 1:
-        paired = one.seeds == other.seeds
-        difference, over = over_seeds(one.values, other.values, paired), "seeds, paired" if paired else "seeds"
-    elif by_story:
-        nats = [np.mean([member.losses["nats"] for member in candidate.members], axis=0) for candidate in (one, other)]
-        num_bytes, others = (candidate.members[0].losses["bytes"] for candidate in (one, other))
-        nats[1] *= num_bytes.sum() / others.sum()  # a tokenizer may lose a trace of the text
-        difference, over = over_stories(*nats, num_bytes), "stories"
-    else:
-        difference, over = Difference(other.values.mean() - one.values.mean(), *[float("nan")] * 3), "nothing"
-    return {
-        "difference": float(difference.mean), "95% from": float(difference.low), "to": float(difference.high),
-        "p": float(difference.p), "over": over, "seeds": f"{len(other.values)} and {len(one.values)}",
-    }  # fmt: skip
-
-
-def verdict(one: Candidate, other: Candidate, row: dict, comparisons: int) -> str:
-    """The verdict on a pair as one sentence."""
-    better, worse = (other, one) if row["difference"] < 0 else (one, other)
-    by = f"{abs(row['difference']):.4f}"
-    if row["over"] == "nothing":
-        return (f"{better.name} is ahead of {worse.name} by {by} {BITS}, which may be luck: one seed alone has no interval here. "
-                "Train three or more (--seeds 3)")  # fmt: skip
-    if np.isnan(row["p"]):
-        return f"{better.name} is ahead of {worse.name} by {by} {BITS} in every seed alike: there is no variance to judge it by"
-    p = row["p (Holm)"]
-    counts = sorted({len(one.values), len(other.values)})
-    seeds = " and ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
-    amount = f"{by} ± {(row['to'] - row['95% from']) / 2:.4f} {BITS}"
-    chance = f"p {'' if p < 0.001 else '= '}{format_p(p)}" + f", corrected for {comparisons} comparisons" * (comparisons > 1)
-    caveat = ". The interval is from the stories alone; another seed may say otherwise" if row["over"] == "stories" else ""
-    if p <= SIGNIFICANCE:
-        return f"{better.name} is better than {worse.name} by {amount} ({seeds}, {chance}){caveat}"
-    advice = ""
-    if row["over"] != "stories":
-        needed = seeds_needed(one.values, other.values, row["over"] == "seeds, paired", SIGNIFICANCE / comparisons)
-        more = None if needed is None else max(1, needed - min(counts))
-        advice = ("; even 1,000 seeds would hardly tell" if more is None
-                  else f"; about {more} more seed{'s' * (more > 1)} would tell")  # fmt: skip
-    return f"{one.name} and {other.name} are not distinguishable{advice} (a difference of {amount}, {seeds}, {chance}){caveat}"
 
 
 def summary_of(candidate: Candidate) -> dict:

@@ -128,7 +128,7 @@ def as_page(
 def html_table(frame: pd.DataFrame, kind: str = "numbers") -> Markup:
     """A DataFrame as HTML, with its texts escaped; kind is the CSS class, "numbers" or "text"."""
     formatters = dict.fromkeys(("difference", "95% from", "to"), lambda value: "–" if math.isnan(value) else f"{value:+.4f}")
-    formatters |= dict.fromkeys(("p", "p (Holm)"), format_p)
+    formatters |= dict.fromkeys(("p", "p (corrected)"), format_p)
     with pd.option_context("display.max_colwidth", None):
         return Markup(frame.to_html(border=0, classes=kind, float_format="{:.4f}".format, formatters=formatters, na_rep="–"))
 
