@@ -72,7 +72,7 @@ def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missi
     Examples
     --------
     >>> compare("0.5m_short_and_thick", "0.5m_tall_and_skinny").verdicts[0]  # doctest: +SKIP
-    '0.5m_short_and_thick is better than 0.5m_tall_and_skinny by 0.1065 ± 0.0454 bits per byte (3 seeds, p = 0.009)'
+    '0.5m_short_and_thick is better than 0.5m_tall_and_skinny by 0.1066 ± 0.0455 bits per byte (3 seeds, p = 0.009)'
     """
     if at not in AT:
         raise ValueError(f"at={at!r}: it must be one of {', '.join(AT)}")

@@ -235,6 +235,14 @@ class TestCompare:
         result = compare("tiny", "lossy")
         assert not result.verdicts and f"its tokenizer bpe_tokenizer_128 loses {scored.lost:.1%} of the text" in result.notes[0]
 
+    def test_a_difference_counts_the_bytes_of_each_tokenizer(self, make_run):
+        make_run("a"), make_run("b", lost=0.005)
+        losses, _ = read_losses("b")
+        Run("b").save_log(losses.assign(bytes=0.995 * losses["bytes"]).to_dict("records"), COLUMNS, "story_losses.csv")
+        result = compare("a", "b")
+        a, b = (group.values.item() for group in result.groups)
+        assert b > 1.002 * a and result.differences["difference"].item() == pytest.approx(b - a)
+
     def test_the_validation_stories_decide_which_data_are_its_own(self, tiny_run, corpus, stories, tmp_path):
         """Not their path: a copy with another name is its own, and other stories of the same name are not."""
         copy = tmp_path / "copy.txt"
