@@ -95,11 +95,12 @@ class Scaling:
         if len(self.runs):
             parts.append([self.table.to_string(float_format="{:.4f}".format, na_rep="")])
         if len(parameters := self.parameters):
+            untested = ", which three sizes cannot test" * (self.runs["size"].nunique() == MIN_SIZES)
+            intervals = f"95% intervals, if the loss follows such a law{untested}"
+            if not any(law.has_noise for law in self.laws.values()):
+                intervals = "one seed of each size: estimates without intervals"
             heading = f"L(N) = E + A N^-alpha, the {BITS} of a model with N parameters"
-            if any(law.has_noise for law in self.laws.values()):
-                untested = ", which three sizes cannot test" * (self.runs["size"].nunique() == MIN_SIZES)
-                heading += f" (95% intervals, if the loss follows such a law{untested})"
-            parts.append([f"{heading}:", parameters.to_string()])
+            parts.append([f"{heading} ({intervals}):", parameters.to_string()])
         return "\n\n".join("\n".join(lines) for lines in [*parts, self.verdicts] if lines)
 
 
@@ -206,7 +207,7 @@ def describe_race(one: str, other: str, race: Race, law: Law, other_law: Law) ->
     names, low, high = {-1: other, 1: one}, race.sizes[0], race.sizes[-1]
     measured, laws = f"from {format_size(low)} to {format_size(high)} parameters", {one: law, other: other_law}
     if single := [name for name in laws if not laws[name].has_noise]:
-        return (f"no verdict on {one} and {other}, as {' and '.join(single)} has one seed of each size (--seeds {SEEDS} adds "
+        return (f"no verdict on {one} and {other} from one seed of each size of {' and '.join(single)} (--seeds {SEEDS} adds "
                 f"more): by the laws {other} - {one} is {race.difference[-1]:+.4f} {BITS} at {format_size(high)}")  # fmt: skip
     if misfits := [name for name in laws if not laws[name].fits]:
         return (f"no verdict on {one} and {other} across sizes, as no law fits {' and '.join(misfits)}: "

@@ -171,7 +171,7 @@ class TestTraining:
         assert len(run_names()) == 6 and before == {name: weights_of(name) for name in finished}
         for sentence in ("small at 0.006m: ", "--seeds 1: a single seed gives estimates", "parameters, held out, measured",
                          "one seed of each size, so there is no interval", "L(N) = E + A N^-alpha",
-                         "no verdict on small and plain, as small and plain has one seed of each size"):
+                         "no verdict on small and plain from one seed of each size of small and plain"):
             assert sentence in printed
         assert not any(word in printed for word in ("95%", "better", "inside", "outside", "nan"))
         assert (tmp_path / "out/scaling.png").stat().st_size > 10_000
@@ -277,8 +277,8 @@ class TestSentences:
     def test_one_seed_gets_no_interval_and_no_verdict(self):
         one, other = (fit(self.sizes[::3], self.losses(0.2, middle)[::3]) for middle in (0.85, 0.75))
         verdict = self.verdict(one, other)
-        assert verdict.startswith("no verdict on A and B, as A and B has one seed of each size") and "better" not in verdict
-        assert self.verdict(one, self.law(0.2)).startswith("no verdict on A and B, as A has one seed")
+        assert verdict.startswith("no verdict on A and B from one seed of each size of A and B") and "better" not in verdict
+        assert self.verdict(one, self.law(0.2)).startswith("no verdict on A and B from one seed of each size of A (")
         held_out = fit(self.sizes[::3], self.losses(0.2)[::3], held_out=2e6)
         sentence = scaling.describe_forecast("A", held_out)
         assert sentence.endswith("one seed of each size, so there is no interval") and "side the" not in sentence
