@@ -7,5 +7,6 @@ cost.py          cost_of, model_cost, cost_table, block_costs, num_parameters: p
 world_grades.py  grade_model, check_tokenizer, is_world: grade samples by the rules of storyworld
 world_floor.py   world_floor, floor_of: the exact entropy of storyworld, the lower bound of the loss
 world_report.py  plot_grades, draw_entropy: plots of grades and entropy
+proportion.py    proportion_interval: confidence intervals of shares
 gallery.py       show_blocks: display every block with its shapes and cost in a notebook
 """
