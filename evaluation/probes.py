@@ -22,7 +22,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -333,15 +332,7 @@ def check_picture(path: Path):
 
 
 def main(words: list[str]):
-    """Run the command line; errors exit with one line."""
-    try:
-        run(words)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-
-
-def run(words: list[str]):
-    """Parse the options and run. Raises ValueError, OSError or ImportError."""
+    """Run the command line. Raises ValueError, OSError or ImportError with one line."""
     from tqdm import tqdm
 
     parser = argparse.ArgumentParser(
@@ -389,7 +380,3 @@ def run(words: list[str]):
         radar(scores).savefig(arguments.save, dpi=120)
         table(scores).to_csv(arguments.save.with_suffix(".csv"), index_label="task")
         print(f"the chart is in {arguments.save}, the table in {arguments.save.with_suffix('.csv')}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -17,7 +17,6 @@ Several comparisons are corrected for their number.
 
 import argparse
 import itertools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +25,7 @@ import pandas as pd
 
 from config import TrainConfig
 from evaluation.comparison import bits_per_byte
-from evaluation.ladder import (
-    EQUAL_STEPS,
-    MIN_SIZES,
-    SEEDS,
-    Budget,
-    Plan,
-    architecture,
-    format_size,
-    plan,
-    read_size,
-    train_all,
-)
+from evaluation.ladder import EQUAL_STEPS, MIN_SIZES, SEEDS, Budget, Plan, architecture, format_size, plan, read_size, train_all
 from evaluation.loss_law import Law, Race, fit, race
 from evaluation.statistics import BITS, CONFIDENCE
 from metrics.story_losses import losses_of
@@ -294,20 +282,7 @@ def save(result: Scaling, folder: Path):
 
 
 def main(words: list[str]):
-    """Run the command line. Errors exit with one line; after Ctrl-C the same command resumes."""
-    try:
-        finished = run(words)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:  # between two runs
-        finished = False
-    if not finished:
-        print("stopped and saved; the same command resumes it", file=sys.stderr)
-        sys.exit(130)  # exit code of the shell for Ctrl-C
-
-
-def run(words: list[str]) -> bool:
-    """Parse the options and run. Returns False on Ctrl-C. Raises ValueError, OSError or ImportError."""
+    """Run the command line. Raises ValueError, OSError or ImportError with one line, or KeyboardInterrupt on Ctrl-C."""
     import tyro
 
     @dataclass(frozen=True)
@@ -339,9 +314,8 @@ def run(words: list[str]) -> bool:
         *arguments.specs, sizes=tuple(arguments.sizes), seeds=arguments.seeds, budget=selected, train=train, name=arguments.name
     )
     if result is None:
-        return False
+        raise KeyboardInterrupt
     print(f"\n{result}")
     if arguments.save is not None:
         save(result, arguments.save)
         print(f"\nthe plot, the runs and this verdict are in {arguments.save}")
-    return True

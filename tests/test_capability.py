@@ -163,5 +163,5 @@ def test_mistakes_are_told_before_training(folders):
     one_line_error(lambda: probes("Norm->Atn->+"), "»Atn«", "Did you mean")
     one_line_error(lambda: probes("1m", "1m"), "named twice")
     one_line_error(lambda: probes("1m", seeds=0), "seeds=0")
-    one_line_error(lambda: capability.run(["1m", "--save", "radar.doc"]), "radar.doc", ".png")
-    one_line_error(lambda: capability.run(["1m", "--steps", "0"]), "--steps 0")
+    one_line_error(lambda: capability.main(["1m", "--save", "radar.doc"]), "radar.doc", ".png")
+    one_line_error(lambda: capability.main(["1m", "--steps", "0"]), "--steps 0")

@@ -160,7 +160,7 @@ class TestTraining:
         monkeypatch.setattr(Run, "save", save_and_press_ctrl_c)
         with pytest.raises(SystemExit) as stopped:
             evaluation.main([*words, "--train.eval_every", "3"])
-        assert stopped.value.code == 130 and "the same command resumes it" in capsys.readouterr().err
+        assert stopped.value.code == 130 and "the same command continues" in capsys.readouterr().err
         finished = [name for name in run_names() if (Run(name).folder / "story_losses.json").exists()]
         assert 0 < len(finished) < len(run_names()) < 6
         before = {name: weights_of(name) for name in finished}
