@@ -25,7 +25,7 @@ from scipy.stats import f
 from evaluation.statistics import CONFIDENCE, SIGNIFICANCE
 
 ALPHAS = np.geomspace(1e-3, 10, 80)  # doubling the size multiplies A N^-alpha by 0.999 to 0.001
-BOUNDS = (None, "E", "A")  # at a bound of the law one of the two is zero
+FREE = ((0, 1), (0,), (1,))  # E and A; A is zero; E is zero
 PARAMETERS = 3  # E, A and alpha
 SIZES = 100  # grid on which two laws are compared
 
@@ -46,10 +46,6 @@ class Forecast:
     measured: float  # the mean of the runs of that size
     expected: float  # NaN if the others do not determine a law
     interval: Interval  # of the mean of as many runs; NaN if no size has several runs
-
-    @property
-    def error(self) -> float:
-        return self.measured - self.expected
 
     @property
     def is_inside(self) -> bool:
@@ -85,36 +81,27 @@ class Law:
         powers = (np.asarray(sizes, float) / self.reference) ** -np.asarray(alphas)[:, None]  # (G, sizes)
         return np.stack([np.ones_like(powers), powers], axis=-1)
 
-    def regress(self, alphas: np.ndarray, bound: str | None = None):
-        """Least squares of the losses on N^-alpha at each alpha, with E or A zero if it is named by bound.
+    def regress(self, alphas: np.ndarray, free: tuple[int, ...]):
+        """Least squares at each alpha, with E or A zero unless it is free.
 
         Returns E and A reference^-alpha (G, 2), their covariance for unit noise (G, 2, 2), and the residual sum of squares (G,).
         """
-        design = self.factors(alphas, self.sizes)  # (G, S, 2)
-        powers, n = design[..., 1], self.counts
-        solution, covariance = np.zeros((len(powers), 2)), np.zeros((len(powers), 2, 2))
-        if bound == "A":
-            covariance[:, 0, 0] = 1 / n.sum()
-            solution[:, 0] = (n * self.means).sum() / n.sum()
-        elif bound == "E":
-            covariance[:, 1, 1] = 1 / (n * powers**2).sum(axis=1)
-            solution[:, 1] = (n * powers * self.means).sum(axis=1) * covariance[:, 1, 1]
-        else:
-            mean = (n * powers).sum(axis=1) / n.sum()  # (G,)
-            centred = powers - mean[:, None]
-            variance = 1 / (n * centred**2).sum(axis=1)
-            covariance[:, 0, 0], covariance[:, 1, 1] = 1 / n.sum() + mean**2 * variance, variance
-            covariance[:, 0, 1] = covariance[:, 1, 0] = -mean * variance
-            solution[:, 1] = (n * centred * self.means).sum(axis=1) * variance
-            solution[:, 0] = (n * self.means).sum() / n.sum() - mean * solution[:, 1]
-        residuals = self.means - (design @ solution[..., None])[..., 0]
-        return solution, covariance, self.squares_within + (n * residuals**2).sum(axis=1)
+        factors = self.factors(alphas, self.sizes)  # (G, S, 2)
+        design = factors[..., free]
+        weighted = design.transpose(0, 2, 1) * self.counts  # (G, free, S)
+        index = np.ix_(range(len(factors)), free, free)
+        covariance = np.zeros((len(factors), 2, 2))
+        covariance[index] = np.linalg.inv(weighted @ design)
+        solution = np.zeros((len(factors), 2))
+        solution[:, free] = (covariance[index] @ weighted) @ self.means
+        residuals = self.means - (factors @ solution[..., None])[..., 0]
+        return solution, covariance, self.squares_within + (self.counts * residuals**2).sum(axis=1)
 
     def best_at(self, alphas) -> tuple[np.ndarray, np.ndarray]:
         """The least residual sum of squares (G,) at each alpha, and E and A reference^-alpha (G, 2)."""
         least, best = np.full(len(alphas), np.inf), np.zeros((len(alphas), 2))
-        for bound in BOUNDS:
-            solution, _, squares = self.regress(alphas, bound)
+        for free in FREE:
+            solution, _, squares = self.regress(alphas, free)
             better = (solution >= 0).all(axis=1) & (squares < least)
             least[better], best[better] = squares[better], solution[better]
         return least, best
@@ -190,8 +177,8 @@ class Law:
         or where one of them is zero.
         """
         low, high = np.full(factors.shape[1], np.inf), np.full(factors.shape[1], -np.inf)
-        for bound in BOUNDS:
-            solution, covariance, squares = self.regress(alphas, bound)
+        for free in FREE:
+            solution, covariance, squares = self.regress(alphas, free)
             along = factors @ covariance  # (G, sums, 2)
             deviation = np.sqrt((along * factors).sum(axis=-1) + variance)  # (G, sums)
             room = np.sqrt(np.maximum(max_squares - squares, 0))[:, None]  # (G, 1)

@@ -182,8 +182,8 @@ def describe_forecast(name: str, law: Law) -> str:
     if np.isnan(forecast.expected):
         sentence += "; the smaller sizes do not determine a forecast"
     else:
-        share = forecast.error / forecast.measured
-        sentence += f"; forecast {forecast.expected:.4f}, an error of {forecast.error:+.4f} ({share:+.1%})"
+        error = forecast.measured - forecast.expected
+        sentence += f"; forecast {forecast.expected:.4f}, an error of {error:+.4f} ({error / forecast.measured:+.1%})"
     if not law.has_noise:
         return f"{sentence}; one seed of each size, so there is no interval"
     where = "inside" if forecast.is_inside else "outside"
