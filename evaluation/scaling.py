@@ -28,7 +28,7 @@ from evaluation.comparison import bits_per_byte
 from evaluation.ladder import EQUAL_STEPS, MIN_SIZES, SEEDS, Budget, Plan, architecture, format_size, plan, read_size, train_all
 from evaluation.loss_law import Law, Race, fit, race
 from evaluation.statistics import BITS, CONFIDENCE
-from metrics.story_losses import losses_of
+from metrics.story_losses import losses_of, too_lossy
 from runs.folder import Run
 from training.seeds import is_over, member_names
 
@@ -115,7 +115,7 @@ def measure(planned: Plan) -> Scaling:
     for name in dict.fromkeys(rung.architecture for rung in planned.rungs):
         own = runs[runs["architecture"] == name]
         if own["size"].nunique() < MIN_SIZES:
-            verdicts.append(f"{name}: a law needs three sizes, but only {own['size'].nunique()} have runs that did not diverge")
+            verdicts.append(f"{name}: a law needs three sizes, but only {own['size'].nunique()} have usable runs")
             continue
         sizes, losses = own["parameters"].to_numpy(float), own[BITS].to_numpy(float)
         laws[name], held_out[name] = fit(sizes, losses), fit(sizes, losses, held_out=sizes.max())
@@ -140,8 +140,11 @@ def gather(planned: Plan) -> tuple[pd.DataFrame, list[str]]:
             if (problem := run.diverged) is not None:
                 notes.append(f"{run.name} diverged and is left out: {problem}. Try a lower --train.lr_max, with another --name")
                 continue
-            losses, facts[run.name] = losses_of(run.name)
-            log = run.log()
+            losses, scored = losses_of(run.name)
+            if problem := too_lossy(run.name, scored):
+                notes.append(problem)
+                continue
+            facts[run.name], log = scored, run.log()
             rows.append([
                 rung.architecture, rung.label, rung.parameters, run.train_config.seed, bits_per_byte(losses),
                 int(log["tokens"].max()), log["seconds"].max() / 60, run.name,

@@ -204,7 +204,7 @@ class TestTraining:
         assert any(f"{format_size(planned.rungs[2].parameters)} parameters, held out" in line for line in result.verdicts)
         Run("scaling-small-0.006m-6steps-seed0").save_text("diverged.txt", "the loss is no longer finite at step 2\n")
         few = scaling.measure(planned)
-        assert few.verdicts == ["small: a law needs three sizes, but only 2 have runs that did not diverge"] and not few.laws
+        assert few.verdicts == ["small: a law needs three sizes, but only 2 have usable runs"] and not few.laws
         plt.close(scaling.plot(few))
 
     def test_runs_on_other_data_are_one_line(self, presets):
