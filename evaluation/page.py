@@ -28,6 +28,7 @@ from evaluation.diff_view import TEMPLATES
 from evaluation.statistics import BITS
 from inference import generate, load_model
 from metrics.measures import calibration, distinct, loss_by_position, loss_by_word_class, repetition, token_scores
+from metrics.plots import STYLE, alt_text
 from metrics.story_losses import NOT_ITS_OWN, label, validation_stories
 from runs.command_line import command as training_command
 from runs.folder import Run
@@ -39,9 +40,9 @@ NUM_SAMPLES = 10  # unprompted stories per seed, to measure repetition
 INK = "#0a0b0c"  # color of plots, replaced by the text color of the page
 PLOT_STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    "font.size": 9, "legend.fontsize": 8, "legend.facecolor": "none", "legend.edgecolor": "none", "axes.facecolor": "none",
-    "figure.facecolor": "none", "savefig.facecolor": "none", "svg.fonttype": "none", "svg.hashsalt": "comparison",
-}  # fmt: skip
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+    "svg.fonttype": "none", "svg.hashsalt": "comparison",
+}
 
 
 def write_page(comparison: Comparison, path: str | Path, **options):
@@ -228,7 +229,7 @@ def plot_by(groups: list[Candidate], by: str) -> Markup:
     members = {group.name: tuple(member.name for member in group.members) for group in groups}
     with new_axes((5, 3.4)) as axes:
         plot_curves(*members, by=by, axes=axes, members=members)
-        return inline_svg(axes.figure, by, f"{BITS} by {AXES[by]}; a band is the 95% interval of the mean over seeds")
+        return inline_svg(axes.figure, by, f"{alt_text(axes.figure)}; a band is the 95% interval of the mean over seeds")
 
 
 def plot_differences(comparison: Comparison) -> Markup:
@@ -238,7 +239,7 @@ def plot_differences(comparison: Comparison) -> Markup:
         return Markup("")
     with new_axes((5, 0.8 + 0.5 * len(rows))) as axes:
         heights = np.arange(len(rows))[::-1]
-        axes.errorbar(rows["difference"], heights, xerr=(rows["to"] - rows["95% from"]) / 2, fmt="o", color="C0", capsize=3)
+        axes.errorbar(rows["difference"], heights, xerr=(rows["to"] - rows["95% from"]) / 2, fmt="o", capsize=3)
         for height, name in zip(heights, rows.index, strict=True):
             axes.annotate(name, (0, height), (4, 9), xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8)
         axes.vlines(np.zeros(len(rows)), heights - 0.25, heights + 0.12, color="grey", linewidth=1)
@@ -252,8 +253,8 @@ def new_axes(size: tuple[float, float]):
     """Matplotlib axes in the style of the page; the figure is closed afterwards."""
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(PLOT_STYLE):
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
+    with plt.style.context([STYLE, PLOT_STYLE]):
+        figure, axes = plt.subplots(figsize=size)
         try:
             yield axes
         finally:

@@ -10,26 +10,30 @@ import io
 from base64 import b64encode
 from functools import wraps
 
+import numpy as np
+
+STYLE = "metrics.plots"  # plots.mplstyle, as matplotlib finds it
+
 
 def in_style(function):
     """Make a function draw in the style of plots.mplstyle.
 
     Matplotlib looks up colours such as "C1" when a figure is shown, which is after the function has returned: draw with
-    `colour(1)`, or leave the colour to the axes.
+    `line_colour(1)`, or leave the colour to the axes.
     """
 
     @wraps(function)
     def styled(*args, **kwargs):
         import matplotlib.pyplot as plt
 
-        with plt.style.context("metrics.plots"):
+        with plt.style.context(STYLE):
             return function(*args, **kwargs)
 
     return styled
 
 
-def colour(number: int) -> str:
-    """The colour of a line by its number, in the style of the moment."""
+def line_colour(number: int) -> str:
+    """The colour of a line by its number, in the style that is in use."""
     from matplotlib.colors import to_hex
 
     return to_hex(f"C{number}")
@@ -58,7 +62,8 @@ def alt_text(figure) -> str:
         lines = []
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             line = handle[0] if isinstance(handle, ErrorbarContainer) else handle
-            ends = {f"{value:.3g}": None for value in line.get_ydata()[[0, -1]]} if isinstance(line, Line2D) else {}
+            ends = np.take(line.get_ydata(), [0, -1]) if isinstance(line, Line2D) else []
+            ends = dict.fromkeys(f"{end:.3g}" for end in ends)
             lines.append(f"{label} from {' to '.join(ends)}" if len(ends) == 2 else label)
         title = f"{axes.get_title()}: " if axes.get_title() else ""
         labels_by_plot.setdefault((title + axes.get_ylabel(), "; ".join(lines)), []).append(axes.get_xlabel())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from metrics.plots import add_legend, colour, in_style
+from metrics.plots import add_legend, in_style, line_colour
 from metrics.proportion import CONFIDENCE, proportion_interval
 from metrics.world_floor import Floor, world_floor
 from metrics.world_grades import BROKEN
@@ -78,7 +78,7 @@ def plot_grades(*names: str):
         bounds = [proportion_interval(round(share * num_samples), num_samples) for share in log["accepted"]]
         below = log["accepted"] - [low for low, _ in bounds]
         above = [high for _, high in bounds] - log["accepted"]
-        style = {"color": colour(number), "marker": "."}
+        style = {"color": line_colour(number), "marker": "."}
         label = f"{name}: accepted stories ({num_samples} samples, {CONFIDENCE:.0%})"
         left.errorbar(log["excess"], log["accepted"], (below, above), elinewidth=0.6, label=label, **style)
         label = f"{name}: sentences before the first error"

@@ -14,7 +14,6 @@ from urllib.request import urlopen
 
 import nbformat
 import pytest
-
 from test_notebooks import EXAMPLE, NOTEBOOKS, REPOSITORY, code_cells, is_parameters
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from data.sources import portable_name
 from inference import generate, load_model
 from metrics.cost import cost_of, model_cost, num_parameters
-from metrics.plots import add_legend, colour, in_style
+from metrics.plots import add_legend, in_style, line_colour
 from metrics.scores import evaluate
 from metrics.story_losses import data_of, label, read_losses, save_losses, validation_stories
 from metrics.world_floor import floor_of, world_floor
@@ -62,8 +62,9 @@ def plot_losses(*names: str, by: str = "step", axes=None):
         saved, log = Run(name).load("model.pth", {"data", "validation_fingerprint"}), log_with_flops(name)
         validation_sets.add(saved["validation_fingerprint"])
         scored = log.dropna(subset="validation_loss")
-        axes.plot(log[by], log["train_loss"], color=colour(number), linewidth=0.6, alpha=0.6)
-        axes.plot(scored[by], scored["validation_loss"], color=colour(number), marker=".", label=f"{name} on {saved['data']}")
+        colour, label = line_colour(number), f"{name} on {saved['data']}"
+        axes.plot(log[by], log["train_loss"], color=colour, linewidth=0.6, alpha=0.6)
+        axes.plot(scored[by], scored["validation_loss"], color=colour, marker=".", label=label)
     draw_floors(axes, map(world_floor, names))
     warning = ". Different data: do not compare!" if len(validation_sets) > 1 else ""
     axes.set(xlabel=AXES[by], ylabel="loss (nats per token)", title=f"training (thin) and validation (thick){warning}")
