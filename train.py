@@ -35,10 +35,10 @@ from model import IGNORE
 from modules.registry import accepted_kwargs
 from runs.command_line import Arguments
 from runs.folder import Run, default_name
-from training.autotune import apply_plan
 from training.checkpoint import Record
 from training.machine import is_out_of_memory, peak_memory_mb
 from training.optim import expected_steps, growing_batch_size, growing_window, scheduled_learning_rate
+from training.plan import apply_plan
 from training.report import dead_experts, write_report
 from training.seeds import train_group, train_until_decided
 from training.setup import ctrl_c_finishes_the_step, prepare
