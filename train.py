@@ -94,8 +94,7 @@ def train(
         if training.average is not None:
             apply_plan(replace(plan, compile=False), training.average.module, train_config)
         while not finished and not stop_requested.is_set():
-            seconds_before = clock.training
-            clock.start()  # from here to stop() is training, all else is overhead
+            seconds_before = clock.start()  # up to clock.stop() is training, all else is overhead
 
             # set the learning rate, batch size and attention window of this step
             num_steps = expected_steps(training.step, seconds_before, train_config)
@@ -167,10 +166,9 @@ def main(arguments: Arguments):
     """Train from the command line: one run, or one for each of several seeds."""
     python = shown_path(Path(sys.executable)) if sys.prefix != sys.base_prefix else "python"
     name = arguments.name or default_name(arguments.continue_from or arguments.preset)
-    if arguments.seeds_until_decided:
-        train_until_decided(replace(arguments, name=name), lambda one: train_one(one, python), python)
-    elif arguments.seeds > 1:
-        train_group(replace(arguments, name=name), lambda one: train_one(one, python), python)
+    if arguments.seeds_until_decided or arguments.seeds > 1:
+        train_seeds = train_until_decided if arguments.seeds_until_decided else train_group
+        train_seeds(replace(arguments, name=name), lambda one: train_one(one, python), python)
     else:
         train_one(replace(arguments, name=name), python)
 
@@ -197,8 +195,7 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
         return False
     if config.max_steps and record.step < config.max_steps:
         print(f"the {config.max_minutes:g} minutes were over after {record.step:,} of {config.max_steps:,} steps")
-    for story in write_report(name):
-        print(f"\n{story}")
+    print("\n" + "\n\n".join(write_report(name)))
     if dead := dead_experts(name):
         print(f"\n{dead}")
     print(f"""

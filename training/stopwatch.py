@@ -10,7 +10,7 @@ class Stopwatch:
     """Seconds of training, between start() and stop(), and of overhead, which is all other time since it was made.
 
     >>> clock = Stopwatch()
-    >>> clock.start(); clock.stop()
+    >>> before = clock.start(); clock.stop()
     >>> clock.training > 0 and clock.overhead > 0
     True
     """
@@ -19,8 +19,10 @@ class Stopwatch:
         self.made_at, self.started_at = perf_counter(), None
         self.training = self.earlier = 0.0
 
-    def start(self):
+    def start(self) -> float:
+        """Start, and return the seconds of training so far."""
         self.started_at = perf_counter()
+        return self.training
 
     def stop(self):
         self.training += perf_counter() - self.started_at
