@@ -62,11 +62,11 @@ inline float largest(Vector x) {
 
 inline float dot(const float *a, const float *b, int K) {
     Vector products = {};
-    float rest = 0.0f;
+    float remainder = 0.0f;
     int k = 0;
     for (; k + LANES <= K; k += LANES) products += load(a + k) * load(b + k);
-    for (; k < K; k++) rest += a[k] * b[k];
-    return sum(products) + rest;
+    for (; k < K; k++) remainder += a[k] * b[k];
+    return sum(products) + remainder;
 }
 
 inline int round_down(int x, int step) { return x / step * step; }
@@ -246,7 +246,7 @@ struct Attention {  // the arguments; the forward pass writes out and lse, the b
 namespace {
 
 constexpr float LOG2_E = 1.44269504f;
-constexpr float HIDDEN = -1e30f;  // the score of a masked key
+constexpr float HIDDEN = -INFINITY;  // the score of a masked key
 
 // Turns the scores of ROWS queries into weights, still to be divided by their totals.
 inline void softmax(float *scores, int stride, Span keys, float *highest, float *totals) {
@@ -410,7 +410,7 @@ void attention_forward(const Attention *of) {
 }
 
 void attention_backward(const Attention *of) {
-    const int G = of->G, threads = of->threads, items = of->B * G;
+    const int G = of->G, threads = of->threads, items = of->T ? of->B * G : 0;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int item = 0; item < items; item++) Backward(*of, item / G, item % G).run();
 }

@@ -9,10 +9,10 @@ import struct
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fast.build import build
-from modules.operators import define_operator
+from fast.loss import check_targets
+from modules.operators import define_operator, once_differentiable
 
 
 def supports(x: Tensor) -> bool:
@@ -125,7 +125,7 @@ class RMSNorm(torch.autograd.Function):
         x, D = without_gaps(x), x.shape[-1]
         assert weight is None or weight.shape == (D,)
         out = torch.empty_like(x, dtype=dtype)
-        inverse_rms = x.new_empty(x.numel() // D, dtype=torch.float32)
+        inverse_rms = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
         halves = is_half(x), is_half(out)
         build().rms_norm_forward(x, weight, out, inverse_rms, len(inverse_rms), D, eps, *halves, torch.get_num_threads())
         ctx.save_for_backward(x, weight, inverse_rms)
@@ -254,13 +254,10 @@ class WeightedSum(torch.autograd.Function):
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
-    """Summed loss of soft_cap(logits) in nats, and its gradient (N, V) in place of the logits.  logits (N, V), targets (N)
-
-    Negative targets are ignored.
-    """
+    """Summed loss of soft_cap(logits) in nats, and its gradient (N, V) in place of the logits.  logits (N, V), targets (N)"""
+    check_targets(targets, logits.shape[1])
     losses, targets = logits.new_empty(len(logits), dtype=torch.float32), targets.contiguous()
-    assert logits.is_contiguous() and targets.shape == losses.shape and targets.dtype == torch.int64
-    assert targets.max() < logits.shape[1]
+    assert logits.is_contiguous() and targets.shape == losses.shape
     build().cross_entropy(logits, targets, losses, *logits.shape, soft_cap or 0.0, is_half(logits), torch.get_num_threads())
     return losses.sum(), logits
 

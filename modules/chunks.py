@@ -6,7 +6,8 @@ B batch, H heads, T time, n chunks of C tokens each, K key dim, V value dim.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from modules.operators import once_differentiable
 
 
 def chunk_masks(n: int, C: int, story_start: Tensor | None, device) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -20,12 +20,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from model import activate
 from modules.chunks import check_sizes
 from modules.convolution import ShortConv
-from modules.operators import define_operator
+from modules.operators import define_operator, once_differentiable
 from modules.scan import cached_state, recurrence
 from tools import LoggingModule
 

@@ -20,13 +20,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from model import activate
 from modules.chunks import ChunkRecurrence, check_sizes, chunk_masks, masked
 from modules.convolution import ShortConv
 from modules.mamba import default_conv, default_linear, initial_step_biases
 from modules.norms import rms_norm
+from modules.operators import once_differentiable
 from modules.scan import cached_state, cut
 from tools import LoggingModule
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from model import MLP, linear
-from modules.operators import define_operator
+from modules.operators import define_operator, once_differentiable
 from tools import LoggingModule
 
 
@@ -244,6 +244,7 @@ class ExpertProducts(torch.autograd.Function):
         return torch.ops.basegpt.expert_products(x, weights, num_rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weights, num_rows = ctx.saved_tensors
         grad_x = torch.ops.basegpt.expert_products(grad, weights.mT, num_rows)

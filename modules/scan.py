@@ -8,9 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from modules.operators import define_operator
+from modules.operators import define_operator, once_differentiable
 
 
 def recurrence(decay: Tensor, update: Tensor, state: Tensor | None = None) -> Tensor:
