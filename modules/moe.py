@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from model import MLP, linear
+from modules.checks import check_sizes
 from modules.operators import define_operator, once_differentiable
 from tools import LoggingModule
 
@@ -53,8 +54,7 @@ class MoE(LoggingModule):
         shared_gate: bool = False,
     ):  # fmt: skip
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts}: give a whole number of at least 1")
+        check_sizes(num_experts=num_experts)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k}: a token chooses among {num_experts} experts, so give 1 to {num_experts}")
         if top_k == 1 and renormalise:

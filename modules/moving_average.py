@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.chunks import check_sizes
+from modules.checks import check_rows, check_sizes
 from modules.operators import once_differentiable
-from modules.scan import cached_state, check_rows, recurrence, scan
+from modules.scan import cached_state, recurrence, scan
 from tools import LoggingModule
 
 

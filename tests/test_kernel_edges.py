@@ -15,7 +15,7 @@ from test_fast_ops import needs_compiler, values_and_gradients
 import model
 from fast import loss, ops
 from fast.selective_scan import selective_scan
-from modules import attention, chunks, convolution, embeddings, mamba, mamba2, moe, moving_average, norms, scan
+from modules import attention, chunks, convolution, embeddings, mamba, mamba2, moe, moving_average, scan
 
 
 def operations(B=2, T=5):
@@ -31,7 +31,7 @@ def operations(B=2, T=5):
 
     yield "attention", ops.attention, model.causal_attention, (q, k, v)
     yield "attention with sinks", ops.attention_with_sinks, attention.attention_with_sinks, (q, k, v, sinks)
-    yield "RMSNorm", *(partial(norm, eps=1e-3) for norm in (ops.rms_norm, norms.rms_norm)), (x, bias)
+    yield "RMSNorm", *(partial(norm, eps=1e-3) for norm in (ops.rms_norm, model.rms_norm)), (x, bias)
     yield "RoPE", *(partial(turn, rope=rope) for turn in (ops.apply_rope, model.apply_rope)), (q,)
     yield "ShortConv", ops.short_conv, convolution.short_conv, (x, weight, bias)
     yield "weighted sum", ops.weighted_sum, embeddings.weighted_sum, (x, x.flip(0), pair)
