@@ -105,6 +105,11 @@ def causal_attention(q, k, v, story_start=None, window=None, soft_cap=None, drop
     return masked_attention(q, k, v, mask, soft_cap, dropout)
 
 
+def narrowest(one: int | None, other: int | None) -> int | None:
+    """The narrower of two windows; None sees all earlier tokens."""
+    return other if one is None else one if other is None else min(one, other)
+
+
 def append_to_cache(cache: dict, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
     """Append new keys and values to the cached ones; keep the window - 1 that the next token can see.  (B, G, S, K)"""
     if "k" in cache:
@@ -174,8 +179,8 @@ class Attention(LoggingModule):
         """Average the values that each query sees, the cached ones included.  (B, H, T, K)"""
         if cache is not None:
             k, v = append_to_cache(cache, k, v, self.window)
-        window = self.window if window is None else min(window, self.window or window)  # the narrower one
-        return self.causal_attention(q, k, v, story_start, window, self.soft_cap, self.dropout if self.training else 0.0)
+        window, dropout = narrowest(self.window, window), self.dropout if self.training else 0.0
+        return self.causal_attention(q, k, v, story_start, window, self.soft_cap, dropout)
 
 
 ACTIVATIONS = {

@@ -37,7 +37,7 @@ def causal_attention(q, k, v, story_start=None, window=None, soft_cap=None, drop
 def attention_with_sinks(q, k, v, sinks, story_start=None, window=None, soft_cap=None, dropout=0.0) -> Tensor:
     if not kernel_attends(q, k, v, soft_cap, dropout):
         return attention.attention_with_sinks(q, k, v, sinks, story_start, window, soft_cap, dropout)
-    return ops.attention_with_sinks(q, k, v, sinks, first_visible(q, story_start, window))
+    return ops.attention(q, k, v, first_visible(q, story_start, window), sinks)
 
 
 def kernel_attends(q: Tensor, k: Tensor, v: Tensor, soft_cap: float | None, dropout: float) -> bool:

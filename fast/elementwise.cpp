@@ -205,8 +205,8 @@ void short_conv_forward(const void *all_x, const float *weight, const float *bia
         const auto *x = (const decltype(type) *)all_x;
         auto *out = (decltype(type) *)all_out;
         each_part(BT, threads, [=](int, int64_t from, int64_t to) {
-            std::vector<float> kept(D);
-            float *result = kept.data();
+            std::vector<float> buffer(D);
+            float *result = buffer.data();
             for (int64_t row = from; row < to; row++) {
                 const int64_t t = row % T, reach = std::min(width - 1, t - (first ? std::max(first[row], 0) : 0));
                 const auto *in = x + row * D;
@@ -236,8 +236,8 @@ void short_conv_backward(const void *all_d_out, const void *all_x, const float *
         auto *d_x = (decltype(type) *)all_d_x;
         each_part(BT, threads, [=, &weight_sums, &bias_sums](int part, int64_t from, int64_t to) {
             float *d_w = weight_sums.of(part), *d_b = bias_sums.of(part);
-            std::vector<float> kept(D);
-            float *result = kept.data();
+            std::vector<float> buffer(D);
+            float *result = buffer.data();
             for (int64_t row = from; row < to; row++) {
                 const int64_t t = row % T, reach = std::min(width - 1, t - (first ? std::max(first[row], 0) : 0));
                 const auto *in = x + row * D, *d = d_out + row * D;
@@ -331,14 +331,14 @@ void weighted_sum_backward(const float *d_out, const float *x, const float *y, c
     sums.write(d_weights);
 }
 
-// Writes the loss of each row, and its gradient in place of logits (rows, V). Negative targets are ignored. soft_cap = 0: none.
+// Writes the loss of each row, and its gradient in place of logits (rows, V). Rows with negative targets are ignored. soft_cap = 0: none.
 void cross_entropy(void *all_logits, const int64_t *targets, float *losses, int64_t rows, int64_t V, float soft_cap,
                    int64_t half, int64_t threads) {
     with_type(half, [=](auto type) {
         auto *logits = (decltype(type) *)all_logits;
         each_part(rows, threads, [=](int, int64_t from, int64_t to) {
-            std::vector<float> slopes(soft_cap > 0.0f ? V : 0), kept(V);
-            float *row_in_float = kept.data();
+            std::vector<float> slopes(soft_cap > 0.0f ? V : 0), buffer(V);
+            float *row_in_float = buffer.data();
             for (int64_t row = from; row < to; row++) {
                 auto *of_row = logits + row * V;
                 if (targets[row] < 0) {

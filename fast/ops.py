@@ -27,22 +27,17 @@ def supports(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None = None) -> Tensor:
+def attention(q, k, v, first_visible: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
     """Causal grouped-query attention.  q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K), with the dtype of q
 
     The query at time t sees the keys from first_visible[b, t] to t; first_visible (B, T) of integers, None: 0. Masked keys cost
-    nothing. Reads and writes float32 or bfloat16, computes in float32. The result does not depend on the number of threads.
-    Raises BuildError if there is no compiler.
+    nothing. sinks (H): one more score for each head in the softmax, without a value. Reads and writes float32 or bfloat16,
+    computes in float32. The result does not depend on the number of threads. Raises BuildError if there is no compiler.
     """
     dtype = q.dtype
-    if {x.dtype for x in (q, k, v)} != {torch.bfloat16}:
+    if sinks is not None or {x.dtype for x in (q, k, v)} != {torch.bfloat16}:
         q, k, v = q.float(), k.float(), v.float()
-    return Attention.apply(q, k, v, as_int32(first_visible), None).to(dtype)
-
-
-def attention_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, first_visible: Tensor | None = None) -> Tensor:
-    """Attention with one more score for each head in the softmax, sinks (H), which has no value."""
-    return Attention.apply(q.float(), k.float(), v.float(), as_int32(first_visible), sinks).to(q.dtype)
+    return Attention.apply(q, k, v, as_int32(first_visible), sinks).to(dtype)
 
 
 class Attention(torch.autograd.Function):

@@ -66,29 +66,15 @@ class Cost:
     T: int
     parts: tuple[Part, ...]
 
-    @property
-    def parameters(self) -> int:
-        return sum(part.parameters for part in self.parts)
+    def total(self, quantity: str) -> float:
+        """Sum a quantity of the parts, such as "parameters"."""
+        return sum(getattr(part, quantity) for part in self.parts)
 
-    @property
-    def flops(self) -> float:
-        """Per token, forward."""
-        return sum(part.flops for part in self.parts)
-
-    @property
-    def training_flops(self) -> float:
-        """Per token, forward and backward."""
-        return TRAINING * self.flops
-
-    @property
-    def cache_per_token(self) -> float:
-        """Bytes that the cache grows by per token."""
-        return sum(part.cache_per_token for part in self.parts)
-
-    @property
-    def cache_fixed(self) -> float:
-        """Bytes of the cache that are independent of T."""
-        return sum(part.cache_fixed for part in self.parts)
+    parameters = property(lambda self: self.total("parameters"))
+    flops = property(lambda self: self.total("flops"))  # per token, forward
+    training_flops = property(lambda self: TRAINING * self.flops)  # per token, forward and backward
+    cache_per_token = property(lambda self: self.total("cache_per_token"))  # bytes
+    cache_fixed = property(lambda self: self.total("cache_fixed"))  # bytes, independent of T
 
     @property
     def cache(self) -> float:

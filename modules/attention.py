@@ -20,15 +20,11 @@ from model import (
     causal_mask,
     linear,
     masked_attention,
+    narrowest,
     rope_table,
 )
 from modules.flops import mean_visible
 from modules.windows import attend_blocks, attend_spans, block_plan, span_mask
-
-
-def narrowest(one: int | None, other: int | None) -> int | None:
-    """The narrower of two windows; None sees all earlier tokens."""
-    return other if one is None else one if other is None else min(one, other)
 
 
 class RopeTable(nn.Module):

@@ -26,11 +26,14 @@ def operations(B=2, T=5):
     selection = x, x.abs(), -torch.rand(6, 3), x[..., :3], x[..., 3:]
     targets = torch.randint(3, (B, T))
 
+    def with_sinks(q, k, v, sinks):
+        return ops.attention(q, k, v, None, sinks)
+
     def mean_loss(x, weight):
         return F.cross_entropy((x @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=model.IGNORE)
 
     yield "attention", ops.attention, model.causal_attention, (q, k, v)
-    yield "attention with sinks", ops.attention_with_sinks, attention.attention_with_sinks, (q, k, v, sinks)
+    yield "attention with sinks", with_sinks, attention.attention_with_sinks, (q, k, v, sinks)
     yield "RMSNorm", *(partial(norm, eps=1e-3) for norm in (ops.rms_norm, model.rms_norm)), (x, bias)
     yield "RoPE", *(partial(turn, rope=rope) for turn in (ops.apply_rope, model.apply_rope)), (q,)
     yield "ShortConv", ops.short_conv, convolution.short_conv, (x, weight, bias)
