@@ -139,7 +139,7 @@ class RMSNorm(torch.autograd.Function):
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate channels k and k + K / 2 by the angle of the position.  x (B, H, T, K), rope 2 x (1, T, K / 2) -> (B, H, T, K)"""
-    return Rope.apply(x, *rope)
+    return Rope.apply(x, *(table.float() for table in rope))
 
 
 class Rope(torch.autograd.Function):
@@ -169,7 +169,7 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, story_star
 
     x (B, T, D), weight (width, D), bias (D), story_start (B, T) of integers or None -> (B, T, D)
     """
-    return ShortConv.apply(x, weight, bias, as_int32(story_start))
+    return ShortConv.apply(x, weight.float(), None if bias is None else bias.float(), as_int32(story_start))
 
 
 class ShortConv(torch.autograd.Function):
@@ -226,7 +226,7 @@ class Activation(torch.autograd.Function):
 
 def weighted_sum(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """weights[0] * x + weights[1] * y.  x and y of one shape -> the same; weights (2)"""
-    return WeightedSum.apply(x.float(), y.float(), weights).to(x.dtype)
+    return WeightedSum.apply(x.float(), y.float(), weights.float()).to(x.dtype)
 
 
 class WeightedSum(torch.autograd.Function):

@@ -102,27 +102,10 @@ class Position(NamedTuple):
 
 
 def model_cost(model: nn.Module, T: int | None = None) -> Cost:
-    """Measure the cost of a model by running it.
+    """Measure the cost of a model by running it on T tokens, by default the context length. The model stays as it is.
 
     Blocks with a memory get one of T tokens. A model without a cache, which reads everything again for each token, has no cache
     bytes.
-
-    Parameters
-    ----------
-    model : nn.Module
-        GPT or the model of a plugin; it is left unchanged.
-    T : int, optional
-        Number of tokens; by default the context length.
-
-    Returns
-    -------
-    Cost
-        Totals, and every part.
-
-    Examples
-    --------
-    >>> model_cost(GPT(ModelConfig(dim=16, num_layers=1), vocab_size=100)).parameters > 0
-    True
     """
     T = T or model.config.max_seq_len
     positions = find_parts(model)
@@ -212,29 +195,7 @@ def config_of(spec: str | ModelConfig) -> tuple[ModelConfig, int]:
 
 
 def cost_of(spec: str | ModelConfig, T: int | None = None) -> Cost:
-    """Measure the cost of a run, preset or config.
-
-    Parameters
-    ----------
-    spec : str or ModelConfig
-        The name of a run, group of seeds or preset, or a config.
-    T : int, optional
-        Number of tokens; by default the context length.
-
-    Returns
-    -------
-    Cost
-        Totals, and every part.
-
-    Raises
-    ------
-    ValueError
-        For an unknown name.
-
-    Examples
-    --------
-    >>> cost_of("1m").parameters  # doctest: +SKIP
-    """
+    """Measure the cost of a run, group of seeds, preset or config, for T tokens. Raises as config_of and model_cost do."""
     config, vocab_size = config_of(spec)
     with torch.random.fork_rng(devices=[]):
         return model_cost(build_model(config, vocab_size), T)

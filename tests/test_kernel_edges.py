@@ -90,6 +90,19 @@ def test_infinite_inputs_give_the_values_of_torch(value):
 
 
 @needs_compiler
+def test_weights_in_bfloat16_are_read_as_that():
+    """A kernel that takes them for float32 reads beyond their end."""
+    for name, kernel, formula, inputs in operations():
+        if name in ("RMSNorm", "ShortConv", "weighted sum"):
+            halves = [x.bfloat16() for x in inputs]
+            results = values_and_gradients(kernel, halves), values_and_gradients(formula, [x.float() for x in halves])
+            for ours, expected in zip(*results, strict=True):
+                torch.testing.assert_close(ours.float(), expected, rtol=0.05, atol=0.05)
+    q, rope = torch.randn(1, 2, 5, 4).bfloat16(), torch.rand(2, 1, 5, 2).bfloat16()
+    torch.testing.assert_close(ops.apply_rope(q, rope).float(), model.apply_rope(q.float(), rope.float()), rtol=0.05, atol=0.05)
+
+
+@needs_compiler
 def test_attention_to_a_score_of_minus_infinity_alone_is_nan():
     """It does not fall back on the keys that are masked."""
     q, k, v = torch.ones(1, 1, 5, 4), torch.full((1, 1, 5, 4), -math.inf), torch.randn(1, 1, 5, 4)
