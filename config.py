@@ -15,6 +15,8 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 VERSION = 2  # of the JSON files; raise it when a field is renamed or changes its meaning, and add a step to `migrate`
 
+IGNORE = -100  # a target that is not scored, such as padding; the default ignore_index of PyTorch's cross_entropy
+
 Layers = str | list[str] | tuple[str | list[str], ...]
 
 PRE_NORM = "Norm->Attn->+->Norm->MLP->+"
