@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ModelConfig, init_parameters, layer_steps, look_up, marked
+from config import IGNORE, ModelConfig, init_parameters, layer_steps, look_up, marked
 from tools import LoggingModule
-
-IGNORE = -100  # a target that is not scored, such as padding (the default ignore_index of cross_entropy)
 
 
 class Norm(LoggingModule):
@@ -29,11 +27,16 @@ class Norm(LoggingModule):
         self.bias = nn.Parameter(torch.zeros(dim)) if norm_bias else None
 
 
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) * weight.  x (..., D), weight (D) -> (..., D)"""
+    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.type_as(x), eps)
+
+
 class RMSNorm(Norm):
     """x / rms(x) with a learned gain (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4).  (..., D) -> (..., D)"""
 
     def forward(self, x):
-        normed = F.rms_norm(x, x.shape[-1:], None if self.weight is None else self.weight.type_as(x), self.eps)
+        normed = rms_norm(x, self.weight, self.eps)
         return normed if self.bias is None else normed + self.bias
 
 
@@ -69,17 +72,29 @@ def causal_mask(T: int, S: int, story_start: Tensor | None = None, window: int |
     return mask if story_start is None else mask & (torch.arange(S, device=device) >= story_start[..., None])[:, None]
 
 
+def attention_scores(q: Tensor, k: Tensor, soft_cap: float | None = None, scale: float | None = None) -> Tensor:
+    """scale q k, soft-capped; scale is by default 1 / sqrt(K).  q (B, H, T, K), k (B, G, S, K) -> (B, H, T, S)"""
+    B, H, T, K = q.shape
+    scores = (q.reshape(B, k.shape[1], -1, K) * (scale or K**-0.5)) @ k.mT  # one matmul for all heads that share a key head
+    scores = scores.view(B, H, T, -1)
+    return scores if soft_cap is None else soft_cap * torch.tanh(scores / soft_cap)  # Gemma 2, arXiv 2408.00118, section 2
+
+
+def average(weights: Tensor, v: Tensor) -> Tensor:
+    """Weighted sums of the values.  weights (B, H, T, S), v (B, G, S, K) -> (B, H, T, K)"""
+    B, H, T, S = weights.shape
+    return (weights.reshape(B, v.shape[1], -1, S) @ v).view(B, H, T, -1)
+
+
 def masked_attention(q, k, v, mask: Tensor | None, soft_cap: float | None = None, dropout: float = 0.0) -> Tensor:
     """Softmax attention; mask (..., T, S) is boolean or added to the scores, None: causal.  q (B, H, T, K), k, v (B, G, S, K)"""
-    (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
+    T, S = q.shape[2], k.shape[2]
     if soft_cap is None:  # PyTorch's fused version of the lines below
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, enable_gqa=True)
     mask = causal_mask(T, S, device=q.device) if mask is None else mask
-    scores = (q.reshape(B, G, -1, K) * K**-0.5) @ k.mT  # one matmul for all query heads that share a key head
-    scores = (soft_cap * torch.tanh(scores / soft_cap)).view(B, H, T, S)  # Gemma 2, arXiv 2408.00118, section 2
+    scores = attention_scores(q, k, soft_cap)
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    weights = F.dropout(scores.softmax(dim=-1), dropout)  # (B, H, T, S)
-    return (weights.reshape(B, G, -1, S) @ v).view(B, H, T, -1)
+    return average(F.dropout(scores.softmax(dim=-1), dropout), v)
 
 
 def causal_attention(q, k, v, story_start=None, window=None, soft_cap=None, dropout=0.0) -> Tensor:
@@ -88,6 +103,11 @@ def causal_attention(q, k, v, story_start=None, window=None, soft_cap=None, drop
     is_plain = story_start is None and T in (1, S) and (window is None or window >= S)  # needs no mask, which is faster
     mask = None if is_plain else causal_mask(T, S, story_start, window, q.device)
     return masked_attention(q, k, v, mask, soft_cap, dropout)
+
+
+def narrowest(one: int | None, other: int | None) -> int | None:
+    """The narrower of two windows; None sees all earlier tokens."""
+    return other if one is None else one if other is None else min(one, other)
 
 
 def append_to_cache(cache: dict, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
@@ -159,8 +179,8 @@ class Attention(LoggingModule):
         """Average the values that each query sees, the cached ones included.  (B, H, T, K)"""
         if cache is not None:
             k, v = append_to_cache(cache, k, v, self.window)
-        window = self.window if window is None else min(window, self.window or window)  # the narrower one
-        return self.causal_attention(q, k, v, story_start, window, self.soft_cap, self.dropout if self.training else 0.0)
+        window, dropout = narrowest(self.window, window), self.dropout if self.training else 0.0
+        return self.causal_attention(q, k, v, story_start, window, self.soft_cap, dropout)
 
 
 ACTIVATIONS = {

@@ -11,26 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Attention, RMSNorm, append_to_cache, causal_mask, linear, masked_attention, rope_table
-from modules.windows import attend_blocks, attend_spans, block_plan, mean_visible, span_mask
-
-
-def narrowest(one: int | None, other: int | None) -> int | None:
-    """The narrower of two windows; None sees all earlier tokens."""
-    return other if one is None else one if other is None else min(one, other)
-
-
-def attention_scores(q: Tensor, k: Tensor, soft_cap: float | None = None, scale: float | None = None) -> Tensor:
-    """scale q k, soft-capped; scale is by default 1 / sqrt(K).  q (B, H, T, K), k (B, G, S, K) -> (B, H, T, S)"""
-    B, H, T, K = q.shape
-    scores = ((q.reshape(B, k.shape[1], -1, K) * (scale or K**-0.5)) @ k.mT).view(B, H, T, -1)
-    return scores if soft_cap is None else soft_cap * torch.tanh(scores / soft_cap)
-
-
-def average(weights: Tensor, v: Tensor) -> Tensor:
-    """Weighted sums of the values.  weights (B, H, T, S), v (B, G, S, K) -> (B, H, T, K)"""
-    B, H, T, S = weights.shape
-    return (weights.reshape(B, v.shape[1], -1, S) @ v).view(B, H, T, -1)
+from model import (
+    Attention,
+    RMSNorm,
+    append_to_cache,
+    attention_scores,
+    average,
+    causal_mask,
+    linear,
+    masked_attention,
+    narrowest,
+    rope_table,
+)
+from modules.flops import mean_visible
+from modules.windows import attend_blocks, attend_spans, block_plan, span_mask
 
 
 class RopeTable(nn.Module):
@@ -321,9 +315,6 @@ class DifferentialAttention(RotaryAttention):
 
 
 BLOCKS = {
-    "RopeAttn": RotaryAttention,
-    "GatedAttn": GatedAttention,
-    "AlibiAttn": AlibiAttention,
-    "SinkAttn": SinkAttention,
+    "RopeAttn": RotaryAttention, "GatedAttn": GatedAttention, "AlibiAttn": AlibiAttention, "SinkAttn": SinkAttention,
     "DiffAttn": DifferentialAttention,
-}
+}  # fmt: skip

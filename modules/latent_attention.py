@@ -15,12 +15,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from model import Norm, RMSNorm, apply_rope, causal_attention, causal_mask, linear
-from modules.attention import RopeTable, attention_scores, average, narrowest
-from modules.chunks import check_sizes
-from modules.windows import mean_visible
+from model import Norm, RMSNorm, apply_rope, attention_scores, average, causal_attention, causal_mask, linear, narrowest
+from modules.attention import RopeTable
+from modules.checks import check_sizes
+from modules.flops import linear_flops, mean_visible
 from tools import LoggingModule
 
 
@@ -131,8 +130,7 @@ class LatentAttention(LoggingModule):
 
     def flops_per_token(self, T: int) -> float:
         """Matrices, scores and weighted sums, without a cache."""
-        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        return 2 * matrices + 2 * self.num_heads * (self.head_dim + self.v_dim) * mean_visible(T, self.window)
+        return linear_flops(self) + 2 * self.num_heads * (self.head_dim + self.v_dim) * mean_visible(T, self.window)
 
 
 BLOCKS = {"LatentAttn": LatentAttention}

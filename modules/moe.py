@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from model import MLP, linear
-from modules.operators import define_operator
+from modules.checks import check_sizes
+from modules.operators import define_operator, once_differentiable
 from tools import LoggingModule
 
 
@@ -53,8 +54,7 @@ class MoE(LoggingModule):
         shared_gate: bool = False,
     ):  # fmt: skip
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts}: give a whole number of at least 1")
+        check_sizes(num_experts=num_experts)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k}: a token chooses among {num_experts} experts, so give 1 to {num_experts}")
         if top_k == 1 and renormalise:
@@ -79,7 +79,7 @@ class MoE(LoggingModule):
         self.shared_mlp = MLP(dim, shared_experts * mlp_dim, activation, gated, linear_bias) if shared_experts else None
         self.w_shared_gate = linear(dim, 1) if shared_gate else None
         self.register_buffer("selection_bias", None if bias_rate is None else torch.zeros(num_experts))
-        for counts in ("chosen", "chosen_in_step"):
+        for counts in ("uses", "uses_in_step"):
             self.register_buffer(counts, torch.zeros(num_experts, dtype=torch.long), persistent=False)
         self.register_buffer("dropped", torch.zeros((), dtype=torch.long), persistent=False)
 
@@ -121,7 +121,7 @@ class MoE(LoggingModule):
         if self.capacity is None:
             return None
         B, T, top_k = selected.shape
-        E = len(self.chosen)
+        E = len(self.uses)
         limit = max(1, math.ceil(self.capacity * top_k * T / E))
         uses = torch.zeros(B, T, E, dtype=torch.int32, device=selected.device).scatter_(2, selected, 1)
         return uses.cumsum(dim=1).gather(2, selected) <= limit
@@ -132,7 +132,7 @@ class MoE(LoggingModule):
         The rows are sorted by expert, for a few large matrix products.
         """
         B, T, D = x.shape
-        E, R = len(self.chosen), selected.numel()
+        E, R = len(self.uses), selected.numel()
         experts = selected.view(R)
         if fits is not None:
             weights = weights * fits
@@ -146,7 +146,7 @@ class MoE(LoggingModule):
 
     def losses(self, logits, scores, selected) -> list[Tensor]:
         """The load-balancing loss and the z-loss.  logits and scores (B, T, E), selected (B, T, top_k)"""
-        E, losses = len(self.chosen), []
+        E, losses = len(self.uses), []
         if self.balance_loss:
             share_selected = count_uses(selected, E) / selected.numel()  # (E)
             share_scored = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=(0, 1))  # (E)
@@ -158,9 +158,9 @@ class MoE(LoggingModule):
     @torch.no_grad()
     def count(self, selected, fits):
         """Count the uses of each expert, for `report` and for the bias."""
-        uses = count_uses(selected, len(self.chosen))
-        self.chosen += uses
-        self.chosen_in_step += uses
+        uses = count_uses(selected, len(self.uses))
+        self.uses += uses
+        self.uses_in_step += uses
         if fits is not None:
             self.dropped += (~fits).sum()
 
@@ -168,25 +168,25 @@ class MoE(LoggingModule):
     def after_step(self):
         """Called by the optimizer after every step: raise the bias of experts used too little, lower that of the others."""
         if self.bias_rate:
-            uses = self.chosen_in_step.float()
+            uses = self.uses_in_step.float()
             self.selection_bias += self.bias_rate * (uses.mean() - uses).sign()
-        self.chosen_in_step.zero_()
+        self.uses_in_step.zero_()
 
     def report(self) -> dict[str, float]:
         """Use of the experts in training since the last report; empty if no token was read.
 
         The share of tokens for the least and the most used expert, the number of unused ones, and the share of dropped uses.
         """
-        uses = self.chosen.sum().item()
-        if not uses:
+        total = self.uses.sum().item()
+        if not total:
             return {}
         report = {
-            "least_used": self.chosen.min().item() * self.top_k / uses,
-            "most_used": self.chosen.max().item() * self.top_k / uses,
-            "dead_experts": (self.chosen == 0).sum().item(),
-            "dropped": self.dropped.item() / uses,
+            "least_used": self.uses.min().item() * self.top_k / total,
+            "most_used": self.uses.max().item() * self.top_k / total,
+            "dead_experts": (self.uses == 0).sum().item(),
+            "dropped": self.dropped.item() / total,
         }
-        self.chosen.zero_()
+        self.uses.zero_()
         self.dropped.zero_()
         return report
 
@@ -244,6 +244,7 @@ class ExpertProducts(torch.autograd.Function):
         return torch.ops.basegpt.expert_products(x, weights, num_rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weights, num_rows = ctx.saved_tensors
         grad_x = torch.ops.basegpt.expert_products(grad, weights.mT, num_rows)

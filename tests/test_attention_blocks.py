@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import fast
 from config import ModelConfig
 from fast import build as fast_build
-from metrics.cost import attention_flops
 from model import causal_mask, masked_attention, story_starts
 from modules.attention import masked_attention_with_sinks
+from modules.flops import attention_flops, mean_visible
 from modules.registry import accepted_kwargs, build_branch, build_model
-from modules.windows import attend_blocks, attend_spans, mean_visible, span_mask
+from modules.windows import attend_blocks, attend_spans, span_mask
 
 CONFIG = ModelConfig(dim=24, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=1200)
 WRITTEN_OUT = replace(CONFIG, attention_soft_cap=1e4)  # so large that it changes nothing

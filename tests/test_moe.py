@@ -57,7 +57,7 @@ def make(**options) -> MoE:
 def slow(moe: MoE, x, capacity=None):
     """Token by token and expert by expert, as in the papers."""
     y = torch.zeros_like(x)
-    E, k = len(moe.chosen), moe.top_k
+    E, k = len(moe.uses), moe.top_k
     for row in range(x.shape[0]):
         taken = [0] * E
         for t in range(x.shape[1]):
@@ -107,7 +107,7 @@ class TestFormula:
         if moe.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         if moe.capacity is not None:
-            weights = weights * (picked.cumsum(1) <= math.ceil(moe.capacity * moe.top_k * 9 / len(moe.chosen)))
+            weights = weights * (picked.cumsum(1) <= math.ceil(moe.capacity * moe.top_k * 9 / len(moe.uses)))
         experts = [dict(zip(moe.experts.state_dict(), parts, strict=True))
                    for parts in zip(*(weight.unbind() for weight in moe.experts.parameters()), strict=True)]  # fmt: skip
         outputs = [torch.func.functional_call(expert(moe, e), weights_of_e, x) for e, weights_of_e in enumerate(experts)]
@@ -283,7 +283,7 @@ class TestBalance:
         initial = moe.selection_bias.clone()
         moe(torch.randn(2, 9, D))
         moe.after_step()
-        assert moe.selection_bias.equal(initial) and not moe.chosen_in_step.any()
+        assert moe.selection_bias.equal(initial) and not moe.uses_in_step.any()
 
 
 class TestCapacity:

@@ -46,7 +46,7 @@ TRAIN = TrainConfig(
     data="storyworld:200", batch_size=2, max_steps=6, max_minutes=None, eval_every=2, eval_stories=200, checkpoint_every=3,
     warmup_steps=1, grade_stories=5,
 )  # fmt: skip
-CLOCK = ["seconds", "tokens_per_second", "peak_memory_mb"]
+CLOCK = ["seconds", "tokens_per_second", "peak_memory_mb", "overhead_seconds"]
 
 
 @pytest.fixture(scope="module")
