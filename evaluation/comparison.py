@@ -44,6 +44,10 @@ class Comparison:
                   for frame in (self.candidates, self.differences) if len(frame)]  # fmt: skip
         return "\n\n".join(["\n".join(lines) for lines in (self.notes, tables[:1], tables[1:], self.verdicts) if lines])
 
+    def as_markdown(self) -> str:
+        """The verdicts, quoted, and the notes below them."""
+        return "\n\n".join([f"> **{verdict}.**" for verdict in self.verdicts] + ["\n".join(f"- {note}" for note in self.notes)])
+
 
 def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missing: str | None = None) -> Comparison:
     """Compare runs, or groups of seeds, with the first of them.

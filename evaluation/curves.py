@@ -148,6 +148,40 @@ def plot_curves(*names: str, by: str = "step", axes=None, members: dict[str, tup
     return axes
 
 
+@in_style
+def plot_positions(losses):
+    """Plot the loss by position in the story, and its difference to the first model.
+
+    Parameters
+    ----------
+    losses : pandas.DataFrame
+        Nats per token, a column for each model, a row for positions "1 to 1", "2 to 3", "4 to 7" and so on: the first table of
+        `evaluation.page.where_the_loss_is`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> plot_positions(pd.DataFrame({"base": [1.4, 0.4], "my_idea": [1.3, 0.4]}, index=["1 to 1", "2 to 3"]))  # doctest: +SKIP
+    """
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
+    plt.close(figure)  # or a notebook would show it twice
+    for name, values in losses.items():
+        left.plot(losses.index, values, marker=".", label=name)
+        right.plot(losses.index, values - losses.iloc[:, 0], marker=".", label=name)
+    first, last = zip(*(position.split(" to ") for position in losses.index), strict=True)
+    ticks = [one if one == other else f"{one}–{other}" for one, other in zip(first, last, strict=True)]
+    for axes, label in ((left, "nats per token"), (right, f"difference to {losses.columns[0]}")):
+        axes.set_xticks(range(len(ticks)), ticks, rotation=45)
+        axes.set(xlabel="position of the token in its story", ylabel=label)
+    add_legend(left)
+    return figure
+
+
 def visible_range(curves: list[Curve], floor: float | None) -> tuple[float, float]:
     """The y range: from the floor, or the lowest end of a band, to the highest mean after the first tenth of a curve."""
     highest = max(drawn.mean[drawn.x >= 0.1 * drawn.x[-1]].max() for drawn in curves)

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import datetime
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
+from tqdm import tqdm
 
 from evaluation.alignment import format_field
 from evaluation.comparison import Candidate, Comparison, Member, format_p
@@ -160,6 +162,8 @@ def where_the_loss_is(
     >>> sections = where_the_loss_is(result.groups, 200, "auto", result.notes)  # doctest: +SKIP
     """
     by_position, by_class, manner, stories_of = {}, {}, {}, {}
+    output = sys.stdout if "ipykernel" in sys.modules else sys.stderr  # a notebook shows stderr as if it were an error
+    bar = tqdm(desc="where the loss is", total=sum(len(group.members) for group in groups), unit="run", file=output)
     for group in groups:
         data = Run(group.members[0].name).train_config.data
         try:
@@ -168,14 +172,17 @@ def where_the_loss_is(
         except OSError as error:
             notes.append(f"the loss of {group.name} by position and kind of word was not measured: {error}")
             continue
-        print(f"measuring {group.name}")
         source, stories = stories_of[data]
         if (source := label(Run(group.members[0].name), source, stories)).endswith(NOT_ITS_OWN):
             notes.append(f"the loss of {group.name} by position and kind of word is measured on {source}")
-        measured = [measures_of(member, stories[:num_stories]) for member in group.members]
+        measured = []
+        for member in group.members:
+            measured.append(measures_of(member, stories[:num_stories]))
+            bar.update()
         by_position[group.name], by_class[group.name], manner[group.name] = (
             pd.concat(columns, axis=1).mean(axis=1) for columns in zip(*measured, strict=True)
         )
+    bar.close()
     if not by_position:
         return []
     if len({group.members[0].scored.tokenizer for group in groups}) > 1:
