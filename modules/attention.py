@@ -11,19 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import (
-    Attention,
-    RMSNorm,
-    append_to_cache,
-    attention_scores,
-    average,
-    causal_mask,
-    linear,
-    masked_attention,
-    narrowest,
-    rope_table,
-)
+from model import Attention, RMSNorm, append_to_cache, causal_mask, linear, masked_attention, rope_table
 from modules.flops import mean_visible
+from modules.scores import attention_scores, average, narrowest
 from modules.windows import attend_blocks, attend_spans, block_plan, span_mask
 
 

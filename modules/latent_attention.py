@@ -16,10 +16,11 @@ import math
 import torch
 import torch.nn.functional as F
 
-from model import Norm, RMSNorm, apply_rope, attention_scores, average, causal_attention, causal_mask, linear, narrowest
+from model import Norm, RMSNorm, apply_rope, causal_attention, causal_mask, linear
 from modules.attention import RopeTable
 from modules.checks import check_sizes
 from modules.flops import linear_flops, mean_visible
+from modules.scores import attention_scores, average, narrowest
 from tools import LoggingModule
 
 
