@@ -72,29 +72,17 @@ def causal_mask(T: int, S: int, story_start: Tensor | None = None, window: int |
     return mask if story_start is None else mask & (torch.arange(S, device=device) >= story_start[..., None])[:, None]
 
 
-def attention_scores(q: Tensor, k: Tensor, soft_cap: float | None = None, scale: float | None = None) -> Tensor:
-    """scale q k, soft-capped; scale is by default 1 / sqrt(K).  q (B, H, T, K), k (B, G, S, K) -> (B, H, T, S)"""
-    B, H, T, K = q.shape
-    scores = (q.reshape(B, k.shape[1], -1, K) * (scale or K**-0.5)) @ k.mT  # one matmul for all heads that share a key head
-    scores = scores.view(B, H, T, -1)
-    return scores if soft_cap is None else soft_cap * torch.tanh(scores / soft_cap)  # Gemma 2, arXiv 2408.00118, section 2
-
-
-def average(weights: Tensor, v: Tensor) -> Tensor:
-    """Weighted sums of the values.  weights (B, H, T, S), v (B, G, S, K) -> (B, H, T, K)"""
-    B, H, T, S = weights.shape
-    return (weights.reshape(B, v.shape[1], -1, S) @ v).view(B, H, T, -1)
-
-
 def masked_attention(q, k, v, mask: Tensor | None, soft_cap: float | None = None, dropout: float = 0.0) -> Tensor:
     """Softmax attention; mask (..., T, S) is boolean or added to the scores, None: causal.  q (B, H, T, K), k, v (B, G, S, K)"""
-    T, S = q.shape[2], k.shape[2]
+    (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
     if soft_cap is None:  # PyTorch's fused version of the lines below
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, enable_gqa=True)
     mask = causal_mask(T, S, device=q.device) if mask is None else mask
-    scores = attention_scores(q, k, soft_cap)
+    scores = (q.reshape(B, G, -1, K) * K**-0.5) @ k.mT  # one matmul for all query heads that share a key head
+    scores = (soft_cap * torch.tanh(scores / soft_cap)).view(B, H, T, S)  # Gemma 2, arXiv 2408.00118, section 2
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return average(F.dropout(scores.softmax(dim=-1), dropout), v)
+    weights = F.dropout(scores.softmax(dim=-1), dropout)  # (B, H, T, S)
+    return (weights.reshape(B, G, -1, S) @ v).view(B, H, T, -1)
 
 
 def causal_attention(q, k, v, story_start=None, window=None, soft_cap=None, dropout=0.0) -> Tensor:
@@ -103,11 +91,6 @@ def causal_attention(q, k, v, story_start=None, window=None, soft_cap=None, drop
     is_plain = story_start is None and T in (1, S) and (window is None or window >= S)  # needs no mask, which is faster
     mask = None if is_plain else causal_mask(T, S, story_start, window, q.device)
     return masked_attention(q, k, v, mask, soft_cap, dropout)
-
-
-def narrowest(one: int | None, other: int | None) -> int | None:
-    """The narrower of two windows; None sees all earlier tokens."""
-    return other if one is None else one if other is None else min(one, other)
 
 
 def append_to_cache(cache: dict, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
@@ -179,8 +162,8 @@ class Attention(LoggingModule):
         """Average the values that each query sees, the cached ones included.  (B, H, T, K)"""
         if cache is not None:
             k, v = append_to_cache(cache, k, v, self.window)
-        window, dropout = narrowest(self.window, window), self.dropout if self.training else 0.0
-        return self.causal_attention(q, k, v, story_start, window, self.soft_cap, dropout)
+        window = self.window if window is None else min(window, self.window or window)  # the narrower one
+        return self.causal_attention(q, k, v, story_start, window, self.soft_cap, self.dropout if self.training else 0.0)
 
 
 ACTIVATIONS = {

@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import RMSNorm, activate, apply_rope, causal_attention, linear, narrowest
+from model import RMSNorm, activate, apply_rope, causal_attention, linear
 from modules.checks import check_rows, check_sizes
 from modules.flops import linear_flops
 from modules.moving_average import CEMA, TimestepNorm
+from modules.scores import narrowest
 from tools import LoggingModule
 
 

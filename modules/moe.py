@@ -32,6 +32,8 @@ class MoE(LoggingModule):
     equation 12). z_loss: coefficient of the router z-loss (Zoph et al. 2022, arXiv 2202.08906, equation 5).
     bias_rate: bias the scores for the selection, not the weights. Each step raises the bias by bias_rate for experts used less
     than average, and lowers it for the others (Wang et al. 2024, arXiv 2408.15664, algorithm 1). None: no bias; 0: constant bias.
+    groups, top_groups: select in the best top_groups of `groups` equal groups of experts alone, by the sum of the two highest
+    biased scores in each (DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2).
     noise: standard deviation of Gaussian noise on the router's logits in training; "learned": predicted per token and expert
     (Shazeer et al. 2017, arXiv 1701.06538, equation 4).
     capacity: capacity factor; in training, an expert takes at most capacity times its even share of a sequence's tokens. Tokens
@@ -43,6 +45,7 @@ class MoE(LoggingModule):
         "MoE",
         "MoE(num_experts=5, top_k=3, shared_experts=1, scores='sigmoid', bias_rate=0.001, routed_scale=2.5, z_loss=0.001)",
         "MoE(shared_experts=2, shared_gate=True)",
+        "MoE(num_experts=6, groups=3, top_groups=2, bias_rate=0.001)",
         "MoE(num_experts=4, top_k=1, renormalise=False, noise='learned', capacity=1.25)",
     )
 
@@ -51,7 +54,7 @@ class MoE(LoggingModule):
         num_experts: int = 8, top_k: int = 2, shared_experts: int = 0, scores: Literal["softmax", "sigmoid"] = "softmax",
         renormalise: bool = True, routed_scale: float = 1.0, balance_loss: float = 0.01, z_loss: float = 0.0,
         bias_rate: float | None = None, noise: float | Literal["learned"] = 0.0, capacity: float | None = None,
-        shared_gate: bool = False,
+        shared_gate: bool = False, groups: int = 1, top_groups: int = 1,
     ):  # fmt: skip
         super().__init__()
         check_sizes(num_experts=num_experts)
@@ -59,6 +62,10 @@ class MoE(LoggingModule):
             raise ValueError(f"top_k={top_k}: a token chooses among {num_experts} experts, so give 1 to {num_experts}")
         if top_k == 1 and renormalise:
             raise ValueError("top_k=1: its weight would always be 1, and the router could not learn. Set renormalise=False")
+        if groups < 1 or num_experts % groups or (groups > 1 and num_experts < 2 * groups):
+            raise ValueError(f"groups={groups}: it must divide num_experts={num_experts} into groups of at least 2")
+        if not 1 <= top_groups <= groups or top_k > top_groups * (num_experts // groups):
+            raise ValueError(f"top_groups={top_groups}: give 1 to {groups}, groups with at least top_k={top_k} experts")
         if shared_gate and not shared_experts:
             raise ValueError("shared_gate=True: without shared experts there is nothing to gate: set shared_experts=1")
         amounts = {"balance_loss": balance_loss, "z_loss": z_loss, "shared_experts": shared_experts}
@@ -70,7 +77,7 @@ class MoE(LoggingModule):
                 raise ValueError(f"{option}={value}: give a positive number")
         self.top_k, self.scores, self.renormalise, self.routed_scale = top_k, scores, renormalise, routed_scale
         self.balance_loss, self.z_loss, self.bias_rate, self.capacity = balance_loss, z_loss, bias_rate, capacity
-        self.noise = noise
+        self.noise, self.groups, self.top_groups = noise, groups, top_groups
         self.w_router = linear(dim, num_experts)
         self.w_noise = nn.Linear(dim, num_experts, bias=False) if noise == "learned" else None
         if self.w_noise is not None:
@@ -89,6 +96,8 @@ class MoE(LoggingModule):
         logits = self.route(x)
         scores = logits.softmax(dim=-1) if self.scores == "softmax" else logits.sigmoid()
         biased = scores if self.selection_bias is None else scores + self.selection_bias
+        if self.top_groups < self.groups:
+            biased = self.within_groups(biased)
         selected = biased.topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, selected)  # (B, T, top_k)
         if self.renormalise:
@@ -115,6 +124,15 @@ class MoE(LoggingModule):
                 deviation = self.noise if self.w_noise is None else F.softplus(self.w_noise(x.float()))
                 logits = logits + deviation * torch.randn_like(logits)
         return logits
+
+    def within_groups(self, scores) -> Tensor:
+        """The scores in the best groups, elsewhere -inf.  (B, T, E) -> the same"""
+        B, T, E = scores.shape
+        grouped = scores.view(B, T, self.groups, -1)  # (B, T, self.groups, E // self.groups)
+        of_groups = grouped.topk(2, dim=-1).values.sum(dim=-1)  # (B, T, self.groups)
+        best = of_groups.topk(self.top_groups, dim=-1).indices
+        is_outside = torch.ones_like(of_groups, dtype=torch.bool).scatter(-1, best, False)
+        return grouped.masked_fill(is_outside[..., None], -math.inf).flatten(-2)
 
     def within_capacity(self, selected) -> Tensor | None:
         """True where an expert still has capacity for the token, None: everywhere.  (B, T, top_k) -> the same"""

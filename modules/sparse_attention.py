@@ -9,11 +9,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from model import append_to_cache, causal_mask, masked_attention, narrowest
+from model import append_to_cache, causal_mask, masked_attention
 from modules.attention import RotaryAttention
 from modules.checks import check_sizes
 from modules.flops import mean_visible
 from modules.scan import cut
+from modules.scores import narrowest
 from modules.windows import attend_spans, windowed
 
 

@@ -551,6 +551,10 @@ def test_compile_needs_no_graph_break(layer, swap):
     [
         ("Norm->RopeAttn(rope_share=1.5)->+", ["»RopeAttn(rope_share=1.5)«", "from 0 to 1"]),
         ("Norm->RopeAttn(rope_theta=-1.0)->+", ["rope_theta=-1.0", "positive"]),
+        ("Norm->RopeAttn(rope_scaling={'type': 'ntk'})->+", ["'ntk'", "linear, llama3, yarn"]),
+        ("Norm->RopeAttn(rope_scaling={'type': 'linear'})->+", ["a positive number as 'factor'"]),
+        ("Norm->RopeAttn(rope_scaling={'type': 'linear', 'factor': 2, 'by': 3})->+", ["no option 'by'", "factor"]),
+        ("Norm->LatentAttn(query_scale=0.0)->+", ["query_scale=0.0", "positive"]),
         ("Norm->GatedAttn(gate='layer')->+", ["gate='layer'", "'channel', 'head'"]),
         ("Norm->SinkAttn(keep=4)->+", ["»SinkAttn(keep=4)«", "Give a window"]),
         ("Norm->SinkAttn(keep=-1, window=4)->+", ["keep=-1", "0 for none"]),
