@@ -4,15 +4,19 @@ While `with show_shapes(model):` runs, temporary hooks record every call of a su
 own source files. Afterwards both are removed, so that a model costs nothing extra while nobody looks at it.
 """
 
+import os
+import sys
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from torch import nn
 
+from shapes.drawing import WIDE, as_html, as_page, as_text
 from shapes.recording import Recording
-from shapes.tree import as_html, as_text
+from shapes.tree import Call
 
 
 class LoggingModule(nn.Module):
@@ -95,10 +99,33 @@ def show_shapes(model: nn.Module, *, values: bool = False, tensors: bool = False
         finished = True
     finally:
         if recording.calls:
-            if html is None:
-                print(as_text(recording.calls), file=file)
-            else:
-                Path(html).write_text(as_html(recording.calls), encoding="utf-8")
-                print(f"the shapes are in {html}", file=file)
+            draw(recording.calls, html, file)
         elif finished:
             raise RuntimeError("the model was not called inside show_shapes: write  with show_shapes(model): model(x)")
+
+
+def draw(calls: list[Call], html: str | Path | None, file: TextIO | None):
+    """Write a page, display the calls in a notebook, or print them as wide as the terminal, in color."""
+    stream = file or sys.stdout
+    ipython = sys.modules.get("IPython")
+    is_notebook = file is None and ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+    # a page, and where it is
+    if html is not None:
+        Path(html).write_text(as_page(calls), encoding="utf-8")
+        plain = f"the shapes are in {html}"
+        rich = f'the shapes are in <a href="{escape(str(html))}">{escape(str(html))}</a>'
+
+    # the tree itself
+    else:
+        is_terminal = stream.isatty()
+        columns = os.get_terminal_size(stream.fileno()).columns if is_terminal else WIDE
+        width = min(int(os.environ.get("COLUMNS") or columns), 160)
+        plain = as_text(calls, WIDE if is_notebook else width, color=is_terminal and "NO_COLOR" not in os.environ)
+        rich = as_html(calls, WIDE) if is_notebook else ""
+
+    # a notebook takes both, and shows what its viewer can
+    if is_notebook:
+        ipython.display.display({"text/plain": plain, "text/html": rich}, raw=True)
+    else:
+        print(plain, file=file)
