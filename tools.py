@@ -5,6 +5,7 @@ own source files. Afterwards both are removed, so that a model costs nothing ext
 """
 
 import os
+import shutil
 import sys
 from contextlib import contextmanager
 from html import escape
@@ -59,6 +60,8 @@ def show_shapes(model: nn.Module, *, values: bool = False, tensors: bool = False
                 html: str | Path | None = None, file: TextIO | None = None):
     """Print the shapes of all tensors when `model`, or a part of it, is called inside the `with` block.
 
+    A notebook shows them as a tree that folds.
+
     Parameters
     ----------
     model : nn.Module
@@ -105,27 +108,24 @@ def show_shapes(model: nn.Module, *, values: bool = False, tensors: bool = False
 
 
 def draw(calls: list[Call], html: str | Path | None, file: TextIO | None):
-    """Write a page, display the calls in a notebook, or print them as wide as the terminal, in color."""
-    stream = file or sys.stdout
+    """Write a page if html names one; else display the calls in a notebook, or print them, in color on a terminal."""
     ipython = sys.modules.get("IPython")
     is_notebook = file is None and ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+    is_terminal = (file or sys.stdout).isatty()
 
-    # a page, and where it is
-    if html is not None:
+    # the tree, or a page and a link to it
+    if html is None:
+        is_known = not is_notebook and (is_terminal or "COLUMNS" in os.environ)
+        width = min(shutil.get_terminal_size((WIDE, 24)).columns, 160) if is_known else WIDE
+        text = as_text(calls, width, color=is_terminal and "NO_COLOR" not in os.environ)
+        rich = as_html(calls, WIDE) if is_notebook else ""
+    else:
         Path(html).write_text(as_page(calls), encoding="utf-8")
-        plain = f"the shapes are in {html}"
+        text = f"the shapes are in {html}"
         rich = f'the shapes are in <a href="{escape(str(html))}">{escape(str(html))}</a>'
 
-    # the tree itself
-    else:
-        is_terminal = stream.isatty()
-        columns = os.get_terminal_size(stream.fileno()).columns if is_terminal else WIDE
-        width = min(int(os.environ.get("COLUMNS") or columns), 160)
-        plain = as_text(calls, WIDE if is_notebook else width, color=is_terminal and "NO_COLOR" not in os.environ)
-        rich = as_html(calls, WIDE) if is_notebook else ""
-
-    # a notebook takes both, and shows what its viewer can
+    # a notebook keeps both forms, and each viewer of it shows the one that it can
     if is_notebook:
-        ipython.display.display({"text/plain": plain, "text/html": rich}, raw=True)
+        ipython.display.display({"text/plain": text, "text/html": rich}, raw=True)
     else:
-        print(plain, file=file)
+        print(text, file=file)

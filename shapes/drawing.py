@@ -86,7 +86,7 @@ def rows_of(nodes: list[Call | Line], indent: str | None = None, depth: int = 0)
     last_call = max((i for i, node in enumerate(nodes) if isinstance(node, Call)), default=-1)
     for i, node in enumerate(nodes):
         below = "" if indent is None else indent + ("│  " if i < last_call else "   ")
-        times = f" × {node.times}" if node.times > 1 else ""
+        times = f" × {node.times}".replace(" ", FIXED_SPACE) if node.times > 1 else ""
         notes = [Row(below, below, shapes=note, style="quiet") for note in value_notes(node)]
         notes += [Row(below + "   ", below + "   ", text=line, style="wrong" if note.startswith("✗") else "quiet")
                   for note in long_notes(node) for line in note.splitlines()]  # fmt: skip
@@ -99,7 +99,7 @@ def rows_of(nodes: list[Call | Line], indent: str | None = None, depth: int = 0)
             branch = "" if indent is None else indent + ("├─ " if i < last_call else "└─ ")
             tail = below + ("│  " if any(isinstance(child, Call) for child in inside) else "   ")
             name, kind = (node.name, f"  {node.kind}" if node.kind else "") if node.name else (node.kind, "")
-            is_open = bool(node.problem) or depth < 2 and (kind or name) not in kinds
+            is_open = bool(node.problem) or (depth < 2 and (kind or name) not in kinds)
             kinds.add(kind or name)
             rows.append(Row(branch, tail, name, kind + times, shapes_label(node), count=parameter_label(node),
                             is_open=is_open, below=notes + rows_of(inside, below, depth + 1)))  # fmt: skip
