@@ -113,7 +113,7 @@ def draw(calls: list[Call], html: str | Path | None, file: TextIO | None):
     is_notebook = file is None and ipython is not None and hasattr(ipython.get_ipython(), "kernel")
     is_terminal = (file or sys.stdout).isatty()
 
-    # the tree, or a page and a link to it
+    # the tree, or a page and a link to it, which is not for saved notebooks
     if html is None:
         is_known = not is_notebook and (is_terminal or "COLUMNS" in os.environ)
         width = min(shutil.get_terminal_size((WIDE, 24)).columns, 160) if is_known else WIDE
@@ -126,6 +126,7 @@ def draw(calls: list[Call], html: str | Path | None, file: TextIO | None):
 
     # a notebook keeps both forms, and each viewer of it shows the one that it can
     if is_notebook:
-        ipython.display.display({"text/plain": text, "text/html": rich}, raw=True)
+        metadata = {"tags": ["local_link"]} if html else {}
+        ipython.display.display({"text/plain": text, "text/html": rich}, raw=True, metadata=metadata)
     else:
         print(text, file=file)

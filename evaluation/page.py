@@ -127,12 +127,12 @@ def as_page(
 
 
 def without_folders(text: str) -> str:
-    """Reduce absolute paths to their last name, as pages are mailed.
+    """Reduce paths to their last name, as pages are mailed.
 
-    >>> without_folders("--data /home/me/stories.txt at 900 tokens/s")
-    '--data stories.txt at 900 tokens/s'
+    >>> without_folders("--data /home/me/stories.txt at 900 tokens/s, or ../of_mine/stories.txt")
+    '--data stories.txt at 900 tokens/s, or stories.txt'
     """
-    return re.sub(r"(?<![\w.:/\\])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+", "", text)
+    return re.sub(r"(?<![\w.:/\\])(?:[A-Za-z]:|~|\.\.?)?[/\\](?:[^\s/\\'\"]+[/\\])+", "", text)
 
 
 def html_table(frame: pd.DataFrame, kind: str = "numbers") -> Markup:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import zip_longest
+from math import ceil
 from textwrap import TextWrapper
 from typing import NamedTuple
 
@@ -44,11 +44,10 @@ class Row:
 
 
 class Columns(NamedTuple):
-    """The widths of the columns; left is 0 if the shapes stand below their line."""
+    """The place of the shapes, 0 if there is no room for a column of them; the widths of the numbers and of all."""
 
-    left: int
-    middle: int
-    right: int
+    shapes: int
+    count: int
     width: int
 
 
@@ -63,8 +62,8 @@ def paint(style: str, text: str) -> str:
     return f"\033[{COLORS[style]}m{text}\033[0m" if style else text
 
 
-def as_html(calls: list[Call], *widths: int) -> Markup:
-    """Draw the calls as a tree that folds without scripts, in each of these widths.
+def as_html(calls: list[Call], *widths: int, with_places: bool = False) -> Markup:
+    """Draw the calls as a tree that folds without scripts, in each of these widths; with_places names file and line on hovering.
 
     Without its style, which some viewers of notebooks remove, it is the tree of as_text with the marks of <details>.
     """
@@ -72,12 +71,13 @@ def as_html(calls: list[Call], *widths: int) -> Markup:
     for width in widths:
         rows, columns = lay_out(rows_of(fold(calls)), width - 2)  # the first two are for the marks
         trees.append((width, rows, partial(lines_of, columns=columns)))
-    return Markup(render("shapes/tree.jinja", trees=trees, phone=PHONE))
+    return Markup(render("shapes/tree.jinja", trees=trees, phone=PHONE, with_places=with_places))
 
 
 def as_page(calls: list[Call]) -> str:
     """Draw the calls as one self-contained HTML page, whose tree is narrower on a phone."""
-    return render("pages/base.jinja", title=f"{calls[0].kind or calls[0].name}: shapes", content=as_html(calls, WIDE, PHONE))
+    tree = as_html(calls, WIDE, PHONE, with_places=True)
+    return render("pages/base.jinja", title=f"{calls[0].kind or calls[0].name}: shapes", content=tree)
 
 
 def rows_of(nodes: list[Call | Line], indent: str | None = None, depth: int = 0) -> list[Row]:
@@ -113,16 +113,19 @@ def walk(rows: list[Row]) -> Iterator[Row]:
 
 
 def lay_out(rows: list[Row], width: int) -> tuple[list[Row], Columns]:
-    """Add headings, and give the labels the room that the shapes leave, or 55% of the width if they need it."""
+    """Add headings, and place the shapes where the tree takes the fewest lines."""
     with_shapes = [row for row in walk(rows) if row.shapes]
-    right = max(len("parameters"), *(len(row.count) for row in with_shapes))
+    count = max(len("parameters"), *(len(row.count) for row in with_shapes)) + 2
     if width < TWO_COLUMNS:
-        return [Row("", "", count="parameters", style="quiet"), *map(with_thin_branches, rows)], Columns(0, 0, right, width)
-    left = max(len(row.head + row.label) for row in with_shapes)
-    middle = max(len(row.shapes) if row.count else len(row.shapes + row.letters) + 3 - right - 2 for row in with_shapes)
-    room = width - right - 4
-    left = min(left, max(room - middle, room * 11 // 20))
-    return [Row("", "", shapes="shapes", count="parameters", style="quiet"), *rows], Columns(left, room - left, right, width)
+        return [Row("", "", count="parameters", style="quiet"), *map(with_thin_branches, rows)], Columns(0, count, width)
+
+    def height(place: int) -> int:
+        rooms = (width - place - (count if row.count else 0) for row in with_shapes)
+        lines = (ceil(len(row.shapes + row.letters) / room) for row, room in zip(with_shapes, rooms, strict=True))
+        return sum(lines) + sum(len(row.head + row.label) > place - 2 for row in with_shapes)
+
+    place = min(range(width // 4, width * 2 // 3), key=height)
+    return [Row("", "", shapes="shapes", count="parameters", style="quiet"), *rows], Columns(place, count, width)
 
 
 def with_thin_branches(row: Row) -> Row:
@@ -131,32 +134,20 @@ def with_thin_branches(row: Row) -> Row:
 
 
 def lines_of(row: Row, columns: Columns) -> list[list[Span]]:
-    """The lines of a row: its label, with the shapes beside it, or below it if there is one column."""
-    if not row.shapes and not row.count:
-        return label_lines(row, columns.width)
-    if not columns.left:
-        return stacked_lines(row, columns)
-    room = columns.middle if row.count else columns.middle + 2 + columns.right
-    lines = []
-    for label, shapes in zip_longest(label_lines(row, columns.left), shape_lines(row, room)):
-        label = [("quiet", row.tail)] if label is None else label
-        lines.append([*label, ("", " " * (columns.left + 2 - length(label))), *(shapes or [])])
-    return with_count(lines, row, columns)
-
-
-def stacked_lines(row: Row, columns: Columns) -> list[list[Span]]:
-    labels = label_lines(row, columns.width - (len(row.count) + 2 if row.count else 0))
-    shapes = shape_lines(row, columns.width - len(row.tail) - 2) if row.shapes else []
-    if len(labels) == len(shapes) == 1 and length(labels[0] + shapes[0]) + 4 + len(row.count) <= columns.width:
-        return with_count([[*labels[0], ("", "  "), *shapes[0]]], row, columns)
-    return with_count(labels, row, columns) + [[("quiet", row.tail + "  "), *line] for line in shapes]
-
-
-def with_count(lines: list[list[Span]], row: Row, columns: Columns) -> list[list[Span]]:
-    """Add the number of parameters at the right end of the first line."""
+    """The lines of a row: its label, and the shapes beside the end of it if they fit there, or below."""
+    lines = label_lines(row, columns.width - (len(row.count) + 2 if row.count else 0))
+    place = max(columns.shapes, len(row.tail) + 2)
+    shapes = shape_lines(row, columns.width - place - (columns.count if row.count and columns.shapes else 0))
+    end = length(lines[-1])
+    if columns.shapes:
+        is_beside, gap = end <= place - 2, place - end
+    else:
+        is_beside, gap = len(lines + shapes) == 2 and end + length(shapes[0]) + 4 + len(row.count) <= columns.width, 2
+    if shapes and is_beside:
+        lines[-1] += [("", " " * gap), *shapes.pop(0)]
     if row.count:
         lines[0].append((row.style, row.count.rjust(columns.width - length(lines[0]))))
-    return lines
+    return lines + [[("quiet", row.tail.ljust(place)), *line] for line in shapes]
 
 
 def label_lines(row: Row, width: int) -> list[list[Span]]:
@@ -172,6 +163,8 @@ def label_lines(row: Row, width: int) -> list[list[Span]]:
 
 def shape_lines(row: Row, room: int) -> list[list[Span]]:
     """The shapes, wrapped between them, and their letters behind or below."""
+    if not row.shapes:
+        return []
     lines = [[(row.style or "shapes", line)] for line in fill(unbroken(row.shapes), room, "", "  ")]
     letters = f" = {row.letters}" if row.letters else ""
     if length(lines[-1]) + len(letters) > room:
@@ -189,10 +182,10 @@ def fix_spaces(match: re.Match) -> str:
 
 
 def fill(text: str, width: int, head: str, tail: str) -> list[str]:
-    """Wrap text at its spaces, but not in short parentheses; and before methods of results, as in .view(B, T).transpose(1, 2)."""
+    """Wrap text at its spaces, but not in short brackets; and before methods of results, as in .view(B, T).transpose(1, 2)."""
     wrapper = TextWrapper(max(width, len(tail) + 8), initial_indent=head, subsequent_indent=tail, break_on_hyphens=False)
     wrapper.wordsep_simple_re = re.compile(r"( +)|(?<=\))(?=\.)")
-    lines = wrapper.wrap(re.sub(r"\([^()]{,12}\)", fix_spaces, text))
+    lines = wrapper.wrap(re.sub(r"[([][^()[\]]{,12}[)\]]", fix_spaces, text))
     return [line.replace(FIXED_SPACE, " ") for line in lines] or [head]
 
 

@@ -90,6 +90,19 @@ def look(node: Call | Line) -> tuple:
     return name, node.kind, node.inputs, node.kwargs, node.outputs, size, node.problem, node.times, children
 
 
+def without_repeats(nodes: list[Call | Line], visited: set[tuple]) -> list[Call | Line]:
+    """Leave out what is inside calls that look like visited ones, and add the other calls to these."""
+    shorter = []
+    for node in nodes:
+        if isinstance(node, Call) and len(node.children) > 1 and look(node) in visited:
+            node = replace(node, children=[Line("as above", ())])
+        elif isinstance(node, Call):
+            visited.add(look(node))
+            node = replace(node, children=without_repeats(node.children, visited))
+        shorter.append(node)
+    return shorter
+
+
 def merge(nodes: list[Call | Line]) -> Call | Line:
     times = sum(node.times for node in nodes)
     if isinstance(nodes[0], Line):
@@ -138,13 +151,14 @@ def shapes_label(node: Call | Line) -> str:
 
 
 def given_lines(call: Call) -> list[Line]:
-    """A line for each keyword argument, except those that are passed on to a call inside, where they are shown."""
+    """A line for the keyword arguments, except those that are passed on to a call inside, where they are shown."""
     passed_on, calls = set(), [child for child in call.children if isinstance(child, Call)]
     while calls:
         inner = calls.pop()
         passed_on.update(inner.kwargs)
         calls += [child for child in inner.children if isinstance(child, Call)]
-    return [Line("given", (value,)) for value in call.kwargs if value not in passed_on]
+    given = tuple(value for value in call.kwargs if value not in passed_on)
+    return [Line("given", given)] if given else []
 
 
 def value_notes(node: Call | Line) -> list[str]:
