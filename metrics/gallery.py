@@ -50,15 +50,15 @@ def show_blocks(config: ModelConfig, tokens: Tensor, vocab_size: int):
     --------
     >>> show_blocks(ModelConfig(), torch.randint(100, (2, 16)), vocab_size=100)  # doctest: +SKIP
     """
-    from IPython.display import HTML, Markdown, display
+    from IPython.display import display
 
     visited: set[tuple] = set()
     for module, names in families(config).items():
         family = inspect.getdoc(sys.modules[module]).splitlines()[0]
-        display(Markdown(f"### {module.replace('.', '/')}.py\n\n{family}"))
+        display({"text/markdown": f"### {module.replace('.', '/')}.py\n\n{family}"}, raw=True)
         for name in names:
             exhibit = run_block(name, layers_to_try(name, all_blocks(config)[name])[0], config, tokens, vocab_size, visited)
-            display(Markdown(f"#### {name}\n\n{exhibit.summary}"), HTML(as_html(exhibit)))
+            display({"text/markdown": f"#### {name}\n\n{exhibit.summary}"}, {"text/html": as_html(exhibit)}, raw=True)
 
 
 def families(config: ModelConfig) -> dict[str, list[str]]:
@@ -86,7 +86,7 @@ def run_block(name: str, layer: str, config: ModelConfig, tokens: Tensor, vocab_
         model(tokens, memory=memory, cache=cache)
     state = dict(pair for key, value in cache.blocks.get(block, {}).items() for pair in tensors_in(key, value))
     summary = inspect.getdoc(block).splitlines()[0]
-    shapes = as_text(without_repeats(fold(recording.calls), visited))
+    shapes = as_text(without_repeats(fold(recording.calls), visited), width=96)
     return Exhibit(name, layer, summary, shapes, {key: tuple(value.shape) for key, value in state.items()}, part)
 
 

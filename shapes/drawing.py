@@ -16,7 +16,7 @@ from shapes.tree import Call, Line, fold, given_lines, long_notes, parameter_lab
 
 WIDE, PHONE = 110, 44  # columns of a tree in a notebook or on a page, and on a narrow screen
 TWO_COLUMNS = 72  # from this width on, shapes stand beside their line and not below it
-COLORS = {"name": "1;34", "shapes": "36", "quiet": "2", "wrong": "31"}  # ANSI codes
+COLORS = {"name": "1;34", "shapes": "36", "branch": "2", "quiet": "2", "wrong": "31"}  # ANSI codes
 FIXED_SPACE = "\N{NO-BREAK SPACE}"
 
 Span = tuple[str, str]  # style, text
@@ -62,21 +62,22 @@ def paint(style: str, text: str) -> str:
     return f"\033[{COLORS[style]}m{text}\033[0m" if style else text
 
 
-def as_html(calls: list[Call], *widths: int, with_places: bool = False) -> Markup:
-    """Draw the calls as a tree that folds without scripts, in each of these widths; with_places names file and line on hovering.
+def as_html(calls: list[Call], *widths: int, is_page: bool = False) -> Markup:
+    """Draw the calls as a tree that folds without scripts, in each of these widths.
 
-    Without its style, which some viewers of notebooks remove, it is the tree of as_text with the marks of <details>.
+    Without its style, which some viewers of notebooks remove, it is the tree of as_text with the marks of <details>. A page has
+    gray branches and names the place of a line, which in a notebook would double its size.
     """
     trees = []
     for width in widths:
         rows, columns = lay_out(rows_of(fold(calls)), width - 2)  # the first two are for the marks
         trees.append((width, rows, partial(lines_of, columns=columns)))
-    return Markup(render("shapes/tree.jinja", trees=trees, phone=PHONE, with_places=with_places))
+    return Markup(render("shapes/tree.jinja", trees=trees, phone=PHONE, is_page=is_page))
 
 
 def as_page(calls: list[Call]) -> str:
     """Draw the calls as one self-contained HTML page, whose tree is narrower on a phone."""
-    tree = as_html(calls, WIDE, PHONE, with_places=True)
+    tree = as_html(calls, WIDE, PHONE, is_page=True)
     return render("pages/base.jinja", title=f"{calls[0].kind or calls[0].name}: shapes", content=tree)
 
 
@@ -147,7 +148,7 @@ def lines_of(row: Row, columns: Columns) -> list[list[Span]]:
         lines[-1] += [("", " " * gap), *shapes.pop(0)]
     if row.count:
         lines[0].append((row.style, row.count.rjust(columns.width - length(lines[0]))))
-    return lines + [[("quiet", row.tail.ljust(place)), *line] for line in shapes]
+    return lines + [[("branch", row.tail.ljust(place)), *line] for line in shapes]
 
 
 def label_lines(row: Row, width: int) -> list[list[Span]]:
@@ -156,7 +157,7 @@ def label_lines(row: Row, width: int) -> list[list[Span]]:
     for line in fill(row.label, width, row.head, row.tail):
         start = len(row.tail if lines else row.head)
         end = start if lines else start + len(row.name)
-        spans = [("quiet", line[:start]), ("name", line[start:end]), (row.style, line[end:])]
+        spans = [("branch", line[:start]), ("name", line[start:end]), (row.style, line[end:])]
         lines.append([(style, text) for style, text in spans if text])
     return lines
 

@@ -23,7 +23,7 @@ def test_every_block_is_in_one_family():
 
 def test_every_block_is_displayed(monkeypatch):
     shown = []
-    monkeypatch.setattr("IPython.display.display", lambda *parts: shown.extend(part.data for part in parts))
+    monkeypatch.setattr("IPython.display.display", lambda *parts, raw: shown.extend(next(iter(part.values())) for part in parts))
     show_blocks(TOY, TOKENS, vocab_size=11)
     headings = [text.splitlines()[0] for text in shown if text.startswith("#")]
     expected = []
