@@ -15,6 +15,7 @@ from shapes.comments import shapes_in
 from shapes.tree import Call, Line, fold, given_lines, long_notes, parameter_label, shapes_label, value_notes
 
 WIDE, PHONE = 110, 44  # columns of a tree in a notebook or on a page, and on a narrow screen
+SMALL = 60  # rows of a tree that is open
 TWO_COLUMNS = 72  # from this width on, shapes stand beside their line and not below it
 COLORS = {"name": "1;34", "shapes": "36", "branch": "2", "quiet": "2", "wrong": "31"}  # ANSI codes
 FIXED_SPACE = "\N{NO-BREAK SPACE}"
@@ -63,15 +64,18 @@ def paint(style: str, text: str) -> str:
 
 
 def as_html(calls: list[Call], *widths: int, is_page: bool = False) -> Markup:
-    """Draw the calls as a tree that folds without scripts, in each of these widths.
+    """Draw the calls as a tree that folds without scripts, in each of these widths. A small one is open.
 
     Without its style, which some viewers of notebooks remove, it is the tree of as_text with the marks of <details>. A page has
     gray branches and names the place of a line, which in a notebook would double its size.
     """
-    trees = []
+    rows, trees = rows_of(fold(calls)), []
+    if sum(1 for _ in walk(rows)) <= SMALL:
+        for row in walk(rows):
+            row.is_open = True
     for width in widths:
-        rows, columns = lay_out(rows_of(fold(calls)), width - 2)  # the first two are for the marks
-        trees.append((width, rows, partial(lines_of, columns=columns)))
+        tree, columns = lay_out(rows, width - 2)  # the first two are for the marks
+        trees.append((width, tree, partial(lines_of, columns=columns)))
     return Markup(render("shapes/tree.jinja", trees=trees, phone=PHONE, is_page=is_page))
 
 
@@ -82,7 +86,7 @@ def as_page(calls: list[Call]) -> str:
 
 
 def rows_of(nodes: list[Call | Line], indent: str | None = None, depth: int = 0) -> list[Row]:
-    """The rows of nodes; the upper two levels are open, of repeated modules the first one."""
+    """The rows of nodes. The upper two levels are open; of repeated modules the first one is."""
     rows, kinds = [], set()
     last_call = max((i for i, node in enumerate(nodes) if isinstance(node, Call)), default=-1)
     for i, node in enumerate(nodes):
@@ -126,6 +130,8 @@ def lay_out(rows: list[Row], width: int) -> tuple[list[Row], Columns]:
         return sum(lines) + sum(len(row.head + row.label) > place - 2 for row in with_shapes)
 
     place = min(range(width // 4, width * 2 // 3), key=height)
+    ends = [place + len(row.shapes + row.letters) + 3 * bool(row.letters) + count * bool(row.count) for row in with_shapes]
+    width = min(width, max(*ends, *(len(row.head + row.label) for row in walk(rows))))
     return [Row("", "", shapes="shapes", count="parameters", style="quiet"), *rows], Columns(place, count, width)
 
 
