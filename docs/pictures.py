@@ -68,22 +68,22 @@ def shapes(page: Path) -> str:
     attention = model.layers[0].branches[0].blocks[1]
     with torch.no_grad(), show_shapes(attention, html=page):
         model(torch.zeros(2, 100, dtype=torch.long))
-    return "h1, p { display: none } body { margin: 0 } .shapes { width: 25em } .count { width: 6em }"
+    return "h1 { display: none } body { margin: 0 }"
 
 
 def diff(page: Path) -> str:
     """What the example experiment changes in the base model; the weights of equal parts are hidden."""
     run("evaluation", "diff", "0.5m_short_and_thick", "example/forgetting", "--html", str(page))
-    return "h1, p, .same br, .same .details { display: none } body { margin: 0 }"
+    return "h1, p, .same :is(br, small) { display: none } body { margin: 0 }"
 
 
 def compare(page: Path) -> str:
     """The verdict on the three shipped groups of seeds: sentences, intervals, curves over time."""
     run("evaluation", "compare", *COMPARED, "--html", str(page))
     return """
-        body { display: grid; grid-template-columns: 1fr 1fr; align-items: center; column-gap: 1em }
+        body { width: 40em; margin: 0; padding: 0 }
         body > :not(.verdict, svg, .plots:has(figure)), figure:not(:nth-child(3)) { display: none }
-        .verdict { grid-column: 1 / -1; margin-top: 0 }
+        .plots { display: block } svg { max-width: none }
     """
 
 

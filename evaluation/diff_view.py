@@ -2,33 +2,30 @@
 
 import re
 from collections.abc import Iterator
-from html import escape
 from itertools import zip_longest
-from pathlib import Path
 from textwrap import wrap
 from typing import NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from evaluation.alignment import CHANGED, LEFT, RIGHT, SAME, Diff, Group
 from metrics.cost import Part
+from pages import render
 from shapes.tree import joined_name
 
 NUMBERS = {"parameters": "parameters", "flops": "FLOPs", "cache_per_token": "cache"}
 CLASSES = {SAME: "same", CHANGED: "changed", LEFT: "left", RIGHT: "right"}
-TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-                        trim_blocks=True, lstrip_blocks=True)  # fmt: skip
 
 
 class DiffView(Diff):
     """A Diff that `print` shows as text and a notebook as a table."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return as_text(self)
 
     def _repr_html_(self) -> str:
-        template = TEMPLATES.get_template("diff.jinja")
-        return template.render(diff=self, lines=list(lines_of(self)), labels=NUMBERS.values(), classes=CLASSES, ratio=ratio)
+        return render("evaluation/diff.jinja", diff=self, groups=[list(lines_of(group)) for group in self.groups],
+                      labels=list(NUMBERS.values()), classes=CLASSES, changed=CHANGED, ratio=ratio)  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -47,15 +44,14 @@ class Line(NamedTuple):
     is_inside: bool = False  # a part of a layer
 
 
-def lines_of(diff: Diff) -> Iterator[Line]:
-    """A line for each layer and each part; the parts of equal layers are left out."""
-    for group in diff.groups:
-        several = len(group.rows) > 1
-        if several:
-            yield Line(group.mark, group_cell(group, "left"), group_cell(group, "right"), is_group=True)
-        if not several or group.mark != SAME:
-            for row in group.rows:
-                yield Line(row.mark, part_cell(row.left, row.right), part_cell(row.right, row.left), is_inside=several)
+def lines_of(group: Group) -> Iterator[Line]:
+    """A line for a layer, and for each of its parts, unless it is the same in both."""
+    several = len(group.rows) > 1
+    if several:
+        yield Line(group.mark, group_cell(group, "left"), group_cell(group, "right"), is_group=True)
+    if not several or group.mark != SAME:
+        for row in group.rows:
+            yield Line(row.mark, part_cell(row.left, row.right), part_cell(row.right, row.left), is_inside=several)
 
 
 def group_cell(group: Group, side: str) -> Cell:
@@ -105,7 +101,7 @@ def as_text(diff: Diff) -> str:
             for start, value in ((f"{name.ljust(width)}  {LEFT} ", left), (f"{' ' * width}  {RIGHT} ", right)):
                 text += wrap(value, 120, initial_indent=start, subsequent_indent=" " * len(start))
     table = [("", *(heading for side in diff.sides for heading in (side.title, *NUMBERS.values())))]
-    table += [row for line in lines_of(diff) for row in text_rows(line)]
+    table += [row for group in diff.groups for line in lines_of(group) for row in text_rows(line)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     text.append("")
     for row in table:
@@ -135,12 +131,5 @@ def text_rows(line: Line) -> Iterator[tuple[str, ...]]:
 
 def as_page(diff: DiffView) -> str:
     """One self-contained HTML page, in the reader's light or dark mode."""
-    title = escape(f"{diff.left.title} {CHANGED} {diff.right.title}")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>:root {{ color-scheme: light dark }} body {{ margin: 2em auto; max-width: 1400px; padding: 0 1em }}</style></head>
-<body><h1>{title}</h1>
-{diff._repr_html_()}
-</body></html>
-"""
+    title = f"{diff.left.title} {CHANGED} {diff.right.title}"
+    return render("pages/base.jinja", title=title, content=Markup(diff._repr_html_()))
