@@ -593,7 +593,7 @@ READ = """
 import sys, time
 from data import sources
 from data.storyworld import world
-world.stories = lambda split, count: [f"{split} {count}"]
+world.stories = lambda split, count, name: [f"{name} {split} {count}"]
 sources.HUB_SECONDS = min(sources.HUB_SECONDS, float(sys.argv[1]))
 for source in sys.argv[2:]:
     began = time.monotonic()
