@@ -68,15 +68,23 @@ ABLATIONS: dict[str, list[str]] = {
     "no_clipping": ["train.grad_clip=None"],
 }  # fmt: skip
 
+# AdamW over learning rate and decay, to compare Muon with a tuned AdamW
+ADAMW = {
+    f"AdamW_{rate}_decay_{decay}": [
+        "train.optimizer=AdamW", "train.betas=(0.9, 0.95)", f"train.lr_max={rate}", f"train.weight_decay={decay}",
+        f"train.embedding_decay={decay}",
+    ]
+    for rate in (0.002, 0.004, 0.008, 0.016) for decay in (0.01, 0.1, 0.5)
+}  # fmt: skip
+
 
 def chosen_ablations(names: Iterable[str]) -> dict[str, list[str]]:
-    """Look up ablations by name; "all" gives all. Raises ValueError for an unknown name."""
-    if "all" in names:
-        return ABLATIONS
+    """Look up ablations by name; "all" gives ABLATIONS, "tune_AdamW" gives ADAMW. Raises ValueError for an unknown name."""
+    groups = {"all": ABLATIONS, "tune_AdamW": ADAMW} | {name: {name: change} for name, change in (ABLATIONS | ADAMW).items()}
     for name in names:
-        if name not in ABLATIONS:
-            raise ValueError(f"no ablation is called {name!r}.{did_you_mean(name, ABLATIONS)} There are: {', '.join(ABLATIONS)}")
-    return {name: ABLATIONS[name] for name in names}
+        if name not in groups:
+            raise ValueError(f"no ablation is called {name!r}.{did_you_mean(name, groups)} There are: {', '.join(groups)}")
+    return {key: change for name in names for key, change in groups[name].items()}
 
 
 def changed(preset: Preset, changes: list[str] | tuple[str, ...]) -> Preset:

@@ -22,10 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script import HERE, describe_machine, in_new_process, quartiles, run_script, save_page, show, table
+from script import Row, in_new_process, quartiles, report, run_script
 from train_speed import CPU
 
 import fast
@@ -55,7 +56,7 @@ class Arguments:
     rounds: int = 9  # rounds in which a block and Attn alternate
     seconds: float = 1.0  # measurement time of a block at each length, and in each round
     short: bool = False  # quick look: three lengths, a quarter of the tokens, three short rounds
-    save: bool = False  # write the table to benchmarks/mixers.md
+    save: str | None = None  # write the raw results to benchmarks/results/SAVE.json
 
 
 def main(arguments: Arguments):
@@ -63,31 +64,36 @@ def main(arguments: Arguments):
         arguments = replace(arguments, lengths=arguments.lengths[:3], tokens=arguments.tokens // 4, rounds=3, seconds=0.1)
     if arguments.tokens < max(arguments.lengths) or len(arguments.lengths) < 2:
         raise ValueError(f"lengths={arguments.lengths}: give at least two, none of more than tokens={arguments.tokens}")
-    lines = measure_all(arguments)
-    if arguments.save:
-        save_page(HERE / "mixers.md", lines)
+    report(tables, measure_all(arguments), arguments.save)
 
 
-def measure_all(arguments: Arguments) -> list[str]:
-    """Print the table row by row, and return it."""
+def measure_all(arguments: Arguments) -> dict:
     config = replace(SHAPE, plugins=arguments.plugins)
-    layers = arguments.layers or in_new_process(every_mixer, config)
-    lengths = [f"T {T}" for T in arguments.lengths]
-    head = ["", *lengths, "growth of time", "growth of memory", f"time per FLOP, times Attn at T {COMPARED_AT}"]
-    shape = f"dim {config.dim}, {config.num_heads} heads, {config.num_kv_heads} kv heads, {arguments.tokens} tokens a step"
-    how = f"fast={arguments.fast}; each length: ms per step, MB that it takes"
-    lines = show([describe_machine(), "", f"{shape}, {how}", "", *table(head, [])])
-    for layer in layers:
+    results = {}
+    for layer in tqdm(arguments.layers or in_new_process(every_mixer, config), leave=False, disable=None):
         costs = [
             in_new_process(measure, layer, config, T, arguments.tokens, arguments.seconds, arguments.fast)
             for T in arguments.lengths
         ]
         ratios = in_new_process(compare, layer, config, arguments.tokens, arguments.rounds, arguments.seconds, arguments.fast)
-        times, memories = zip(*costs, strict=True)
-        cells = [f"{1e3 * seconds:,.1f}, {megabytes:,.0f}" for seconds, megabytes in costs]
-        growths = [f"{growth(arguments.lengths, values):.2f}" for values in (times, memories)]
-        lines += show(table(head, [[layer, *cells, *growths, quartiles(ratios, ".2f") if ratios else "no FLOPs"]])[2:])
-    return lines
+        seconds, megabytes = zip(*costs, strict=True)
+        results[layer] = {"seconds": seconds, "megabytes": megabytes, "time_per_flop": ratios}
+    shape = f"dim {config.dim}, {config.num_heads} heads, {config.num_kv_heads} kv heads, {arguments.tokens} tokens a step"
+    return {"shape": shape, "fast": arguments.fast, "lengths": arguments.lengths, "results": results}
+
+
+def tables(raw: dict) -> dict[str, list[Row]]:
+    rows = []
+    for layer, of in raw["results"].items():
+        row = {"": layer}
+        for T, seconds, megabytes in zip(raw["lengths"], of["seconds"], of["megabytes"], strict=True):
+            row |= {f"T {T}": f"{1e3 * seconds:.1f}", f"T {T}: MB": f"{megabytes:.0f}"}
+        row |= {f"growth of {cost}": f"{growth(raw['lengths'], of[unit]):.2f}"
+                for cost, unit in (("time", "seconds"), ("memory", "megabytes"))}  # fmt: skip
+        column = f"time per FLOP, times Attn at T {COMPARED_AT}"
+        rows.append(row | (quartiles(column, of["time_per_flop"], ".2f") if of["time_per_flop"] else {column: "no FLOPs"}))
+    kernels = "our kernels" if raw["fast"] else "PyTorch alone"
+    return {f"{raw['shape']}, {kernels}; at each length: ms per step; MB that it takes": rows}
 
 
 def every_mixer(config: ModelConfig) -> list[str]:

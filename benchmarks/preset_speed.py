@@ -19,6 +19,7 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +28,12 @@ import numpy as np
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no log lines of torch's profiler
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mixers import growth
-from script import HERE, describe_machine, in_new_process, new_process, quartiles, run_script, save_page, show, table
+from script import Row, in_new_process, new_process, quartiles, report, run_script
 from train_speed import UNDER_WAY, Variant, take_turn, warm_up
 
 from config import TrainConfig
@@ -74,7 +76,7 @@ class Arguments:
     rounds: int = 5  # turns of each preset
     seconds: float = 1.0  # per turn, at least one step
     short: bool = False  # quick check: two presets, two lengths, three short rounds
-    save: bool = False  # write the tables to benchmarks/preset_speed.md
+    save: str | None = None  # write the raw results to benchmarks/results/SAVE.json
 
 
 def main(arguments: Arguments):
@@ -86,11 +88,16 @@ def main(arguments: Arguments):
     check(arguments)
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     chosen = {name: preset(name) for name in arguments.presets}
-    lines = show([describe_machine(), f"{arguments.tokens} tokens a step, vocabulary {arguments.vocab_size}", ""])
-    table_lines, shares = training_table(chosen, arguments)
-    lines += table_lines + show(["", *limits_table(shares), ""]) + writing_table(chosen, arguments)
-    if arguments.save:
-        save_page(HERE / "preset_speed.md", lines)
+    speeds, megabytes, shares = measure_steps(chosen, arguments)
+    raw = {
+        "tokens": arguments.tokens, "vocab_size": arguments.vocab_size, "lengths": arguments.lengths, "tokens_per_second": speeds,
+        "megabytes": megabytes, "shares": shares, "prefixes": arguments.places,
+        "written_per_second": {
+            name: in_new_process(writing_speeds, made, arguments.places, arguments.vocab_size, torch.get_num_threads())
+            for name, made in chosen.items()
+        },
+    }  # fmt: skip
+    report(tables, raw, arguments.save)
 
 
 def check(arguments: Arguments):
@@ -104,42 +111,62 @@ def check(arguments: Arguments):
         raise ValueError(f"threads={arguments.threads}: give a whole number of at least 1")
 
 
-def training_table(chosen: dict[str, Preset], arguments: Arguments) -> tuple[list[str], dict[str, dict[str, float]]]:
-    """Measure and print a row per length; return the table, and the shares of time by preset and length."""
-    first, *_ = chosen
-    lines = show(table([f"a step: times {first}; tokens/s; MB", *chosen], []))
-    paces, memories, shares = {name: [] for name in chosen}, {name: [] for name in chosen}, {}
-    for T in arguments.lengths:
+def measure_steps(chosen: dict[str, Preset], arguments: Arguments) -> tuple[dict, dict, dict]:
+    """Tokens/s by preset, length and round; megabytes by preset and length; shares of time by preset at the extreme lengths."""
+    speeds, megabytes, shares = {name: [] for name in chosen}, {name: [] for name in chosen}, {}
+    for T in tqdm(arguments.lengths, leave=False, disable=None):
         with ExitStack() as stack:
             processes = {name: stack.enter_context(new_process()) for name in chosen}
             for name, process in processes.items():
-                memories[name].append(process.submit(warm_up, variant_of(chosen[name], T, arguments)).result()[1])
-            speeds = {name: [] for name in chosen}
+                megabytes[name].append(process.submit(warm_up, variant_of(chosen[name], T, arguments)).result()[1])
+                speeds[name].append([])
             for _, (name, process) in itertools.product(range(arguments.rounds), processes.items()):
-                speeds[name].append(process.submit(take_turn, arguments.seconds).result())
+                speeds[name][-1].append(process.submit(take_turn, arguments.seconds).result())
             if T in (arguments.lengths[0], arguments.lengths[-1]):
                 shares |= {f"{name}, T {T}": process.submit(shares_of_time).result() for name, process in processes.items()}
-        cells = []
-        for name in chosen:
-            paces[name].append(float(np.median(speeds[name])))
-            ratio = quartiles(np.divide(speeds[first], speeds[name]), ".2f")
-            cells.append(f"{ratio}; {paces[name][-1]:,.0f}; {memories[name][-1]:,.0f}")
-        lines += show(table(["", *chosen], [[f"T {T}", *cells]])[2:])
-    lines += show(growth_rows(arguments.lengths, paces, memories))
-    return lines, shares
+    return speeds, megabytes, shares
 
 
-def growth_rows(lengths: tuple[int, ...], paces: dict[str, list], memories: dict[str, list]) -> list[str]:
+def tables(raw: dict) -> dict[str, list[Row]]:
+    """Tables of training steps, of their shares of time, and of generation."""
+    speeds, shares = raw["tokens_per_second"], raw["shares"]
+    first, *_ = speeds
+    steps = []
+    for i, T in enumerate(raw["lengths"]):
+        row = {"": f"T {T}"}
+        for name in speeds:
+            row |= quartiles(name, np.divide(speeds[first][i], speeds[name][i]), ".2f")
+            row |= {f"{name}: tokens/s": f"{np.median(speeds[name][i]):.0f}", f"{name}: MB": f"{raw['megabytes'][name][i]:.0f}"}
+        steps.append(row)
+    kinds = [*KINDS, REST]
+    profiles = [
+        {"": name} | {f"{kind}, %": f"{100 * of[kind]:.0f}" for kind in kinds} | {"most": max(kinds, key=of.__getitem__)}
+        for name, of in shares.items()
+    ]
+    written = [
+        {"": f"after {prefix:,} tokens"} | {name: f"{of[i]:.0f}" for name, of in raw["written_per_second"].items()}
+        for i, prefix in enumerate(raw["prefixes"])
+    ]
+    step = f"A training step of {raw['tokens']} tokens, vocabulary {raw['vocab_size']}"
+    steps += growth_rows(raw["lengths"], {name: np.median(of, axis=1) for name, of in speeds.items()}, raw["megabytes"])
+    return {
+        f"{step}: time in multiples of {first}'s, with quartiles; tokens/s; MB": steps,
+        "Share of a step's time": profiles,
+        "Tokens/s of generation": written,
+    }
+
+
+def growth_rows(lengths: Sequence[int], paces: dict[str, Sequence], memories: dict[str, Sequence]) -> list[Row]:
     """Growth of time, and of memory once a micro-batch is one row; no rows for too few lengths."""
     rows = []
     if len(lengths) > 1:
-        rows.append(["growth of time", *(f"{growth(lengths, 1 / np.array(of)):.2f}" for of in paces.values())])
+        rows.append({"": "growth of time"} | {name: f"{growth(lengths, 1 / np.array(of)):.2f}" for name, of in paces.items()})
     alone = np.array(lengths) >= MICRO_BATCH
     if alone.sum() > 1:
         longer = np.array(lengths)[alone]
-        grown = [growth(tuple(longer), np.array(of)[alone] / longer) for of in memories.values()]
-        rows.append(["growth of memory", *(f"{power:.2f}" for power in grown)])
-    return table(["", *paces], rows)[2:]
+        grown = {name: growth(tuple(longer), np.array(of)[alone] / longer) for name, of in memories.items()}
+        rows.append({"": "growth of memory"} | {name: f"{power:.2f}" for name, power in grown.items()})
+    return rows
 
 
 def shares_of_time() -> dict[str, float]:
@@ -173,13 +200,6 @@ def own_kind(name: str) -> str:
     return next((kind for kind, beginnings in KINDS.items() if name.startswith(beginnings)), REST)
 
 
-def limits_table(shares: dict[str, dict[str, float]]) -> list[str]:
-    """Tabulate the shares of time by preset and length, and the largest one."""
-    kinds = [*KINDS, REST]
-    rows = [[name, *(f"{of[kind]:.0%}" for kind in kinds), max(kinds, key=of.__getitem__)] for name, of in shares.items()]
-    return table(["share of a step's time", *kinds, "most"], rows)
-
-
 def variant_of(made: Preset, T: int, arguments: Arguments) -> Variant:
     rows = arguments.tokens // T
     model = replace(made.model, max_seq_len=T)
@@ -188,14 +208,6 @@ def variant_of(made: Preset, T: int, arguments: Arguments) -> Variant:
     has_compiler = build.fingerprint() != "none"
     plan = ExecutionPlan("float32", has_compiler, micro_batch, torch.get_num_threads(), compile=False)
     return Variant("ours", plan, Preset(model, train), arguments.vocab_size)
-
-
-def writing_table(chosen: dict[str, Preset], arguments: Arguments) -> list[str]:
-    speeds = [in_new_process(writing_speeds, made, arguments.places, arguments.vocab_size, torch.get_num_threads())
-              for made in chosen.values()]  # fmt: skip
-    rows = [[f"behind {place:,} tokens", *(f"{speed:,.0f}" for speed in row)]
-            for place, row in zip(arguments.places, zip(*speeds, strict=True), strict=True)]  # fmt: skip
-    return show(table(["tokens/s of writing", *chosen], rows))
 
 
 @torch.no_grad()

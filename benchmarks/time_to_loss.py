@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ablations import changed
-from script import HERE, describe_machine, in_new_process, run_script, save_page, show, table
+from script import HERE, Row, in_new_process, report, results_file, run_script, save
 
 from config import VERSION, ModelConfig, TrainConfig, migrate
 from data.dataset import choose_validation, load_data, open_source, story_hash
@@ -47,13 +47,12 @@ class Arguments:
     longest_story: int | None = 700  # maximum bytes of a validation story; None for no limit
     set: tuple[str, ...] = ()  # changes of the preset, such as train.lr_max=1e-2 model.zero_init=False
     at: tuple[float, ...] = (1.03, 0.64)  # levels of bits per byte to report the time of
-    results: Path | None = None  # a .jsonl file that finished runs are appended to; runs it holds are not repeated
-    save: str | None = None  # write tables and curves to benchmarks/SAVE.md and SAVE.png
+    save: str | None = None  # write benchmarks/results/SAVE.json and plot benchmarks/SAVE.png; seeds in the file are not repeated
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: one line of the results file."""
+    """A finished run."""
 
     seed: int
     settings: dict  # everything that affects the result
@@ -67,35 +66,19 @@ class Result:
 
 
 def main(arguments: Arguments):
-    check_early(arguments)
-    results = run_missing(arguments, base_preset(arguments))
-
-    lines = show([
-        describe_machine(),
-        f"{', '.join([arguments.preset, *arguments.set])}: {arguments.minutes:g} minutes on {arguments.data}",
-        "", *time_table(results, arguments.at),
-    ])  # fmt: skip
+    raw = run_missing(arguments, base_preset(arguments))
+    report(tables, raw, arguments.save)
     if arguments.save:
-        path = HERE / f"{arguments.save}.md"
-        draw(results, arguments.at, path.with_suffix(".png"))
-        save_page(path, [*lines, "", f"![curves]({path.stem}.png)"])
+        draw(raw, HERE / f"{arguments.save}.png")
 
 
-def check_early(arguments: Arguments):
-    """Check the output paths before hours of training. Raises OSError."""
-    if arguments.results:
-        arguments.results.touch()
-    if arguments.save and not (page := HERE / f"{arguments.save}.md").parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {page.parent} to save to: make it, or take another name")
-
-
-def run_missing(arguments: Arguments, chosen: Preset) -> list[Result]:
-    """The result of each seed: from the results file, or else from a new run."""
+def run_missing(arguments: Arguments, chosen: Preset) -> dict:
+    """Train the seeds that the results file does not have; return the raw results of all."""
     with tempfile.TemporaryDirectory(prefix="time_to_loss-") as folder:
         fingerprint = write_stories(arguments, chosen, Path(folder))
         chosen = with_train(chosen, data=str(Path(folder, "stories")))
         settings = settings_of(chosen, fingerprint)
-        results = read_results(arguments.results, settings)
+        results = read_results(arguments.save, settings)
         eval_every = None
         for seed in arguments.seeds:
             if seed in results:
@@ -103,12 +86,16 @@ def run_missing(arguments: Arguments, chosen: Preset) -> list[Result]:
             eval_every = eval_every or choose_eval_every(arguments, chosen, results, Path(folder))
             one = with_train(chosen, seed=seed, eval_every=eval_every)
             results[seed] = result = Result(seed, settings, eval_every, **in_new_process(run, one, Path(folder)))
-            if arguments.results:
-                with open(arguments.results, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(result)) + "\n")
+            if arguments.save:
+                save(arguments.save, raw_results(arguments, results))
             said = f"{result.bits_per_byte:.4f} bits per byte after {result.steps:,} steps, {result.seconds:.0f} s"
             print(f"seed {seed}: {said}", file=sys.stderr, flush=True)
-    return [results[seed] for seed in arguments.seeds]
+    return raw_results(arguments, results)
+
+
+def raw_results(arguments: Arguments, results: dict[int, Result]) -> dict:
+    caption = f"{', '.join([arguments.preset, *arguments.set])}: {arguments.minutes:g} minutes on {arguments.data}"
+    return {"caption": caption, "at": arguments.at, "runs": [asdict(results[seed]) for seed in sorted(results)]}
 
 
 def base_preset(arguments: Arguments) -> Preset:
@@ -167,25 +154,17 @@ def migrated(settings: dict) -> dict:
     return today
 
 
-def read_results(path: Path | None, settings: dict) -> dict[int, Result]:
-    """Read the runs of a results file with these settings, by seed.
+def read_results(name: str | None, settings: dict) -> dict[int, Result]:
+    """Read the runs of a results file by seed. Raises ValueError if they have other settings.
 
-    Config fields that are newer than the file are not compared. Raises ValueError for an invalid line.
+    Config fields that are newer than the file are not compared.
     """
-    results, others = {}, 0
-    lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            result = Result(**json.loads(line))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}, is not a result ({error}): delete the line") from error
-        if are_same(result.settings, settings):
-            results[result.seed] = result
-        else:
-            others += 1
-    if others:
-        print(f"{path} holds {others} runs of other settings, which are not used", file=sys.stderr)
-    return results
+    if not name or not results_file(name).exists():
+        return {}
+    runs = json.loads(results_file(name).read_text(encoding="utf-8")).get("raw", {}).get("runs", [])
+    if not all(are_same(run["settings"], settings) for run in runs):
+        raise ValueError(f"save={name!r}: {results_file(name).name} has runs with other settings: take another name")
+    return {run["seed"]: Result(**run) for run in runs}
 
 
 def choose_eval_every(arguments: Arguments, chosen: Preset, results: dict[int, Result], folder: Path) -> int:
@@ -260,47 +239,48 @@ def cold_start(chosen: Preset, folder: Path) -> Iterator[list[str]]:
         yield data.validation
 
 
-def seconds_to(result: Result, bits_per_byte: float) -> float:
+def seconds_to(run: dict, bits_per_byte: float) -> float:
     """Time of the first evaluation at or below a level; inf if there is none."""
-    return next((seconds for seconds, reached in result.curve if reached <= bits_per_byte), math.inf)
+    return next((seconds for seconds, reached in run["curve"] if reached <= bits_per_byte), math.inf)
 
 
-def time_table(results: list[Result], at: tuple[float, ...]) -> list[str]:
-    """Tabulate the seeds, and their medians and ranges."""
+def tables(raw: dict) -> dict[str, list[Row]]:
+    """A row for each seed, and the median and the range."""
+    runs = raw["runs"]
     columns = {
-        "steps": ([result.steps for result in results], ",.0f"),
-        "tokens": ([result.tokens for result in results], ",.0f"),
-        "seconds": ([result.seconds for result in results], ".0f"),
-        "tokens/s": ([result.tokens_per_second for result in results], ",.0f"),
-        **{f"seconds to {level:g}": ([seconds_to(result, level) for result in results], ".0f") for level in at},
-        "bits per byte": ([result.bits_per_byte for result in results], ".4f"),
+        "steps": ([run["steps"] for run in runs], ".0f"),
+        "tokens": ([run["tokens"] for run in runs], ".0f"),
+        "seconds": ([run["seconds"] for run in runs], ".0f"),
+        "tokens/s": ([run["tokens_per_second"] for run in runs], ".0f"),
+        **{f"seconds to {level:g}": ([seconds_to(run, level) for run in runs], ".0f") for level in raw["at"]},
+        "bits per byte": ([run["bits_per_byte"] for run in runs], ".4f"),
     }
     rows = [
-        [str(result.seed), *(shown(values[i], style) for values, style in columns.values())] for i, result in enumerate(results)
+        {"seed": str(run["seed"])} | {name: shown(values[i], style) for name, (values, style) in columns.items()}
+        for i, run in enumerate(runs)
     ]
-    if len(results) > 1:
-        rows.append(["median", *(shown(median(values), style) for values, style in columns.values())])
-        rows.append(
-            ["range", *(f"{shown(min(values), style)} to {shown(max(values), style)}" for values, style in columns.values())]
-        )
-    return table(["seed", *columns], rows)
+    middle = {"seed": "median (range)"}
+    for name, (values, style) in columns.items():
+        numbers = {name: median(values), f"{name}: from": min(values), f"{name}: to": max(values)}
+        middle |= {column: shown(number, style) for column, number in numbers.items()}
+    return {raw["caption"]: [*rows, middle]}
 
 
 def shown(value: float, style: str) -> str:
     return f"{value:{style}}" if math.isfinite(value) else "–"
 
 
-def draw(results: list[Result], at: tuple[float, ...], path: Path):
+def draw(raw: dict, path: Path):
     """Bits per byte against seconds, a curve for each run."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for result in results:
-        seconds, bits_per_byte = zip(*result.curve, strict=True) if result.curve else ([], [])
+    for run in raw["runs"]:
+        seconds, bits_per_byte = zip(*run["curve"], strict=True) if run["curve"] else ([], [])
         axes.plot(seconds, bits_per_byte, color="C0", linewidth=1)
-    for level in at:
+    for level in raw["at"]:
         axes.axhline(level, color="gray", linewidth=0.8, linestyle=":")
     axes.set(xlabel="seconds since train() was called", ylabel="bits per byte", xscale="log")
     axes.xaxis.set_major_formatter(LogFormatter())
@@ -309,4 +289,4 @@ def draw(results: list[Result], at: tuple[float, ...], path: Path):
 
 
 if __name__ == "__main__":
-    run_script(main, Arguments, __doc__, "With --results the same command goes on from the last finished run")
+    run_script(main, Arguments, __doc__, "With --save the same command goes on after the last finished run")

@@ -19,16 +19,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ablations import changed
-from script import HERE, describe_machine, in_new_process, new_process, quartiles, run_script, save_page, show, table
+from script import HERE, Row, in_new_process, new_process, quartiles, report, run_script
 
 from config import ModelConfig, TrainConfig
 from metrics.cost import num_parameters
@@ -62,7 +63,7 @@ class Arguments:
     depths: tuple[int, ...] = (4, 8, 16, 32)  # numbers of layers of the sweep
     contexts: tuple[int, ...] = (128, 256, 512, 1024)  # max_seq_len of the sweep, with the same tokens per step
     short: bool = False  # quick check: two layers, eight rows, ours not compiled, three short rounds
-    save: bool = False  # write the table to benchmarks/train_speed.md, or train_speed_sweep.md
+    save: str | None = None  # write the raw results to benchmarks/results/SAVE.json
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,12 @@ def main(arguments: Arguments):
     shape = changed(changed(SHAPE, SHORT if arguments.short else []), arguments.set)
     if arguments.short:
         arguments = replace(arguments, rounds=min(3, arguments.rounds), seconds=min(0.7, arguments.seconds))
-    lines = sweep(shape, arguments) if arguments.sweep else compare(shape, arguments)
-    if arguments.save:
-        save_page(HERE / ("train_speed_sweep.md" if arguments.sweep else "train_speed.md"), lines)
+    raw = sweep(shape, arguments) if arguments.sweep else compare(shape, arguments)
+    report(tables, raw, arguments.save)
 
 
-def compare(shape: Preset, arguments: Arguments) -> list[str]:
-    """Measure the variants; print and return the table."""
+def compare(shape: Preset, arguments: Arguments) -> dict:
+    """Measure the variants in turns."""
     vocab_size = arguments.vocab_size
     num_parameters, ways = in_new_process(prepare, shape, vocab_size, arguments.variants)
     with ExitStack() as stack:
@@ -101,48 +101,57 @@ def compare(shape: Preset, arguments: Arguments) -> list[str]:
         for _, (name, process) in itertools.product(range(arguments.rounds), processes.items()):
             speeds[name].append(process.submit(take_turn, arguments.seconds).result())
     peaks = {dtype: max(peak, peaks[dtype]) for dtype, peak in matmul_peaks(CPU, *PEAKS).items()}
-
-    rows, first = [], arguments.variants[0]
-    compared = [name for name, variant in ways.items() if name == first or variant.library == "transformers"]
-    for name, variant in ways.items():
-        ratios = [np.divide(speeds[name], speeds[other]) for other in compared]
-        share = np.median(speeds[name]) * flops_per_token(variant) / peaks[variant.plan.dtype]
-        at_all, without_imports = memory[name]
-        rows.append([
-            name, quartiles(speeds[name], ",.0f"), *(quartiles(ratio, ".2f") for ratio in ratios), f"{share:.1%}",
-            f"{at_all:,.0f}", f"{without_imports:,.0f}",
-        ])  # fmt: skip
-    head = ["", "tokens/s", *(f"times {name}" for name in compared), "of peak", "peak memory, MB", "without imports, MB"]
-    return show([
-        describe_machine(), describe_shape(shape, vocab_size, num_parameters), "", *table(head, rows), "",
-        f"{arguments.rounds} rounds of {arguments.seconds:g} s: medians and quartiles. The fastest matrix products: "
-        f"{peaks['float32'] / 1e9:,.0f} GFLOP/s in float32, {peaks['bfloat16'] / 1e9:,.0f} in bfloat16.", "",
-        *(f"- {name}: {variant.plan}" for name, variant in ways.items()),
-    ])  # fmt: skip
+    caption = describe_shape(shape, vocab_size, num_parameters)
+    return raw_results(caption, arguments, peaks, {name: measured(ways[name], speeds[name], memory[name]) for name in ways})
 
 
-def sweep(shape: Preset, arguments: Arguments) -> list[str]:
-    """Measure ours over widths, depths and contexts, one at a time; print and return the table."""
+def sweep(shape: Preset, arguments: Arguments) -> dict:
+    """Measure ours over widths, depths and contexts, one at a time."""
     points = [wider(shape, dim) for dim in arguments.dims]
     points += [[f"model.num_layers={depth}"] for depth in arguments.depths]
     for context in arguments.contexts:
         rows = max(1, shape.train.batch_size * shape.model.max_seq_len // context)
         points.append([f"model.max_seq_len={context}", f"train.batch_size={rows}"])
 
-    peaks = in_new_process(matmul_peaks, CPU, *PEAKS)
-    head = ["", "parameters", "tokens/s", "of peak", "peak memory, MB", "without imports, MB", "how"]
-    lines = show([describe_machine(), describe_shape(shape, arguments.vocab_size), "", *table(head, [])])
-    for point in points:
+    peaks, results = in_new_process(matmul_peaks, CPU, *PEAKS), {}
+    for point in tqdm(points, leave=False, disable=None):
         (variant,) = in_new_process(list_variants, changed(shape, point), arguments.vocab_size, ["ours_probed"]).values()
         with new_process() as process:
             memory = process.submit(warm_up, variant).result()
             speeds = [process.submit(take_turn, arguments.seconds).result() for _ in range(arguments.rounds)]
-        share = np.median(speeds) * flops_per_token(variant) / peaks[variant.plan.dtype]
-        parameters = num_parameters(registry.build_model(variant.shape.model, variant.vocab_size))
-        row = [point[0].partition(".")[2], f"{parameters:,}", quartiles(speeds, ",.0f"), f"{share:.1%}",
-               *(f"{megabytes:,.0f}" for megabytes in memory), str(variant.plan)]  # fmt: skip
-        lines += show(table(head, [row])[2:])
-    return lines
+        results[point[0].partition(".")[2]] = measured(variant, speeds, memory)
+    return raw_results(describe_shape(shape, arguments.vocab_size), arguments, peaks, results)
+
+
+def measured(variant: Variant, speeds: list[float], memory: tuple[float, float]) -> dict:
+    """Raw results of a variant; the tokens/s are those of each round."""
+    return {
+        "plan": asdict(variant.plan), "parameters": num_parameters(registry.build_model(variant.shape.model, variant.vocab_size)),
+        "flops_per_token": flops_per_token(variant), "tokens_per_second": speeds, "memory_mb": memory,
+    }  # fmt: skip
+
+
+def raw_results(shape: str, arguments: Arguments, peaks: dict[str, float], results: dict[str, dict]) -> dict:
+    turns = f"{arguments.rounds} rounds of {arguments.seconds:g} s: medians and quartiles"
+    return {"shape": shape, "turns": turns, "sweep": arguments.sweep, "peak_flops": peaks, "results": results}
+
+
+def tables(raw: dict) -> dict[str, list[Row]]:
+    """The table of a comparison or of a sweep."""
+    peaks, results, rows = raw["peak_flops"], raw["results"], []
+    first, *others = results
+    compared = [] if raw["sweep"] else [first, *(name for name in others if name.startswith("transformers"))]
+    for name, of in results.items():
+        speeds, plan = of["tokens_per_second"], ExecutionPlan(**of["plan"])
+        row = {"": name, "parameters": f"{of['parameters']}"} | quartiles("tokens/s", speeds, ".0f")
+        for other in compared:
+            row |= quartiles(f"times {other}", np.divide(speeds, results[other]["tokens_per_second"]), ".2f")
+        row["of peak, %"] = f"{100 * np.median(speeds) * of['flops_per_token'] / peaks[plan.dtype]:.1f}"
+        peak, without_imports = of["memory_mb"]
+        row |= {"peak memory, MB": f"{peak:.0f}", "without imports, MB": f"{without_imports:.0f}", "how": str(plan)}
+        rows.append(row)
+    fastest = f"{peaks['float32'] / 1e9:,.0f} GFLOP/s in float32, {peaks['bfloat16'] / 1e9:,.0f} in bfloat16"
+    return {f"{raw['shape']}. {raw['turns']}. The fastest matrix products: {fastest}.": rows}
 
 
 def wider(shape: Preset, dim: int) -> list[str]:

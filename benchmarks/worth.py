@@ -3,6 +3,7 @@
     python benchmarks/worth.py --runs ../worth --side_by_side 2 --save worth
     python benchmarks/worth.py --runs ../worth --budget clock --presets 1m mamba_like --minutes 5
     python benchmarks/worth.py --runs ../ablations --presets speedrun --ablate all --minutes 2 --save ablations
+    python benchmarks/worth.py --runs ../adamw --presets speedrun --ablate tune_AdamW --seeds 1 --minutes 1.25 --save adamw
 
 Presets are also compared by position in the story; --ablate compares one preset with changes of it, one at a time, from
 ablations.py. Every preset is trained with every seed, as by train.py, into its own folder in --runs. Finished runs are not
@@ -20,7 +21,6 @@ import os
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,13 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ablations import changed, chosen_ablations
 from preset_speed import RECURRENT
-from script import HERE, describe_machine, in_new_process, new_process, quartiles, run_script, save_page, show, table
+from script import HERE, describe_machine, in_new_process, new_process, page, quartiles, report, run_script
 from time_to_loss import are_same, settings_of, with_train
 from train_speed import Variant, list_variants, take_turn, warm_up
+from worth_tables import draw_differences, draw_positions, tables
 
 from config import TrainConfig
-from evaluation.comparison import Candidate, Comparison, compare, format_p
-from evaluation.statistics import Difference, over_seeds, over_stories
+from evaluation.comparison import Candidate, Comparison, compare
+from evaluation.statistics import Difference, over_stories
 from inference import load_model
 from metrics.measures import loss_by_position, token_scores
 from metrics.story_losses import validation_stories
@@ -61,7 +62,7 @@ NO_TIME = (  # fields that do not affect the time of a step, or are not part of 
 class Arguments:
     runs: Path | None = None  # folder for the runs, created if missing; by default $BASEGPT_RUNS
     presets: tuple[str, ...] = ("1m", *RECURRENT)  # the others are compared with the first
-    ablate: tuple[str, ...] = ()  # names in ablations.py, or all: ablations of a single preset
+    ablate: tuple[str, ...] = ()  # ablations of a single preset: names in ablations.py, all, or tune_AdamW
     minutes: float = 10.0  # per run
     seeds: int = 3  # per preset, from 0
     budget: Literal["steps", "clock"] = "steps"  # steps that fit into the minutes on a quiet machine, or the clock
@@ -73,7 +74,7 @@ class Arguments:
     seconds: float = 3.0  # per turn
     measure_only: bool = False  # only measure the speeds, on a quiet machine; do not train
     position_stories: int = 500  # validation stories for the loss by position
-    save: str | None = None  # write tables and curves to benchmarks/SAVE.md and SAVE.png
+    save: str | None = None  # write the raw results to benchmarks/results/SAVE.json, and plot benchmarks/SAVE.png
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def main(arguments: Arguments):
     if arguments.budget == "steps":
         speeds = measured_speeds(presets, arguments)
         presets = {name: for_steps(chosen, speeds[name], arguments.minutes) for name, chosen in presets.items()}
-        show(speed_table(presets, speeds))
+        print(speed_table(presets, speeds))
     if arguments.measure_only:
         return
     failed = train_missing(presets, arguments)
@@ -101,21 +102,15 @@ def main(arguments: Arguments):
 
     if arguments.ablate:  # the most helpful change first
         result.groups[1:] = sorted(result.groups[1:], key=lambda candidate: candidate.values.mean())
-    lines = show([describe_machine(), "", caption(arguments, speeds), "", *worth_table(result, speeds), ""])
-    if arguments.ablate:
-        lines += show([f"- {line}" for line in result.notes])
-        draw = partial(draw_differences, result)
-    else:
-        lines += show([*(f"- {line}" for line in result.verdicts + result.notes), ""])
-        by_position = losses_by_position(result.groups, arguments)
-        told = (f"Nats per token by its position in the story, on {arguments.position_stories} validation stories: the mean of "
-                "the seeds, and in brackets the difference to the first with its 95% interval over seeds.")  # fmt: skip
-        lines += show([told, "", *position_table(by_position)])
-        draw = partial(draw_positions, by_position)
+    results = {group.name: raw_results(group, result, speeds) for group in result.groups}
+    raw = {"caption": caption(arguments, speeds), "results": results}
+    if not arguments.ablate:
+        raw["by_position"] = losses_by_position(result.groups, arguments)
+    report(tables, raw, arguments.save)
+    print("\n".join(f"- {line}" for line in result.notes + ([] if arguments.ablate else result.verdicts)))
     if arguments.save:
-        path = HERE / f"{arguments.save}.md"
-        draw(path.with_suffix(".png"))
-        save_page(path, [*lines, "", f"![differences]({path.stem}.png)"])
+        draw = draw_differences if arguments.ablate else draw_positions
+        draw(raw, HERE / f"{arguments.save}.png")
     if failed:
         raise ChildProcessError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
 
@@ -268,139 +263,48 @@ def caption(arguments: Arguments, speeds: dict[str, Speed]) -> str:
         told += [f"Changed in all: {', '.join(arguments.set)}."]
     return " ".join([
         *told, "Bits per byte are on all validation stories, ± is the 95% interval over seeds (Student's t). The difference to",
-        "the first is paired by seed, which also determines the order of the stories, and again by story: that interval",
-        "covers other stories, but not other seeds. p is corrected for multiple comparisons (Holm).",
+        "the first is paired by seed, which also determines the order of the stories. p is corrected for the number of",
+        "comparisons (Holm), and alone decides; the interval beside it is that of one comparison. The interval over stories",
+        "covers other stories, but not other seeds: it is no verdict.",
     ])  # fmt: skip
 
 
-def speed_table(presets: dict[str, Preset], speeds: dict[str, Speed]) -> list[str]:
+def speed_table(presets: dict[str, Preset], speeds: dict[str, Speed]) -> str:
     rows = []
-    for name, chosen in presets.items():
-        pace = quartiles(speeds[name].tokens_per_second, ",.0f")
-        rows.append([name, pace, f"{chosen.train.max_steps:,}", str(ExecutionPlan(**speeds[name].plan))])
-    return [*table(["", "tokens/s", "steps", "how"], rows), ""]
+    for name, planned in presets.items():
+        pace = quartiles("tokens/s", speeds[name].tokens_per_second, ".0f")
+        rows.append({"": name} | pace | {"steps": f"{planned.train.max_steps}", "how": str(ExecutionPlan(**speeds[name].plan))})
+    return page({"": rows})
 
 
-def worth_table(result: Comparison, speeds: dict[str, Speed]) -> list[str]:
-    """Tabulate the presets that have a finished run."""
-    first, rows = result.groups[0], []
-    for candidate in result.groups:
-        logs = [member.log for member in candidate.members]
-        paces = speeds[candidate.name].tokens_per_second if speeds else pd.concat(logs)["tokens_per_second"]
-        spent = [np.mean([log[column].max() for log in logs]) for column in ("step", "tokens")]
-        row = [candidate.name, str(len(logs)), *(f"{number:,.0f}" for number in (candidate.parameters, np.median(paces), *spent))]
-        row.append(with_margin(from_nothing(candidate.values), ".4f"))
-        rows.append(row + (["–"] * 3 if candidate is first else differences(first, candidate, result)))
-    return table(["", "seeds", "parameters", "tokens/s", "steps", "tokens seen", "bits per byte",
-                  f"difference to {first.name}, by seed", "p", "by story"], rows)  # fmt: skip
+def raw_results(candidate: Candidate, result: Comparison, speeds: dict[str, Speed]) -> dict:
+    """Values of each seed, and the difference to the first candidate over seeds and over stories."""
+    first, logs = result.groups[0], [member.log for member in candidate.members]
+    paces = speeds[candidate.name].tokens_per_second if speeds else list(pd.concat(logs)["tokens_per_second"])
+    raw = {
+        "seeds": candidate.seeds, "parameters": candidate.parameters, "bits_per_byte": candidate.values.tolist(),
+        "steps": [int(log["step"].max()) for log in logs], "tokens": [int(log["tokens"].max()) for log in logs],
+        "tokens_per_second": float(np.median(paces)),
+    }  # fmt: skip
+    pair = f"{candidate.name} - {first.name}"
+    if pair in result.differences.index:
+        row = result.differences.loc[pair]
+        nats = [np.mean([member.losses["nats"] for member in group.members], axis=0) for group in (first, candidate)]
+        over = over_stories(*nats, first.members[0].losses["bytes"])
+        ends = (row["95% from"], row["to"], row["p"]) if row["over"].startswith("seeds") else [math.nan] * 3
+        raw["difference"] = asdict(Difference(row["difference"], *ends))
+        raw |= {"p_corrected": row["p (Holm)"], "over_stories": asdict(over)}
+    return raw
 
 
-def differences(first: Candidate, other: Candidate, result: Comparison) -> list[str]:
-    """Cells of the table: difference by seed, p-value, difference by story."""
-    pair = f"{other.name} - {first.name}"
-    if pair not in result.differences.index:
-        return ["not compared", "–", "–"]
-    row = result.differences.loc[pair]
-    over = Difference(row["difference"], row["95% from"], row["to"], row["p"])
-    by_seed = with_margin(over, "+.4f") if row["over"].startswith("seeds") else f"{over.mean:+.4f}"
-    nats = [np.mean([member.losses["nats"] for member in candidate.members], axis=0) for candidate in (first, other)]
-    by_story = over_stories(*nats, first.members[0].losses["bytes"])
-    return [by_seed, format_p(row["p (Holm)"]), with_margin(by_story, "+.4f")]
-
-
-def from_nothing(values: np.ndarray) -> Difference:
-    """Mean over seeds of values (seeds, ...) with its interval; a single seed has none."""
-    if len(values) < 2:
-        return Difference(values[0], *[values[0] + math.nan] * 3)
-    return over_seeds(np.zeros_like(values), values, paired=True)
-
-
-def with_margin(value: Difference, style: str) -> str:
-    return f"{value.mean:{style}}" + ("" if np.isnan(value.margin) else f" ± {value.margin:{style.removeprefix('+')}}")
-
-
-@dataclass(frozen=True)
-class ByPosition:
-    """Losses of all presets by position in the story."""
-
-    names: list[str]  # of the octaves: 1 to 1, 2 to 3, 4 to 7, ...
-    tokens: np.ndarray  # (octaves,) number of scored tokens
-    losses: dict[str, np.ndarray]  # by preset: (seeds, octaves), nats per token
-    seeds: dict[str, list[int]]
-
-    def means(self, preset_name: str) -> Difference:
-        return from_nothing(self.losses[preset_name])
-
-    def to_first(self, preset_name: str) -> Difference:
-        """Difference to the first preset by octave, paired if the seeds are equal."""
-        base = next(iter(self.losses))
-        first, other = self.losses[base], self.losses[preset_name]
-        if self.seeds[base] == self.seeds[preset_name]:
-            return from_nothing(other - first)
-        if min(len(first), len(other)) < 2:
-            mean = other.mean(axis=0) - first.mean(axis=0)
-            return Difference(mean, *[mean + math.nan] * 3)
-        return over_seeds(first, other, paired=False)
-
-
-def losses_by_position(groups: list[Candidate], arguments: Arguments) -> ByPosition:
+def losses_by_position(groups: list[Candidate], arguments: Arguments) -> dict:
+    """Nats per token by octave of the position in the story, for each preset and seed."""
     stories = validation_stories(arguments.data, None)[1][: arguments.position_stories]
     losses = {}
     for candidate in groups:
-        tables = [loss_by_position(token_scores(*load_model(member.name), stories)) for member in candidate.members]
-        losses[candidate.name] = np.array([scored["loss"] for scored in tables])
-    seeds_of = {candidate.name: candidate.seeds for candidate in groups}
-    return ByPosition(list(tables[0].index), np.array(tables[0]["tokens"]), losses, seeds_of)
-
-
-def position_table(found: ByPosition) -> list[str]:
-    rows = [["tokens scored", *(f"{count:,.0f}" for count in found.tokens)]]
-    for number, name in enumerate(found.losses):
-        cells = [f"{mean:.3f}" for mean in found.means(name).mean]
-        if number:
-            over = found.to_first(name)
-            by_octave = [Difference(*numbers) for numbers in zip(over.mean, over.low, over.high, over.p, strict=True)]
-            cells = [f"{cell} ({with_margin(difference, '+.3f')})" for cell, difference in zip(cells, by_octave, strict=True)]
-        rows.append([name, *cells])
-    return table(["", *found.names], rows)
-
-
-def draw_differences(result: Comparison, path: Path):
-    """Plot the difference of each preset to the first."""
-    from matplotlib.figure import Figure
-
-    found = result.differences.sort_values("difference")
-    figure = Figure(figsize=(8, 1 + 0.25 * len(found)), layout="constrained")
-    axes = figure.subplots()
-    margins = [found["difference"] - found["95% from"], found["to"] - found["difference"]]
-    axes.errorbar(found["difference"], range(len(found)), xerr=margins, fmt=".", capsize=2)
-    axes.axvline(0, color="gray", linewidth=1)
-    first = result.groups[0].name
-    axes.set_yticks(range(len(found)), [pair.removesuffix(f" - {first}") for pair in found.index])
-    axes.invert_yaxis()
-    axes.set(xlabel=f"bits per byte more than {first}, 95% interval over seeds")
-    figure.savefig(path, dpi=120)
-
-
-def draw_positions(found: ByPosition, path: Path):
-    """Plot the loss by position (left) and its difference to the first preset (right)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    places = 2.0 ** np.arange(len(found.names)) * 1.5
-    for number, name in enumerate(found.losses):
-        left.plot(places, found.means(name).mean, marker=".", color=f"C{number}", label=name)
-        if number:
-            over = found.to_first(name)
-            shifted = places * 1.03 ** (number - len(found.losses) / 2)  # so that the intervals stand apart
-            margin = None if np.isnan(over.margin).all() else over.margin
-            right.errorbar(shifted, over.mean, margin, marker=".", linewidth=1, capsize=2, color=f"C{number}", label=name)
-    right.axhline(0, color="C0", linewidth=1, label=next(iter(found.losses)))
-    left.set(xlabel="position in the story (tokens)", ylabel="nats per token", xscale="log")
-    right.set(xlabel="position in the story (tokens)", ylabel="difference, 95% interval over seeds", xscale="log")
-    left.legend()
-    figure.savefig(path, dpi=120)
+        scored = [loss_by_position(token_scores(*load_model(member.name), stories)) for member in candidate.members]
+        losses[candidate.name] = [list(table["loss"]) for table in scored]
+    return {"stories": len(stories), "octaves": list(scored[0].index), "tokens": scored[0]["tokens"].tolist(), "losses": losses}
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Mamba(LoggingModule):
     has state_dim numbers of state. Step sizes come from step_rank numbers of a token (None is D / 16, rounded up). The
     convolution is over conv_width tokens. Sequences are read in pieces of `chunk` tokens, to hold the states of only one piece
     in memory; the result does not depend on it. A window has no effect: the state covers the whole story. The states are N times
-    as large as the inputs and are read and written several times: without our kernel it trains 3 times as slowly as Attn.
+    as large as the inputs and are read and written several times: without our kernel it takes 3 times as long as Attn per FLOP.
     """
 
     activate, selective_scan = staticmethod(activate), staticmethod(selective_scan)

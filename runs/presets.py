@@ -167,7 +167,7 @@ PRESETS: dict[str, Preset] = {
     ),
     # Qwen3.5 (the default sizes of Qwen3_5TextConfig in transformers): three layers of Gated DeltaNet, with keys half as wide
     # as the stream and values as wide, then one of gated attention with 4 query heads per key and RoPE on 1/4 of the
-    # channels; the MLP is 3 times as wide as the stream. Embeddings are tied.
+    # channels; the MLP is 3 times as wide as the stream. Here the embeddings are tied.
     "qwen3.5_like": Preset(
         ModelConfig(
             num_layers=4, num_kv_heads=1, rope_theta=10_000_000.0, norm_eps=1e-6, qk_norm=True, mlp_dim=384, layers=(

@@ -67,7 +67,16 @@ def one_process(scripts, monkeypatch):
 
 
 @pytest.fixture
-def terminal(one_process, monkeypatch, capsys):
+def results(scripts, monkeypatch, tmp_path):
+    """The results files are written to a folder of the test."""
+    import script
+
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def terminal(one_process, results, monkeypatch, capsys):
     """Run a script as from the terminal and return what it printed."""
 
     def run(module, *words):
@@ -89,45 +98,46 @@ def test_train_speed_compares(terminal):
 
     words = ["--vocab_size", "64", "--rounds", "2", "--seconds", "0.01", "--variants", "transformers_float32", "ours_probed"]
     table = rows(terminal(train_speed, "--set", *QUICK, *words))
-    assert table["transformers_float32"][1] == "1.00 (1.00–1.00)"
-    peak, without_imports = (int(megabytes.replace(",", "")) for megabytes in table["ours_probed"][-2:])
+    assert table["transformers_float32"][2] == "1.00 (1.00–1.00)"
+    peak, without_imports = (int(megabytes.replace(",", "")) for megabytes in table["ours_probed"][-3:-1])
     assert 0 <= without_imports < peak
 
 
-def test_train_speed_sweeps(one_process, capsys):
+def test_train_speed_sweeps(one_process):
     import train_speed
 
-    arguments = train_speed.Arguments(vocab_size=64, rounds=2, seconds=0.01, dims=(32,), depths=(2,), contexts=(64,))
-    train_speed.sweep(train_speed.changed(train_speed.SHAPE, QUICK), arguments)
-    table = rows(capsys.readouterr().out)
-    assert [table[point][0] for point in ("dim=32", "num_layers=2", "max_seq_len=64")] == ["8,288", "4,176", "2,608"]
+    arguments = train_speed.Arguments(vocab_size=64, rounds=2, seconds=0.01, sweep=True, dims=(32,), depths=(2,), contexts=(64,))
+    raw = train_speed.sweep(train_speed.changed(train_speed.SHAPE, QUICK), arguments)
+    (table,) = train_speed.tables(raw).values()
+    assert [row["parameters"] for row in table] == ["8288", "4176", "2608"]
+    assert [row[""] for row in table] == ["dim=32", "num_layers=2", "max_seq_len=64"]
 
 
-def test_time_to_loss_goes_on(terminal, corpus, tmp_path, monkeypatch):
+def test_time_to_loss_goes_on(terminal, results, corpus, monkeypatch):
     import time_to_loss
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set again by the script, and then taken back")
-    results, page = tmp_path / "results.jsonl", tmp_path / "page"
+    monkeypatch.setattr(time_to_loss, "HERE", results)
     steps = ["train.max_steps=6", "train.warmup_steps=2", "train.eval_every=3", "train.eval_stories=200"]
     words = ["--preset", "1m", "--set", *TINY, *steps, "model.max_seq_len=48", "train.tokenizer=bpe_tokenizer_95",
-             "--data", corpus, "--longest_story", "60", "--at", "20", "0.01", "--results", str(results)]  # fmt: skip
+             "--data", corpus, "--longest_story", "60", "--at", "20", "0.01", "--save", "runs"]  # fmt: skip
     first = rows(terminal(time_to_loss, *words, "--seeds", "0"))["0"]
     assert first[0] == "6" and float(first[4]) >= 0 and first[5] == "–"
-    line = results.read_text()
-    assert [seconds > 0 for seconds, _ in json.loads(line)["curve"]] == [True, True]
+    file = results / "runs.json"
+    (run,) = json.loads(file.read_text())["raw"]["runs"]
+    assert [seconds > 0 for seconds, _ in run["curve"]] == [True, True]
 
-    table = rows(terminal(time_to_loss, *words, "--seeds", "0", "1", "--save", str(page)))
-    assert table["0"] == first and "to" in table["range"][0] and float(table["1"][-1]) != float(first[-1])
-    assert results.read_text().startswith(line) and results.read_text().count("\n") == 2
-    assert page.with_suffix(".png").stat().st_size > 0 and "| median |" in page.with_suffix(".md").read_text()
+    table = rows(terminal(time_to_loss, *words, "--seeds", "1"))
+    assert table["0"] == first and "–" in table["median (range)"][0] and float(table["1"][-1]) != float(first[-1])
+    assert (results / "runs.png").stat().st_size > 0
 
-    recorded = [json.loads(line) for line in results.read_text().splitlines()]
-    older = [line | {"settings": of_version_1(line["settings"])} for line in recorded]
-    results.write_text("".join(json.dumps(line) + "\n" for line in older))
+    saved = json.loads(file.read_text())
+    for run in saved["raw"]["runs"]:
+        run["settings"] = of_version_1(run["settings"])
+    file.write_text(json.dumps(saved))
     assert rows(terminal(time_to_loss, *words, "--seeds", "0", "1")) == table
-    assert results.read_text().count("\n") == 2
-    other = terminal(time_to_loss, *words[:3], "train.fast=False", *words[3:], "--seeds", "0")
-    assert rows(other)["0"] and results.read_text().count("\n") == 3
+    with pytest.raises(SystemExit, match="other settings"):
+        terminal(time_to_loss, *words[:3], "train.fast=False", *words[3:], "--seeds", "0")
 
 
 @pytest.mark.parametrize("attention, fast", [("auto", "auto"), ("kernel", True), ("sdpa", False), ("plain", False)])
@@ -143,7 +153,7 @@ def test_the_attention_of_older_results_is_fast_or_not(scripts, attention, fast)
 def test_every_ablation_is_a_change_that_the_config_takes(scripts):
     import ablations
 
-    for change in ablations.ABLATIONS.values():
+    for change in ablations.chosen_ablations(["all", "tune_AdamW"]).values():
         ablations.changed(preset("speedrun"), change)
 
 
@@ -158,20 +168,17 @@ def test_a_change_is_written_as_in_python_and_a_wrong_one_named(scripts):
             ablations.changed(preset, [change])
 
 
-def test_preset_speed_tells_training_and_writing(one_process, capsys):
+def test_preset_speed_measures_training_and_generation(one_process, monkeypatch, capsys):
     import preset_speed
 
     small = {name: Preset(replace(preset(name).model, dim=32, num_layers=1)) for name in ("1m", "mamba2_like")}
     sizes = {"lengths": (32,), "tokens": 64, "places": (5, 60), "vocab_size": 50}
-    arguments = preset_speed.Arguments(**sizes, rounds=2, seconds=0.01, threads=1)
-    preset_speed.check(arguments)
-    _, shares = preset_speed.training_table(small, arguments)
-    print("\n".join(preset_speed.limits_table(shares)))
-    preset_speed.writing_table(small, arguments)
+    monkeypatch.setattr(preset_speed, "preset", small.__getitem__)
+    preset_speed.main(preset_speed.Arguments(tuple(small), **sizes, rounds=2, seconds=0.01, threads=1))
     table = rows(capsys.readouterr().out)
     assert table["T 32"][0].startswith("1.00 (1.00–1.00); ") and float(table["T 32"][1].split()[0]) > 0
-    assert all(float(speed.replace(",", "")) > 0 for place in (5, 60) for speed in table[f"behind {place} tokens"])
-    kinds = [float(share.strip("%")) for share in table["mamba2_like, T 32"][:-1]]
+    assert all(float(speed.replace(",", "")) > 0 for prefix in (5, 60) for speed in table[f"after {prefix} tokens"])
+    kinds = [float(share) for share in table["mamba2_like, T 32"][:-1]]
     assert sum(kinds) == pytest.approx(100, abs=4) and table["1m, T 32"][-1] in (*preset_speed.KINDS, preset_speed.REST)
 
 
@@ -204,12 +211,12 @@ def test_growth_is_told_of_the_time_and_memory_of_a_row(scripts):
 
     lengths, paces = (256, 2048, 4096, 8192), {"linear": [9] * 4, "quadratic": [8, 4, 2, 1]}
     memories = {"linear": [90, 100, 200, 400], "quadratic": [90, 100, 400, 1600]}
-    found = rows("\n".join(preset_speed.growth_rows(lengths, paces, memories)))
-    assert found == {"growth of time": ["1.00", "2.00"], "growth of memory": ["1.00", "2.00"]}
+    exponents = [list(row.values()) for row in preset_speed.growth_rows(lengths, paces, memories)]
+    assert exponents == [["growth of time", "1.00", "2.00"], ["growth of memory", "1.00", "2.00"]]
 
 
 @pytest.fixture
-def worth_here(scripts, corpus, tmp_path, monkeypatch):
+def worth_here(results, corpus, tmp_path, monkeypatch):
     """Arguments of worth.py that train for a moment in this process, and the names of what was trained."""
     import worth
 
@@ -253,7 +260,6 @@ def test_worth_trains_what_is_missing_and_tells_it_again(worth_here, tmp_path, c
     assert [told["1m"][3], told["mamba_like"][3]] == ["12", "18"]  # steps: 60 * 0.01 s at that speed, 96 tokens each
     assert "±" in told["1m"][5] and "±" in told["mamba_like"][6]
     assert trained == ["1m-seed0", "mamba_like-seed0", "1m-seed1", "mamba_like-seed1"]
-    assert "Nats per token" in (tmp_path / "worth.md").read_text()
     assert (tmp_path / "worth.png").stat().st_size > 0
 
     worth.main(words)
@@ -275,10 +281,10 @@ def test_worth_compares_a_preset_with_changes_of_it(worth_here, tmp_path, capsys
 
     words, trained = worth_here
     worth.main(replace(words, presets=("1m",), ablate=("no_zero_init", "no_clipping", "GELU")))
-    told, page = capsys.readouterr(), (tmp_path / "worth.md").read_text()
+    told = capsys.readouterr()
     assert trained == ["1m-seed0", "no_clipping-seed0", "GELU-seed0", "1m-seed1", "no_clipping-seed1", "GELU-seed1"]
-    assert "no_zero_init is left out" in told.err and "of the preset 1m and of changes of it" in page
-    assert "±" in rows(told.out)["GELU"][6] and "Nats per token" not in page
+    assert "no_zero_init is left out" in told.err and "of the preset 1m and of changes of it" in told.out
+    assert "±" in rows(told.out)["GELU"][6] and "Nats per token" not in told.out
     assert (tmp_path / "worth.png").stat().st_size > 0
 
 
@@ -297,6 +303,8 @@ def test_worth_trains_for_the_steps_that_fit_into_the_minutes(scripts):
 def test_worth_measures_once_what_is_as_fast(scripts):
     import worth
 
+    tuned = worth.as_fast(worth.chosen_presets(worth.Arguments(presets=("speedrun",), ablate=("tune_AdamW",))))
+    assert len(tuned) == 13 and set(tuned.values()) == {"speedrun", "AdamW_0.002_decay_0.01"}
     chosen = worth.chosen_presets(worth.Arguments(presets=("speedrun",), ablate=("no_weight_decay", "cosine", "GELU", "tied")))
     assert worth.as_fast(chosen) == {
         "speedrun": "speedrun", "no_weight_decay": "speedrun", "cosine": "speedrun", "GELU": "GELU", "tied": "tied",
@@ -315,13 +323,12 @@ def test_what_worth_cannot_do_is_one_line(scripts, monkeypatch, tmp_path):
         worth.check_early(worth.Arguments())
 
 
-def test_worth_tells_positions_with_their_differences(scripts):
-    import numpy as np
-    import worth
+def test_worth_compares_by_position_in_the_story(scripts):
+    import worth_tables
 
-    losses = {"base": np.array([[3.0, 2.0], [3.2, 2.2]]), "idea": np.array([[3.1, 1.9], [3.3, 2.1]])}
-    found = worth.ByPosition(["1 to 1", "2 to 3"], np.array([10, 20]), losses, {"base": [0, 1], "idea": [0, 1]})
-    assert found.to_first("idea").mean == pytest.approx([0.1, -0.1])
-    table = rows("\n".join(worth.position_table(found)))
-    assert table["base"] == ["3.100", "2.100"] and table["tokens scored"] == ["10", "20"]
-    assert table["idea"][0].startswith("3.200 (+0.100") and table["idea"][1].startswith("2.000 (-0.100")
+    losses = {"base": [[3.0, 2.0], [3.2, 2.2]], "idea": [[3.1, 1.9], [3.3, 2.1]]}
+    positions = {"stories": 5, "octaves": ["1 to 1", "2 to 3"], "tokens": [10, 20], "losses": losses}
+    seeds = {name: {"seeds": [0, 1]} for name in losses}
+    counts, base, idea = worth_tables.position_rows({"results": seeds, "by_position": positions})
+    assert (counts["1 to 1"], base["1 to 1"], base["2 to 3"]) == ("10", "3.100", "2.100")
+    assert (idea["1 to 1"], idea["1 to 1: difference"], idea["2 to 3: difference"]) == ("3.200", "+0.100", "-0.100")
