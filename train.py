@@ -4,6 +4,7 @@
     python train.py --name my_run --resume
     python train.py --continue_from my_run --train.lr_max 1e-3
     python train.py --preset 1m --name my_group --seeds 3
+    python train.py --preset 2m --name my_idea --seeds_until_decided my_group
 
 B batch, T time, V vocabulary.
 """
@@ -39,7 +40,7 @@ from training.checkpoint import Record
 from training.machine import is_out_of_memory, peak_memory_mb
 from training.optim import expected_steps, growing_batch_size, growing_window, scheduled_learning_rate
 from training.report import dead_experts, write_report
-from training.seeds import train_group
+from training.seeds import train_group, train_until_decided
 from training.setup import ctrl_c_finishes_the_step, prepare
 
 LOG_EVERY = 10  # steps in a row of log_data.csv
@@ -166,7 +167,9 @@ def main(arguments: Arguments):
     """Train from the command line: one run, or one for each of several seeds."""
     python = shown_path(Path(sys.executable)) if sys.prefix != sys.base_prefix else "python"
     name = arguments.name or default_name(arguments.continue_from or arguments.preset)
-    if arguments.seeds > 1:
+    if arguments.seeds_until_decided:
+        train_until_decided(replace(arguments, name=name), lambda one: train_one(one, python), python)
+    elif arguments.seeds > 1:
         train_group(replace(arguments, name=name), lambda one: train_one(one, python), python)
     else:
         train_one(replace(arguments, name=name), python)

@@ -28,7 +28,7 @@ from evaluation.comparison import bits_per_byte
 from evaluation.ladder import EQUAL_STEPS, FEWEST_SIZES, Budget, Plan, architecture, plan, read_size, train_all
 from evaluation.loss_law import Law, Race, fit, race
 from evaluation.statistics import BITS, SIGNIFICANCE, over_stories
-from metrics.story_losses import losses_of
+from metrics.story_losses import losses_of, too_lossy
 from runs.folder import Run
 from training.seeds import is_over, member_names
 
@@ -127,6 +127,9 @@ def gather(planned: Plan) -> tuple[pd.DataFrame, list[str]]:
                 notes.append(f"{run.name} diverged and is left out: {problem}. Try a lower --train.lr_max, with another --name")
                 continue
             losses, scored = losses_of(run.name)
+            if problem := too_lossy(run.name, scored):
+                notes.append(problem)
+                continue
             facts[run.name], log = scored, run.log()
             rows.append([
                 rung.architecture, rung.label, rung.parameters, run.train_config.seed, bits_per_byte(losses), story_error(losses),

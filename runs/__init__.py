@@ -5,5 +5,6 @@ presets.py       preset, PRESETS, Preset: named architectures, and how they are 
 experiments.py   experiment_names, experiment_preset: the folders in experiments/
 command_line.py  parse, command, Arguments: options into configs, and configs into a command
 code.py          code_digests: the code that a run was trained with
+looks.py         seeds_at_first_look: when groups of seeds were first compared
 moved.py         moved_to: where modules of earlier versions are now
 """

@@ -31,10 +31,10 @@ MODELS = {  # the architecture of each run, and how many weights its model.pth h
     ),
 }  # fmt: skip
 TRAININGS = {
-    "0.5m_short_and_thick-seed0": TrainConfig(data="../shared/tinystories", max_minutes=6.0, threads=1),
+    "0.5m_short_and_thick-seed0": TrainConfig(data="tinystories", max_minutes=6.0, threads=1),
     "1m_storyworld": TrainConfig(data="storyworld", max_minutes=18.0, eval_every=500, grade_stories=64, threads=1),
     "2m_speedrun": TrainConfig(
-        data="../shared/tinystories", tokenizer="bpe_tokenizer_2048", batch_size=32, batch_size_start=8, max_minutes=10.0,
+        data="tinystories", tokenizer="bpe_tokenizer_2048", batch_size=32, batch_size_start=8, max_minutes=10.0,
         optimizer="Muon", muon_lr_scale=0.5, betas=(0.4, 0.99), weight_decay=0.5, embedding_decay=0.5, ema_decay=0.98,
         lr_max=0.009, warmup_steps=30,
     ),

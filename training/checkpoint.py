@@ -130,7 +130,8 @@ class Training:
         self.run.save("model.pth", {
             "model": self.best_model.state_dict(), "step": self.step, "loss": self.best_loss,
             "vocab_size": self.tokenizer.vocab_size, "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "data": self.data.name, "data_fingerprint": self.data.fingerprint, "rows_read": self.rows, "code": self.code,
+            "data": self.data.name, "data_fingerprint": self.data.fingerprint, "training_stories": self.data.num_stories,
+            "rows_read": self.rows, "code": self.code,
             "validation_stories": len(self.validation), "validation_fingerprint": fingerprint(self.validation),
             "continued_from": self.continued_from,
         })  # fmt: skip
