@@ -21,6 +21,7 @@ HUB_NAMES = {
     "tinystories_v2": "noanabeshima/TinyStoriesV2",
     "tinystories_gpt4_clean": "karpathy/tinystories-gpt4-clean",
 }
+SIZES = {"storyworld": (50_000, 3000), "storyworld_small": (20_000, 1000)}  # stories for training and for validation
 HUB_SECONDS = 6  # without an answer in this time, the hub is unreachable
 SEPARATOR = "<|endoftext|>"
 SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
@@ -103,7 +104,7 @@ def open_source(source: str) -> Source:
             return _storyworld_source("storyworld_small")
     if source in ("", "hub:"):
         return _unknown_source(source)
-    if source.split(":")[0] in ("storyworld", "storyworld_small"):
+    if source.split(":")[0] in SIZES:
         return _storyworld_source(source)
     if copy := _local_copy(source):
         return copy
@@ -144,7 +145,7 @@ def _local_copy(name: str) -> Source | None:
 
 
 def _unknown_source(source: str) -> Source:
-    names = ["auto", *HUB_NAMES, "storyworld", "storyworld_small"]
+    names = ["auto", *HUB_NAMES, *SIZES]
     is_path = "/" in source or "\\" in source
     if not is_path and (close := difflib.get_close_matches(source, names, n=1)):
         raise ValueError(f"no data source is called {source!r}. Did you mean {close[0]!r}? There are: {', '.join(names)}, "
@@ -158,10 +159,11 @@ def _storyworld_source(source: str) -> Source:
     from data.storyworld import world as storyworld
 
     name, _, count = source.partition(":")
-    count = count or "50000"
+    most_train, most_validation = SIZES[name]
+    count = count or str(most_train)
     if not count.isdigit() or int(count) < 2:
-        raise ValueError(f"{source!r} should be {name}:COUNT with a COUNT of at least 2, such as {name}:50000")
-    counts = {"train": int(count), "validation": min(int(count), 3000)}
+        raise ValueError(f"{source!r} should be {name}:COUNT with a COUNT of at least 2, such as {name}:{most_train}")
+    counts = {"train": int(count), "validation": min(int(count), most_validation)}
     splits = {split: lambda split=split: storyworld.stories(split, counts[split], name) for split in counts}
 
     def fingerprint(cache_dir: Path) -> str:

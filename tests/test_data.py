@@ -658,7 +658,7 @@ def test_without_the_hub_a_name_is_an_error_and_auto_storyworld(tmp_path):
     for line in read:
         assert line.startswith("ConnectionError") and "--train.data storyworld" in line
         assert "is not cached and the Hugging Face hub can't be reached" in line
-    assert len(read) == 2 and stories == "storyworld_small train 50000"
+    assert len(read) == 2 and stories == "storyworld_small train 20000"
     assert said == "TinyStories is not cached and the Hugging Face hub can't be reached: using the built-in storyworld_small instead, a world of simple stories\n"
 
 
