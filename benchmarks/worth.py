@@ -43,11 +43,11 @@ from inference import load_model
 from metrics.measures import loss_by_position, token_scores
 from metrics.story_losses import validation_stories
 from runs.command_line import Arguments as Training
+from runs.execution import ExecutionPlan
 from runs.folder import Run, runs_folder
 from runs.presets import Preset, preset
 from tokenizer import load_tokenizer
 from training import seeds
-from training.autotune import ExecutionPlan
 from training.checkpoint import saved_plan
 from training.optim import growing_batch_size
 

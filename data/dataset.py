@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from config import IGNORE
 from data.cache import default_cache_dir, digest, open_or_build, say
 from data.packing import pack, shuffled, story_ids
 from data.sources import SEPARATOR, Source, open_source, read_stories
@@ -28,7 +29,6 @@ __all__ = ["Data", "load_data", "read_stories", "story_ids"]
 FORMAT = 1  # raise it when the content or layout of the cache changes, so that older entries are not opened
 MAX_VALIDATION = 3000
 MAX_LOST = 0.01  # share of the bytes that a tokenizer may lose for bits per byte to be compared
-IGNORE = -100  # a target that is not scored, as in model.py (not imported, as it needs torch)
 PIECE = np.dtype([("start", "<u8"), ("length", "<u4")])
 
 

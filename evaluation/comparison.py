@@ -19,6 +19,7 @@ from data.sources import portable_name
 from evaluation.pairwise import Candidate, Member, by_seeds, by_stories, format_p
 from evaluation.statistics import BITS
 from metrics.story_losses import NOT_ITS_OWN, TOP_K, data_of, losses_of, too_lossy
+from runs.execution import different_execution
 from runs.folder import Run, group_members
 
 AT = ("end", "parameters", "step", "tokens", "flops", "seconds")
@@ -84,6 +85,7 @@ def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missi
     candidates, by_story = at_budget(candidates, at, notes) if candidates else ([], True)
     if at == "end" and len(candidates) > 1:
         notes += unequal(candidates)
+    notes += older_minutes(candidates, at)
     pairs = [pair for pair in itertools.combinations(candidates, 2)
              if (all_pairs or pair[0] is candidates[0]) and comparable(*pair, at, notes)]  # fmt: skip
     have_seeds = [min(len(one.values), len(other.values)) > 1 for one, other in pairs]
@@ -132,6 +134,7 @@ def gather(name: str, notes: list[str], data_if_missing: str | None) -> Candidat
         if run.was_stopped():
             notes.append(f"{run.name} was stopped early: --resume continues it")
     ordered = tuple(members[seed] for seed in sorted(members))
+    notes += different_execution(f"the seeds of {name}", *([Run(member.name)] for member in ordered))
     return Candidate(name, ordered, np.array([bits_per_byte(member.losses) for member in ordered]))
 
 
@@ -224,7 +227,8 @@ def comparable(one: Candidate, other: Candidate, at: str, notes: list[str]) -> b
         notes.append(f"{both}: whether they were trained on the same data is not known, as one run predates that record")
     elif reading[0] == reading[1] and not same_data:
         notes.append(f"{both} may have been trained on different data: both are {trained_on(a)}, with other fingerprints")
-    notes += [line for line in [different_code(both, one, other), different_threads(both, a, b, at)] if line]
+    notes += [line for line in [different_code(both, one, other)] if line]
+    notes += different_execution(both, *([Run(member.name) for member in candidate.members] for candidate in (one, other)))
     if a.architecture == b.architecture and a.config == b.config:
         notes.append(f"{both} are the same config with the same seed: only rounding or the code can differ")
     elif a.architecture == b.architecture and a.config == replace(
@@ -253,10 +257,14 @@ def different_code(both: str, one: Candidate, other: Candidate) -> str | None:
     return f"{both} were trained with different code: {shown}" if changed else None
 
 
-def different_threads(both: str, a: Member, b: Member, at: str) -> str | None:
-    if at != "seconds" or a.config.threads == b.config.threads:
-        return None
-    return f"{both} had {a.config.threads} and {b.config.threads} threads: their seconds are not comparable"
+def older_minutes(candidates: list[Candidate], at: str) -> list[str]:
+    """Note the runs of older versions if seconds are compared, or if only some of the runs with a budget in minutes are older."""
+    members = [member for candidate in candidates for member in candidate.members if at == "seconds" or member.config.max_minutes]
+    older = [member.name for member in members if Run(member.name).seconds_include_overhead()]
+    if not older or (at != "seconds" and len(older) == len(members)):
+        return []
+    return [f"the seconds and minutes of {', '.join(older)} include compiling, measuring the machine and evaluating, which older "
+            "versions counted as training"]  # fmt: skip
 
 
 def summary_of(candidate: Candidate) -> dict:

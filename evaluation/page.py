@@ -228,7 +228,7 @@ def plot_by(groups: list[Candidate], by: str) -> Markup:
     members = {group.name: tuple(member.name for member in group.members) for group in groups}
     with new_axes((5, 3.4)) as axes:
         plot_curves(*members, by=by, axes=axes, members=members)
-        return inline_svg(axes.figure, by, f"{BITS} by {AXES[by]}")
+        return inline_svg(axes.figure, by, f"{BITS} by {AXES[by]}; a band is the 95% interval of the mean over seeds")
 
 
 def plot_differences(comparison: Comparison) -> Markup:

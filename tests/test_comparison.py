@@ -1,6 +1,7 @@
 """Promises of the verdict: none from one seed, valid when seeds are added, nothing compared in silence."""
 
 import itertools
+import json
 import math
 import re
 import shutil
@@ -291,8 +292,35 @@ class TestCompare:
             assert result.differences["difference"].item() == pytest.approx(wanted)
             assert "by the curves of the log" in result.notes[0] and "no verdict" in result.verdicts[0]
         assert "within 2%" in compare("a", "b", at="step").notes[0]
-        change("b", "train_config.json", threads=1)
-        assert any("auto and 1 threads" in note for note in compare("a", "b", at="seconds").notes)
+
+    def test_another_plan_or_machine_is_noted(self, make_run):
+        make_run("a0", group="a"), make_run("a1", seed=1, group="a"), make_run("b")
+        assert not [note for note in compare("a", "b").notes if "executed" in note]
+        stages = json.loads(Run("a1").path("execution.json").read_text())
+        stages[0]["plan"] |= {"dtype": "bfloat16", "fast": not stages[0]["plan"]["fast"]}
+        stages[0]["machine"]["processor"] = "M4"
+        Run("a1").save_text("execution.json", json.dumps(stages))
+        processor, fast = Run("b").stages[0].machine["processor"], Run("b").stages[0].plan.fast
+        seeds, pair = [note for note in compare("a", "b").notes if "executed" in note]
+        both = " and ".join([str(fast), str(not fast)])
+        assert seeds == (
+            f"the seeds of a were executed differently: dtype float32 and bfloat16, fast {both}, processor {processor} and M4"
+        )
+        assert pair.startswith("a and b were executed differently: dtype bfloat16/float32 and float32, ")
+
+    def test_of_an_older_run_only_what_it_prescribes_is_compared(self, make_run):
+        make_run("a"), make_run("b", seed=1)
+        Run("b").path("execution.json").unlink()
+        assert not [note for note in compare("a", "b").notes if "executed" in note]
+        change("b", "train_config.json", threads=7)
+        assert compare("a", "b").notes[-1] == "a and b were executed differently: threads 1 and 7"
+
+    def test_seconds_that_count_everything_are_noted(self, make_run):
+        make_run("a"), make_run("b", seed=1)
+        assert not any("include compiling" in note for note in compare("a", "b", at="seconds").notes)
+        Run("b").log().drop(columns="overhead_seconds").to_csv(Run("b").path("log_data.csv"), index=False)
+        assert any("minutes of b include compiling" in note for note in compare("a", "b", at="seconds").notes)
+        assert not any("include compiling" in note for note in compare("a", "b").notes)  # their budget is in steps
 
     def test_a_run_that_is_older_than_the_column_flops(self, make_run):
         make_run("a"), make_run("b", seed=1)

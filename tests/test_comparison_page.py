@@ -112,7 +112,7 @@ class TestPage:
         words = Page(text).words
         for said in (*result.verdicts, *result.notes, "one seed only: thin", COMMAND, "torch",
                      "200 whole validation stories of little.txt", "By steps", "By tokens", "By seconds", "By training FLOPs",
-                     "base (2 seeds, 95%)", "thin (one seed, no band)", "part by part", "temperature 0.8",
+                     "base (mean of 2 seeds)", "thin (one seed, no band)", "part by part", "temperature 0.8",
                      "Student's t of the differences between runs of the same seed", "other stories would give"):  # fmt: skip
             assert said in words
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from errors import one_line_error
 
 from config import TrainConfig
 from conftest import MODEL
@@ -22,6 +23,7 @@ from data.sources import open_source
 from inference import load_model
 from metrics.story_losses import data_of, read_losses
 from runs.command_line import Arguments, command
+from runs.execution import Stage
 from runs.folder import Run, run_names
 from tokenizer import load_tokenizer, train_tokenizer
 from train import train
@@ -109,6 +111,18 @@ class TestRoundTrip:
         config = make_config(betas=(0.5, 0.75), grad_clip=None)
         Run("mine").create(model, config)
         assert (Run("mine").model_config, Run("mine").train_config) == (model, config)
+
+    def test_a_run_records_every_plan_and_machine(self, tiny_run):
+        run = Run(tiny_run)
+        (first,) = run.stages
+        assert first.from_step == 0 and first.plan.dtype == "float32" and first.machine["torch"] == torch.__version__
+        assert first.machine.keys() == {"device", "processor", "cores", "torch"} and ":" not in first.machine["processor"]
+        run.add_stage(replace(first, from_step=8))
+        assert run.stages == [first]
+        second = Stage(8, replace(first.plan, threads=7), first.machine)
+        for stage, stages in ((second, [first, second]), (second, [first, second]), (replace(first, from_step=8), [first])):
+            run.add_stage(stage)  # killed before its next checkpoint, and resumed again
+            assert run.stages == stages
 
     def test_a_loaded_model_is_ready_to_use(self, tiny_run):
         model, tokenizer = load_model(tiny_run)
@@ -212,6 +226,11 @@ class TestDamage:
             with pytest.raises((ValueError, FileNotFoundError), match=r"log_data\.csv") as error:
                 read()
             assert one_line(error) and "'tiny'" in str(error.value)
+
+    @pytest.mark.parametrize("content", [b"{", b"[{}]", b"\xff", b'[{"from_step": 0, "plan": {"dtype": 1}, "machine": {}}]'])
+    def test_execution_json(self, tiny_run, content):
+        (Run(tiny_run).folder / "execution.json").write_bytes(content)
+        one_line_error(lambda: Run(tiny_run).stages, "execution.json of the run 'tiny' is damaged: restore it")
 
     def test_the_tokenizer_is_missing_or_has_changed(self, make_config, stories, tmp_path):
         path = tmp_path / "mine.model"

@@ -123,7 +123,7 @@ class LivePlot:
         last = self.records[-1]
         self.axes.set(xlabel="steps", ylabel="loss (nats per token)")
         speed = f"{last.tokens_per_second:,.0f} tokens/s"
-        self.axes.set_title(f"{self.data}: {last.seconds:.0f} s, {speed}, learning rate {last.learning_rate:.2g}")
+        self.axes.set_title(f"{self.data}: {last.seconds:.0f} s of training, {speed}, learning rate {last.learning_rate:.2g}")
         self.axes.grid(alpha=0.3)
         self.axes.legend()
         self.display.update(self.figure)
@@ -275,7 +275,7 @@ def write_report(name: str) -> list[str]:
     numbers = [
         f"- {num_parameters(model):,} parameters, {num_parameters(model, embeddings=False):,} without embeddings",
         f"- trained on {data_of(losses, scored)} with {config.tokenizer}: {int(last.step):,} steps, {int(last.tokens):,} tokens, "
-        f"{last.seconds / 60:.1f} minutes",
+        f"{time_spent(run)}",
         f"- {nats / math.log(2) / losses['bytes'].sum():.4f} bits per byte, loss {loss:.4f} nats per token, perplexity "
         f"{math.exp(loss):.2f}, on all {len(losses):,} validation stories",
         f"- best at step {int(best.step):,}: {best.bits_per_byte:.4f} bits per byte, loss {best.validation_loss:.4f} nats per "
@@ -294,6 +294,15 @@ def write_report(name: str) -> list[str]:
     values["command"] = command(run.model_config, portable, continued_from=saved["continued_from"])
     run.save_text("README.md", README.format(**values))
     return stories
+
+
+def time_spent(run: Run) -> str:
+    """What a run spent its time on, from its log."""
+    last = run.log().iloc[-1]
+    if run.seconds_include_overhead():
+        return f"{last.seconds / 60:.1f} minutes, compiling and evaluating included"
+    training, overhead = last.seconds / 60, last.overhead_seconds / 60
+    return f"{training:.1f} minutes of training, {overhead:.1f} minutes of preparing, compiling, evaluating, saving and drawing"
 
 
 def dead_experts(name: str) -> str | None:
