@@ -46,14 +46,15 @@ def main(arguments: Arguments):
 def train(seed: int, threads: int, options: tuple[str, ...], folder: str) -> float:
     """Run the command in an empty cache without the hub; return its seconds."""
     command = [sys.executable, "train.py", "--name", "first", "--train.threads", str(threads), "--train.seed", str(seed)]
-    places = {"BASEGPT_RUNS": f"{folder}/runs", "BASEGPT_CACHE": f"{folder}/cache", "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/hf"}
+    command += " ".join(options).split()
+    places = {name: f"{folder}/{name}" for name in ("BASEGPT_RUNS", "BASEGPT_CACHE", "HF_HOME")} | {"HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
-    subprocess.run([*command, *" ".join(options).split()], cwd=HERE.parent, env=os.environ | places, check=True, stdout=sys.stderr)
+    subprocess.run(command, cwd=HERE.parent, env=os.environ | places, check=True, stdout=sys.stderr)
     return time.perf_counter() - began
 
 
 def grade(folder: str, num_samples: int) -> dict:
-    os.environ["BASEGPT_RUNS"] = f"{folder}/runs"
+    os.environ["BASEGPT_RUNS"] = f"{folder}/BASEGPT_RUNS"
     from metrics.world_floor import world_floor
     from metrics.world_grades import grade_run
     from runs.folder import Run

@@ -99,8 +99,8 @@ def open_source(source: str) -> Source:
         try:
             return open_source("tinystories")
         except ConnectionError:
-            say("TinyStories is not cached and the Hugging Face hub can't be reached: using the built-in storyworld_small instead, "
-                "a world of simple stories")
+            say("TinyStories is not cached and the Hugging Face hub can't be reached: using storyworld_small instead, "
+                "a built-in world of simple stories")
             return _storyworld_source("storyworld_small")
     if source in ("", "hub:"):
         return _unknown_source(source)

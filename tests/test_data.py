@@ -659,7 +659,8 @@ def test_without_the_hub_a_name_is_an_error_and_auto_storyworld(tmp_path):
         assert line.startswith("ConnectionError") and "--train.data storyworld" in line
         assert "is not cached and the Hugging Face hub can't be reached" in line
     assert len(read) == 2 and stories == "storyworld_small train 20000"
-    assert said == "TinyStories is not cached and the Hugging Face hub can't be reached: using the built-in storyworld_small instead, a world of simple stories\n"
+    assert said == ("TinyStories is not cached and the Hugging Face hub can't be reached: "
+                    "using storyworld_small instead, a built-in world of simple stories\n")
 
 
 def test_a_hub_that_never_answers_is_given_up(tmp_path):

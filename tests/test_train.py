@@ -523,7 +523,7 @@ class TestData:
         monkeypatch.setattr(dataset, "MAX_VALIDATION", 200)
         config = make_config(data="auto", max_stories=200, tokenizer="bpe_tokenizer_256")
         list(train(MODEL, config, "offline"))
-        assert "using the built-in storyworld_small instead" in capsys.readouterr().err
+        assert "using storyworld_small instead" in capsys.readouterr().err
         run = Run("offline")
         assert run.train_config == replace(config, data="storyworld_small")
         assert run.load("model.pth", {"data"})["data"] == "storyworld_small"

@@ -36,7 +36,7 @@ from data.storyworld.nodes import FAULT, SOMETHING, Choice, Entity, Reader, Refe
 from data.storyworld.plots import OPENING, PHRASES, PLOTS
 
 VALIDATION_SHARE = 8  # one story in 8 is for validation
-WORLDS = {"storyworld": Limits(), "storyworld_small": Limits(plots=8, entities=6, words=4, choices=2)}
+WORLDS = {"storyworld": Limits(), "storyworld_small": Limits(plots=6, entities=5, words=3, choices=2)}
 
 
 @dataclass(frozen=True)
