@@ -70,10 +70,15 @@ def find_damage(folder: Path) -> str | None:
 
 
 def say(line: str) -> None:
-    """Print a line to stderr without breaking a progress bar."""
+    """Print a line without breaking a progress bar: to stderr, or to stdout in a notebook, where stderr looks like an error."""
     from tqdm import tqdm
 
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(line, file=sys.stdout if in_notebook() else sys.stderr)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
 
 
 def digest(*parts: object) -> str:

@@ -39,7 +39,7 @@ THUMBNAIL = (480, 320)  # image pixels
 COMPARED = "0.5m_short_and_thick", "0.5m_5foot11_and_skinnyfat", "0.5m_tall_and_skinny"
 SHOWN = {  # words of the cell whose output is the thumbnail of a notebook
     "train": "LivePlot(", "testing_modules": "attention.show(x, rope=rope)", "model_evaluation": "plot_all_curves(*",
-    "inference": "plt.subplots(2, 3", "build_tokenizer": "tokenizer.to_html(sentences)",
+    "inference": "plt.subplots(2, 3", "build_tokenizer": "smaller.to_html(sentences)",
 }  # fmt: skip
 
 
