@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from config import ModelConfig, layer_steps
+from data.cache import in_notebook_words
 from metrics.cost import num_parameters
 from metrics.plots import in_style, show_figure
 from metrics.world_floor import world_floor
@@ -21,14 +22,10 @@ SIZES = {"dim", "num_layers", "mlp_dim", "num_heads", "num_kv_heads", "head_dim"
 
 
 class NotebookError(Exception):
-    """An error that a notebook shows as one line, without a traceback. Options of the command line become variables."""
-
-    def __str__(self) -> str:
-        message = re.sub(r"--(resume|overwrite)\b", r"\1 = True", super().__str__())
-        return re.sub(r"--(train\.|model\.)?(?=\w)", "", message)
+    """An error that a notebook shows as one line, without a traceback."""
 
     def _render_traceback_(self) -> list[str]:  # which IPython calls
-        return [f"error: {self}"]
+        return [f"error: {in_notebook_words(str(self))}"]
 
 
 class LivePlot:
@@ -112,7 +109,8 @@ class LivePlot:
         draw_losses(axes, logs, "step", self.floors)
         scores = logs[self.label]["bits_per_byte"].dropna()
         facts = [f"{score:.3f} bits per byte" for score in scores[-1:]]
-        facts.append(f"{time_left(record, Run(self.name).train_config)} of training left")
+        finished = Run(self.name).train_config.progress(record.step, record.seconds) >= 1
+        facts.append("finished" if finished else f"{time_left(record, Run(self.name).train_config)} of training left")
         axes.set_title(f"{self.data}: {', '.join(facts)}, {record.tokens_per_second:,.0f} tokens/s")
         for key, show, content in (("plot", show_figure, figure), ("story", display, self.story)):
             if content is not None:

@@ -53,7 +53,8 @@ def shortened(story: str, longest: int | None = None) -> str:
     """
     story = story.strip()
     if longest is not None and len(story) > longest:
-        return story[: longest - 1].rsplit(maxsplit=1)[0] + " …"
+        cut = re.match(rf"(?s).{{1,{longest}}}(?=\s)", story)
+        return (cut[0] if cut else story[:longest]).rstrip() + " …"
     return story if re.search(r"""[.!?…]["'”’)]*$""", story) else f"{story} …".lstrip()
 
 
