@@ -15,6 +15,8 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 VERSION = 2  # of the JSON files; raise it when a field is renamed or changes its meaning, and add a step to `migrate`
 
+IGNORE = -100  # a target that is not scored, such as padding; the default ignore_index of PyTorch's cross_entropy
+
 Layers = str | list[str] | tuple[str | list[str], ...]
 
 PRE_NORM = "Norm->Attn->+->Norm->MLP->+"
@@ -133,7 +135,7 @@ class TrainConfig:
     loss_chunk: int | None = 256  # compute the loss in chunks of this many tokens, to save memory and time; None is all at once
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 1/3 slower
     max_steps: int | None = None  # stop after this many steps, or after max_minutes, whichever comes first
-    max_minutes: float | None = 3.5  # stop after this many minutes of training, all evaluations but the last included
+    max_minutes: float | None = 3.5  # stop after this many minutes of training, without compiling, evaluating and saving
     eval_every: int = 250  # steps between evaluations on validation stories
     eval_stories: int = 256  # number of whole validation stories per evaluation, always the same ones
     grade_stories: int = 0  # samples per evaluation that storyworld grades; 64 take some seconds

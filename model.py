@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ModelConfig, init_parameters, layer_steps, look_up, marked
+from config import IGNORE, ModelConfig, init_parameters, layer_steps, look_up, marked
 from tools import LoggingModule
-
-IGNORE = -100  # a target that is not scored, such as padding (the default ignore_index of cross_entropy)
 
 
 class Norm(LoggingModule):
@@ -29,11 +27,16 @@ class Norm(LoggingModule):
         self.bias = nn.Parameter(torch.zeros(dim)) if norm_bias else None
 
 
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) * weight.  x (..., D), weight (D) -> (..., D)"""
+    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.type_as(x), eps)
+
+
 class RMSNorm(Norm):
     """x / rms(x) with a learned gain (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4).  (..., D) -> (..., D)"""
 
     def forward(self, x):
-        normed = F.rms_norm(x, x.shape[-1:], None if self.weight is None else self.weight.type_as(x), self.eps)
+        normed = rms_norm(x, self.weight, self.eps)
         return normed if self.bias is None else normed + self.bias
 
 

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -151,12 +152,25 @@ class Tokenizer:
             end = max(end, stop)
         return pieces
 
+    def kept_bytes(self, text: str) -> int:
+        """UTF-8 bytes of the characters of a text that `decode` gives back; those that it changes or drops are lost.
+
+        >>> load_tokenizer("bpe_tokenizer_1024").kept_bytes("“Да”, Zoë")  # of 16 bytes: the comma, the space, Z and o
+        4
+        """
+        kept = Counter(text) & Counter(self.normalise(text))
+        return sum(len(character.encode("utf-8", "replace")) * count for character, count in kept.items())
+
+    def lost_share(self, texts: Sequence[str]) -> float:
+        """Share of the UTF-8 bytes of the texts that `decode` does not give back."""
+        return 1 - sum(map(self.kept_bytes, texts)) / sum(len(text.encode("utf-8", "replace")) for text in texts)
+
     def bytes_per_token(self, texts: Sequence[str]) -> float:
-        """UTF-8 bytes of the texts as given, per token. Raises ValueError if there are no tokens."""
+        """UTF-8 bytes that `decode` gives back, per token. Raises ValueError if there are no tokens."""
         num_tokens = sum(map(len, self.encode_batch(texts)))
         if num_tokens == 0:
             raise ValueError(f"the {len(texts)} texts have no tokens: give at least one that is not empty")
-        return sum(len(text.encode("utf-8", "replace")) for text in texts) / num_tokens
+        return sum(map(self.kept_bytes, texts)) / num_tokens
 
     def to_html(self, text: str) -> str:
         """The text as HTML for a notebook, with a background colour for each token."""

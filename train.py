@@ -4,6 +4,7 @@
     python train.py --name my_run --resume
     python train.py --continue_from my_run --train.lr_max 1e-3
     python train.py --preset 1m --name my_group --seeds 3
+    python train.py --preset 2m --name my_idea --seeds_until_decided my_group
 
 B batch, T time, V vocabulary.
 """
@@ -21,7 +22,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 
 import itertools
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,16 +30,17 @@ import torch
 from tqdm import tqdm
 
 from config import ModelConfig, TrainConfig
+from data.cache import say
 from model import IGNORE
 from modules.registry import accepted_kwargs
 from runs.command_line import Arguments
 from runs.folder import Run, default_name
-from training.autotune import apply_plan
 from training.checkpoint import Record
 from training.machine import is_out_of_memory, peak_memory_mb
 from training.optim import expected_steps, growing_batch_size, growing_window, scheduled_learning_rate
-from training.report import dead_experts, write_report
-from training.seeds import train_group
+from training.plan import apply_plan
+from training.report import dead_experts, time_spent, write_report
+from training.seeds import train_group, train_until_decided
 from training.setup import ctrl_c_finishes_the_step, prepare
 
 LOG_EVERY = 10  # steps in a row of log_data.csv
@@ -84,25 +85,23 @@ def train(
     ...     print(record.step, record.train_loss)
     """
     training = prepare(model_config, train_config, name, resume, continue_from, group)
-    model, data, optimizers, plan = training.model, training.data, training.optimizers, training.plan
-    device = next(model.parameters()).device
-    began = time.perf_counter() - training.seconds
+    model, data, optimizers, plan, clock = training.model, training.data, training.optimizers, training.plan, training.clock
     data_seed = train_config.seed if train_config.data_seed is None else train_config.data_seed
     finished = False
 
-    with ctrl_c_finishes_the_step() as stop_requested:
+    with ctrl_c_finishes_the_step() as stop_requested, clock.stopped_while_compiling():
         apply_plan(plan, model, train_config)
         if training.average is not None:
             apply_plan(replace(plan, compile=False), training.average.module, train_config)
         while not finished and not stop_requested.is_set():
-            step_began = time.perf_counter()
+            seconds_before = clock.start()  # up to clock.stop() is training, all else is overhead
 
             # set the learning rate, batch size and attention window of this step
-            num_steps = expected_steps(training.step, training.seconds, train_config)
+            num_steps = expected_steps(training.step, seconds_before, train_config)
             learning_rate = scheduled_learning_rate(training.step, num_steps, train_config)
             for param_group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
                 param_group["lr"] = learning_rate * param_group["lr_scale"]
-            progress = train_config.progress(training.step, training.seconds)
+            progress = train_config.progress(training.step, seconds_before)
             batch_size = growing_batch_size(progress, train_config)
             window = growing_window(progress, train_config, model_config.max_seq_len)
 
@@ -114,9 +113,9 @@ def train(
             # forward and backward, a micro-batch at a time; weighted, their losses add up to the mean over the batch
             train_loss = 0.0
             for rows in torch.arange(batch_size).split(plan.micro_batch_size):
-                inputs, targets, story_ids = (part[rows].to(device) for part in batch)
+                inputs, targets, story_ids = (part[rows].to(training.device) for part in batch)
                 options = {"story_ids": story_ids if train_config.mask_stories else None, "window": window}
-                with torch.autocast(device.type, torch.bfloat16, enabled=plan.dtype == "bfloat16"):
+                with torch.autocast(training.device.type, torch.bfloat16, enabled=plan.dtype == "bfloat16"):
                     _, loss = model(inputs, targets, **accepted_kwargs(model, **options))
                 loss = loss * ((targets != IGNORE).sum() / num_targets)
                 loss.backward()
@@ -132,22 +131,23 @@ def train(
             if training.average is not None:
                 training.average.lr_fraction = learning_rate / train_config.lr_max
                 training.average.update_parameters(model)
+            clock.stop()
 
             # log, evaluate and save
-            now = time.perf_counter()
-            training.step, training.tokens, training.seconds = training.step + 1, training.tokens + num_targets, now - began
-            finished = train_config.progress(training.step, training.seconds) >= 1
+            training.step, training.tokens = training.step + 1, training.tokens + num_targets
+            finished = train_config.progress(training.step, clock.training) >= 1
             record = Record(
-                training.step, training.tokens, training.seconds, train_loss, None, None, None, learning_rate, gradient_norm,
-                tokens_per_second=num_targets / (now - step_began), peak_memory_mb=peak_memory_mb(device),
-                flops=training.flops_per_token * training.tokens,
+                training.step, training.tokens, clock.training, train_loss, None, None, None, learning_rate, gradient_norm,
+                tokens_per_second=num_targets / (clock.training - seconds_before), peak_memory_mb=peak_memory_mb(training.device),
+                flops=training.flops_per_token * training.tokens, overhead_seconds=clock.overhead,
             )  # fmt: skip
             if finished or training.step % train_config.eval_every == 0:
                 record = training.evaluated(record)
-                training.seconds = time.perf_counter() - began
             training.log_record(record, LOG_EVERY)
             if finished or training.step % train_config.checkpoint_every == 0:
                 training.save()
+            if finished and training.step < 50:
+                say(f"only {training.step} steps, too few to learn much: raise --train.max_minutes or --train.max_steps")
             try:
                 yield record
             except GeneratorExit:
@@ -166,16 +166,16 @@ def main(arguments: Arguments):
     """Train from the command line: one run, or one for each of several seeds."""
     python = shown_path(Path(sys.executable)) if sys.prefix != sys.base_prefix else "python"
     name = arguments.name or default_name(arguments.continue_from or arguments.preset)
-    if arguments.seeds > 1:
-        train_group(replace(arguments, name=name), lambda one: train_one(one, python), python)
+    if arguments.seeds_until_decided or arguments.seeds > 1:
+        train_seeds = train_until_decided if arguments.seeds_until_decided else train_group
+        train_seeds(replace(arguments, name=name), lambda one: train_one(one, python), python)
     else:
         train_one(replace(arguments, name=name), python)
 
 
 def train_one(arguments: Arguments, python: Path | str) -> bool:
     """Train with a progress bar, print three stories and the next commands. False if it was stopped before its end."""
-    name, config = arguments.name, arguments.train
-    run = Run(name)
+    name, config, run = arguments.name, arguments.train, Run(arguments.name)
     options = {"resume": arguments.resume, "continue_from": arguments.continue_from, "group": arguments.group}
     bar, score = None, ""
     for record in train(arguments.model, config, name, **options):
@@ -186,7 +186,7 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
         done = min(1.0, config.progress(record.step, record.seconds))
         remaining = tqdm.format_interval(record.seconds * (1 - done) / done)
         speed = f"{record.tokens_per_second:,.0f} tokens/s"
-        line = f"{remaining} left, step {record.step:,}, loss {record.train_loss:.3f}{score}, {speed}"
+        line = f"{remaining} of training left, step {record.step:,}, loss {record.train_loss:.3f}{score}, {speed}"
         bar.set_description_str(line, refresh=bar.n == 0)  # the first at once, others as often as a bar may
         bar.update(done - bar.n)
     bar.close()
@@ -195,12 +195,12 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
         return False
     if config.max_steps and record.step < config.max_steps:
         print(f"the {config.max_minutes:g} minutes were over after {record.step:,} of {config.max_steps:,} steps")
-    for story in write_report(name):
-        print(f"\n{story}")
+    print("\n" + "\n\n".join(write_report(name)))
     if dead := dead_experts(name):
         print(f"\n{dead}")
     print(f"""
-{record.bits_per_byte:.3f} bits per byte after {record.step:,} steps. Loss curve: {shown_path(run.folder / "loss.png")}
+{record.bits_per_byte:.3f} bits per byte after {record.step:,} steps: {time_spent(run)}
+Loss curve:           {shown_path(run.folder / "loss.png")}
 More stories:         {python} inference.py {name} "Once upon a time"
 Compare with others:  {python} -m evaluation compare {name} ANOTHER, or open model_evaluation.ipynb""")
     return True

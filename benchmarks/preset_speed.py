@@ -40,8 +40,8 @@ from config import TrainConfig
 from fast import build
 from model import Cache
 from modules.registry import build_model
+from runs.execution import ExecutionPlan
 from runs.presets import Preset, preset
-from training.autotune import ExecutionPlan
 
 RECURRENT = (
     "mamba_like", "mamba2_like", "griffin_like", "megalodon_like", "gated_deltanet_like", "mamba2_hybrid_like", "qwen3.5_like",

@@ -35,11 +35,13 @@ from config import ModelConfig, TrainConfig
 from metrics.cost import num_parameters
 from model import GPT
 from modules import registry
+from runs.execution import ExecutionPlan
 from runs.presets import Preset
-from training.autotune import STORY_TOKENS, ExecutionPlan, apply_plan, choose_plan, matmul_peaks
+from training.autotune import choose_plan, matmul_peaks
 from training.configure import configure_for_training
 from training.machine import peak_memory_mb
 from training.optim import build_optimizers
+from training.plan import STORY_TOKENS, apply_plan
 
 CPU = torch.device("cpu")
 SHAPE = Preset(

@@ -43,11 +43,11 @@ from inference import load_model
 from metrics.measures import loss_by_position, token_scores
 from metrics.story_losses import validation_stories
 from runs.command_line import Arguments as Training
+from runs.execution import ExecutionPlan
 from runs.folder import Run, runs_folder
 from runs.presets import Preset, preset
 from tokenizer import load_tokenizer
 from training import seeds
-from training.autotune import ExecutionPlan
 from training.checkpoint import saved_plan
 from training.optim import growing_batch_size
 
@@ -263,9 +263,9 @@ def caption(arguments: Arguments, speeds: dict[str, Speed]) -> str:
         told += [f"Changed in all: {', '.join(arguments.set)}."]
     return " ".join([
         *told, "Bits per byte are on all validation stories, ± is the 95% interval over seeds (Student's t). The difference to",
-        "the first is paired by seed, which also determines the order of the stories. p is corrected for the number of",
-        "comparisons (Holm), and alone decides; the interval beside it is that of one comparison. The interval over stories",
-        "covers other stories, but not other seeds: it is no verdict.",
+        "the first is paired by seed where the two have the same first weights and batches. It and p are corrected for the",
+        "number of comparisons (Bonferroni) and for later looks. The interval over stories covers other stories, but not other",
+        "seeds: it is no verdict.",
     ])  # fmt: skip
 
 
@@ -293,7 +293,7 @@ def raw_results(candidate: Candidate, result: Comparison, speeds: dict[str, Spee
         over = over_stories(*nats, first.members[0].losses["bytes"])
         ends = (row["95% from"], row["to"], row["p"]) if row["over"].startswith("seeds") else [math.nan] * 3
         raw["difference"] = asdict(Difference(row["difference"], *ends))
-        raw |= {"p_corrected": row["p (Holm)"], "over_stories": asdict(over)}
+        raw |= {"p_corrected": row["p (corrected)"], "over_stories": asdict(over)}
     return raw
 
 

@@ -22,7 +22,7 @@ def tables(raw: dict) -> dict[str, list[Row]]:
 
 
 def score_rows(results: dict[str, dict]) -> list[Row]:
-    """A row for each preset. The interval of a difference is that of one comparison; p is corrected for all."""
+    """A row for each preset. Interval and p of a difference are corrected for all comparisons."""
     first, *others = results
     rows = []
     for name, of in results.items():
@@ -33,9 +33,9 @@ def score_rows(results: dict[str, dict]) -> list[Row]:
         }  # fmt: skip
         row |= with_margin("bits per byte", mean_over_seeds(np.array(of["bits_per_byte"])), ".4f")
         if "difference" in of:
-            over_seeds_column = f"difference to {first} over seeds (95%, uncorrected)"
+            over_seeds_column = f"difference to {first} over seeds (95%, corrected)"
             row |= with_margin(over_seeds_column, Difference(**of["difference"]), "+.4f")
-            row[f"p (Holm, of {len(others)})"] = format_p(of["p_corrected"])
+            row[f"p (corrected, of {len(others)})"] = format_p(of["p_corrected"])
             row |= with_margin("over stories (95%, no verdict)", Difference(**of["over_stories"]), "+.4f")
         rows.append(row)
     return rows
@@ -101,7 +101,7 @@ def draw_differences(raw: dict, path: Path):
     axes.axvline(0, color="gray", linewidth=1)
     axes.set_yticks(range(len(compared)), [name for name, _ in compared])
     axes.invert_yaxis()
-    axes.set(xlabel=f"bits per byte more than {first}, 95% interval over seeds, uncorrected")
+    axes.set(xlabel=f"bits per byte more than {first}, 95% interval over seeds, corrected")
     figure.savefig(path, dpi=120)
 
 

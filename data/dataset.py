@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from config import IGNORE
 from data.cache import default_cache_dir, digest, open_or_build, say
 from data.packing import pack, shuffled, story_ids
 from data.sources import SEPARATOR, Source, open_source, read_stories
@@ -27,7 +28,7 @@ __all__ = ["Data", "load_data", "read_stories", "story_ids"]
 
 FORMAT = 1  # raise it when the content or layout of the cache changes, so that older entries are not opened
 MAX_VALIDATION = 3000
-IGNORE = -100  # a target that is not scored, as in model.py (not imported, as it needs torch)
+MAX_LOST = 0.01  # share of the bytes that a tokenizer may lose for bits per byte to be compared
 PIECE = np.dtype([("start", "<u8"), ("length", "<u4")])
 
 
@@ -50,8 +51,9 @@ class Data:
         Digest of source, tokenizer, T and packing.
     num_stories, num_tokens, num_rows : int
         Training stories, their tokens before packing, and rows per epoch.
-    wasted, left_out : float
-        The fraction of positions that are padding, and of training tokens that are in no row.
+    wasted, left_out, repeated : float
+        The fraction of positions that are padding, of training tokens that are in no row, and of targets that repeat others:
+        beginnings of stories that fill gaps.
     validation : list of str
         At most 3000 whole stories, in the order of their hashes.
     """
@@ -59,7 +61,7 @@ class Data:
     def __init__(self, name: str, fingerprint: str, stories_dir: Path, rows_dir: Path, info: dict, capacity: int, tokenizer):
         self.name, self.fingerprint = name, fingerprint
         self.num_stories, self.num_tokens, self.num_rows = info["stories"], info["tokens"], info["rows"]
-        self.wasted, self.left_out = info["wasted"], info["left_out"]
+        self.wasted, self.left_out, self.repeated = info["wasted"], info["left_out"], info["repeated"]
         self.validation: list[str] = json.loads((stories_dir / "validation.json").read_text(encoding="utf-8"))
         self._capacity = capacity
         self._bos_id, self._eos_id, self._pad_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
@@ -140,9 +142,8 @@ def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packe
         raise ValueError(f"{tokenizer.name} pads with its bos or eos token ({tokenizer.pad_id}), which the loss would ignore. "
                          "Give it a pad token of its own")
     opened, cache_dir, capacity = open_source(source), Path(cache_dir or default_cache_dir()), max_seq_len + 1
-    key = digest(FORMAT, opened.fingerprint(cache_dir), tokenizer.fingerprint, max_stories)
-    fingerprint = digest(key, max_seq_len, packing)
-    stories_dir, rows_dir = cache_dir / f"stories-{key}", cache_dir / f"rows-{fingerprint}"
+    key, fingerprint = keys(opened, tokenizer, max_seq_len, packing, max_stories, cache_dir)
+    stories_dir, rows_dir = cache_dir / f"stories-{key}", cache_dir / f"rows-{fingerprint}-2"  # 2: with `repeated`
 
     stories, tokenised = open_or_build(stories_dir, lambda folder: _tokenise(opened, tokenizer, max_stories, folder, progress))
     lengths = np.memmap(stories_dir / "lengths.bin", np.uint32, "r")
@@ -151,8 +152,15 @@ def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packe
         opened.say(Counter(stories["skipped"]))
     if tokenised or packed:
         say(f"{opened.name}: {stories['stories']:,} stories, {stories['tokens'] / 1e6:.1f}M tokens, "
-            f"{rows['wasted']:.1%} padding, {rows['left_out']:.1%} left out")
+            f"{rows['wasted']:.1%} padding, {rows['left_out']:.1%} left out, "
+            f"{rows['repeated']:.1%} of the targets are repeated beginnings of stories")
     return Data(opened.name, fingerprint, stories_dir, rows_dir, stories | rows, capacity, tokenizer)
+
+
+def keys(source: Source, tokenizer, max_seq_len: int, packing: str, max_stories: int | None, cache_dir: Path) -> tuple[str, str]:
+    """The digests of the tokenised stories, and of the rows that are packed from them."""
+    key = digest(FORMAT, source.fingerprint(cache_dir), tokenizer.fingerprint, max_stories)
+    return key, digest(key, max_seq_len, packing)
 
 
 def choose_validation(source: Source, skipped: Counter, progress: bool = False) -> list[str]:
@@ -201,6 +209,9 @@ def _tokenise(source: Source, tokenizer, max_stories: int | None, folder: Path, 
     """
     skipped, num_stories, num_tokens = Counter(), 0, 0
     validation = choose_validation(source, skipped, progress)
+    if (lost := tokenizer.lost_share(validation)) > MAX_LOST:
+        say(f"{tokenizer.name} loses {lost:.1%} of the text of {source.name}, so its bits per byte will not be compared. "
+            "Use a tokenizer that keeps the text, such as hf:openai-community/gpt2")
     held_out = {story_hash(story) for story in validation}
     (folder / "validation.json").write_text(json.dumps(validation), encoding="utf-8")
     dtype = token_dtype(tokenizer.vocab_size)
@@ -252,7 +263,7 @@ def _batches(stories: Iterable[str], count: int = 1024, characters: int = 2**22)
 
 def _write_rows(lengths: np.ndarray, capacity: int, packing: str, folder: Path, chunk: int = 8192) -> dict:
     """Write pieces.bin (PIECE, where in tokens.bin) and first.bin (uint64: the first piece of each row, and the end)."""
-    offset, num_rows, num_pieces, filled, left_out = 0, 0, 0, 0, 0
+    offset, num_rows, num_pieces, num_targets, repeated, filled, left_out = 0, 0, 0, 0, 0, 0, 0
     with open(folder / "pieces.bin", "wb") as pieces_file, open(folder / "first.bin", "wb") as first_file:
         for start in range(0, len(lengths), chunk):
             sizes = lengths[start:start + chunk].astype(np.int64)
@@ -269,10 +280,13 @@ def _write_rows(lengths: np.ndarray, capacity: int, packing: str, folder: Path, 
             covered = np.zeros(len(sizes), np.int64)
             np.maximum.at(covered, story, begin + length)
             left_out += int((sizes - covered).sum())
+            num_targets += int((length - 1).sum())
+            repeated += int((length - 1).sum() - (covered - 1).sum())
             filled += int(length.sum())
             offset, num_rows, num_pieces = offset + int(sizes.sum()), num_rows + len(rows), num_pieces + len(pieces)
         first_file.write(np.array([num_pieces], "<u8"))
-    return {"rows": num_rows, "wasted": 1 - filled / (num_rows * capacity), "left_out": left_out / offset}
+    return {"rows": num_rows, "wasted": 1 - filled / (num_rows * capacity), "left_out": left_out / offset,
+            "repeated": repeated / num_targets}
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:

@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.cache import digest, first_line, say
@@ -64,7 +64,8 @@ def read_stories(source: str, split: str = "train") -> Iterator[str]:
         "hub:owner/name", any data set of the hub with a text column, or a local folder as `datasets.load_dataset` reads it;
         "storyworld" or "storyworld:COUNT";
         a file or folder of .parquet, .jsonl or .txt (stories separated by <|endoftext|>, or else by blank lines);
-        "auto" is tinystories if it is in the cache or the hub can be reached, else storyworld, and a line says so.
+        the name of a file or folder in the folder $BASEGPT_DATA, also for a copy of tinystories;
+        "auto" is tinystories if it is here or the hub can be reached, else storyworld, and a line says so.
     split : str, default "train"
         Which split to read.
 
@@ -95,7 +96,7 @@ def open_source(source: str) -> Source:
     """Open a source by its name, see `read_stories`."""
     if source == "auto":
         try:
-            return _hub_source("tinystories", HUB_NAMES["tinystories"])
+            return open_source("tinystories")
         except ConnectionError:
             say("TinyStories is not cached and the Hugging Face hub can't be reached: using the built-in storyworld instead")
             return _storyworld_source("storyworld")
@@ -103,6 +104,8 @@ def open_source(source: str) -> Source:
         return _unknown_source(source)
     if source.split(":")[0] == "storyworld":
         return _storyworld_source(source)
+    if copy := _local_copy(source):
+        return copy
     if source in HUB_NAMES:
         return _hub_source(source, HUB_NAMES[source])
     if source in HUB_NAMES.values() and not Path(source).exists():
@@ -115,6 +118,30 @@ def open_source(source: str) -> Source:
     return _unknown_source(source)
 
 
+def portable_name(source: str) -> str:
+    """A source by a name that means the same on another machine: the last part of a path, which BASEGPT_DATA finds again.
+
+    >>> portable_name("../my_stories"), portable_name("hub:owner/name"), portable_name("storyworld:300")
+    ('my_stories', 'hub:owner/name', 'storyworld:300')
+    """
+    if source in HUB_NAMES.values() or re.fullmatch(r"hub:(\w[\w.-]*/)?\w[\w.-]*", source):
+        return source
+    return re.split(r"[/\\]", source.rstrip("/\\"))[-1].removeprefix("hub:")
+
+
+def _local_copy(name: str) -> Source | None:
+    """The file or folder of this name in the folder that the environment variable BASEGPT_DATA names, if there is one."""
+    folder = os.environ.get("BASEGPT_DATA")
+    if not folder or not re.fullmatch(r"\w[\w .-]*", name):
+        return None
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"BASEGPT_DATA={folder}: there is no such folder. Name the one that holds your data, or unset it")
+    if not Path(folder, name).exists():
+        return None
+    copy = _local_source(Path(folder, name))
+    return replace(copy, name=name, note=", ".join(["the copy in BASEGPT_DATA is used", *filter(None, [copy.note])]))
+
+
 def _unknown_source(source: str) -> Source:
     names = ["auto", *HUB_NAMES, "storyworld"]
     is_path = "/" in source or "\\" in source
@@ -122,8 +149,8 @@ def _unknown_source(source: str) -> Source:
         raise ValueError(f"no data source is called {source!r}. Did you mean {close[0]!r}? There are: {', '.join(names)}, "
                          "hub:owner/name, or a local folder or file")
     hint = f", or hub:{source} for a data set of the Hugging Face hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
-    raise FileNotFoundError(f"no file, folder or data source is called {source!r}. Give an existing path{hint}, or one of: "
-                            f"{', '.join(names)}")
+    raise FileNotFoundError(f"no file, folder or data source is called {source!r}. Give an existing path, a name in the folder "
+                            f"that BASEGPT_DATA names{hint}, or one of: {', '.join(names)}")
 
 
 def _storyworld_source(source: str) -> Source:
@@ -172,7 +199,8 @@ def _load_dataset(repo: str):
     from datasets.data_files import EmptyDatasetError
     from datasets.packaged_modules.cache.cache import Cache
 
-    cure = "Train on the built-in stories with --train.data storyworld, or on a local folder or file with --train.data PATH"
+    cure = ("Train on the built-in stories with --train.data storyworld, or on a local folder or file with --train.data PATH, "
+            "or put a copy into the folder that BASEGPT_DATA names")
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity_error()
     try:

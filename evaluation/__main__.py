@@ -42,6 +42,7 @@ def main(words: list[str]):
 def compare_runs(words: list[str]):
     """Print the verdict, and write a report if --html names a file."""
     from evaluation.comparison import AT, compare
+    from evaluation.statistics import SIGNIFICANCE
 
     parser = argparse.ArgumentParser(
         prog="python -m evaluation compare", description="Which run is better, and how certain is that?"
@@ -51,6 +52,7 @@ def compare_runs(words: list[str]):
     parser.add_argument("--all_pairs", action="store_true", help="compare every pair")
     parser.add_argument("--data_if_missing", help="score runs without losses on this if their own data are not available")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a report, one self-contained page")
+    parser.add_argument("--exit_code", action="store_true", help="exit with 3 unless all pairs differ, for scripts")
     parser.add_argument("--prompts", nargs="+", help="what the stories in the report start with")
     arguments = parser.parse_args(words)
     if arguments.html is not None and not arguments.html.parent.is_dir():
@@ -68,6 +70,11 @@ def compare_runs(words: list[str]):
         command = shlex.join(["python", "-m", "evaluation", "compare", *words])
         write_page(result, arguments.html, command=command, **missing, **options)
         print(f"\nthe report is in {arguments.html}")
+    if arguments.exit_code:
+        if result.differences.empty:
+            raise ValueError("nothing could be compared; the notes above say why")
+        if not (result.differences["p (corrected)"] <= SIGNIFICANCE).all():
+            sys.exit(3)
 
 
 if __name__ == "__main__":

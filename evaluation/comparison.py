@@ -4,8 +4,8 @@
     python -m evaluation compare A B --at flops     # at equal training FLOPs
     python -m evaluation compare A B --html report.html    # and write a self-contained report
 
-A name is a run, or a group of runs that differ in the seed (train.py --seeds). If both sides have several seeds, the seed is the
-unit: the interval covers the choice of seeds. With one seed it covers only the choice of validation stories.
+A name is a run, or a group of runs that differ in the seed (train.py --seeds). A verdict needs several seeds on both sides: the
+seed is the unit, and the interval covers the choice of seeds. One seed gets an interval over validation stories, and no verdict.
 """
 
 import itertools
@@ -14,43 +14,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from config import ModelConfig, TrainConfig
-from evaluation.statistics import BITS, SIGNIFICANCE, Difference, holm, over_seeds, over_stories, seeds_needed
-from metrics.story_losses import NOT_ITS_OWN, TOP_K, Scored, losses_of
+from config import TrainConfig
+from data.sources import portable_name
+from evaluation.pairwise import Candidate, Member, by_seeds, by_stories, format_p
+from evaluation.statistics import BITS
+from metrics.story_losses import NOT_ITS_OWN, TOP_K, data_of, losses_of, too_lossy
+from runs.execution import different_execution
 from runs.folder import Run, group_members
 
 AT = ("end", "parameters", "step", "tokens", "flops", "seconds")
 SAME_SIZE = 0.05  # relative difference in parameters that counts as equal
 SAME_BUDGET = 0.02  # relative difference in what was spent that counts as equal
-
-
-@dataclass(frozen=True)
-class Member:
-    """One run of a candidate."""
-
-    name: str
-    config: TrainConfig
-    architecture: ModelConfig
-    scored: Scored
-    losses: pd.DataFrame  # a row for each story, by its digest
-    log: pd.DataFrame
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A run, or a group of runs with different seeds."""
-
-    name: str
-    members: tuple[Member, ...]  # sorted by seed
-    values: np.ndarray  # (members,) bits per byte
-
-    @property
-    def seeds(self) -> list[int]:
-        return [member.config.seed for member in self.members]
-
-    @property
-    def parameters(self) -> int:
-        return self.members[0].scored.parameters
 
 
 @dataclass(frozen=True)
@@ -65,14 +39,10 @@ class Comparison:
     at: str
 
     def __str__(self) -> str:
-        formatters = dict.fromkeys(("p", "p (Holm)"), format_p)
+        formatters = dict.fromkeys(("p", "p (corrected)"), format_p)
         tables = [frame.to_string(float_format="{:.4f}".format, formatters=formatters, na_rep="–")
                   for frame in (self.candidates, self.differences) if len(frame)]  # fmt: skip
         return "\n\n".join(["\n".join(lines) for lines in (self.notes, tables[:1], tables[1:], self.verdicts) if lines])
-
-
-def format_p(p: float) -> str:
-    return "–" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missing: str | None = None) -> Comparison:
@@ -103,7 +73,7 @@ def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missi
     Examples
     --------
     >>> compare("0.5m_short_and_thick", "0.5m_tall_and_skinny").verdicts[0]  # doctest: +SKIP
-    '0.5m_short_and_thick is better than 0.5m_tall_and_skinny by 0.1065 ± 0.0417 bits per byte (3 seeds, p = 0.0082)'
+    '0.5m_short_and_thick is better than 0.5m_tall_and_skinny by 0.1066 ± 0.0455 bits per byte (3 seeds, p = 0.009)'
     """
     if at not in AT:
         raise ValueError(f"at={at!r}: it must be one of {', '.join(AT)}")
@@ -115,12 +85,16 @@ def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missi
     candidates, by_story = at_budget(candidates, at, notes) if candidates else ([], True)
     if at == "end" and len(candidates) > 1:
         notes += unequal(candidates)
+    notes += older_minutes(candidates, at)
     pairs = [pair for pair in itertools.combinations(candidates, 2)
              if (all_pairs or pair[0] is candidates[0]) and comparable(*pair, at, notes)]  # fmt: skip
-    rows = [difference_row(*pair, by_story) for pair in pairs]
-    corrected = holm([row["p"] for row in rows])
-    rows = [row | {"p (Holm)": p} for row, p in zip(rows, corrected, strict=True)]
-    verdicts = [verdict(*pair, row, len(rows)) for pair, row in zip(pairs, rows, strict=True)]
+    have_seeds = [min(len(one.values), len(other.values)) > 1 for one, other in pairs]
+    rows, verdicts = [], []
+    for pair, has_seeds in zip(pairs, have_seeds, strict=True):
+        comparisons = have_seeds.count(has_seeds)
+        row, verdict = by_seeds(*pair, comparisons, notes) if has_seeds else by_stories(*pair, comparisons, by_story)
+        rows.append(row)
+        verdicts.append(verdict)
     index = [f"{other.name} - {one.name}" for one, other in pairs]
     summary = pd.DataFrame({candidate.name: summary_of(candidate) for candidate in candidates}).T
     return Comparison(summary, pd.DataFrame(rows, index=index), notes, verdicts, candidates, at)
@@ -142,17 +116,25 @@ def gather(name: str, notes: list[str], data_if_missing: str | None) -> Candidat
         if not np.isfinite(losses["nats"]).all():
             notes.append(f"{run.name} diverged and is left out: not all of its losses are finite")
             continue
-        member = Member(run.name, run.train_config, run.model_config, scored, losses.set_index("story"), run.log())
+        if problem := too_lossy(run.name, scored):
+            notes.append(problem)
+            continue
+        trace = f"{scored.tokenizer} loses {scored.lost:.2%} of the text, which is not counted as predicted"
+        notes += [trace] * (scored.lost > 0 and trace not in notes)
+        config = replace(run.train_config, data=portable_name(run.train_config.data))
+        member = Member(run.name, config, run.model_config, scored, losses.set_index("story"), run.log())
         seed = member.config.seed
         if seed in members:
             notes.append(f"{run.name} has the same seed as {members[seed].name} and is left out: a seed counts once")
             continue
         members[seed] = member
         if scored.data.endswith(NOT_ITS_OWN):
-            notes.append(f"{run.name} was scored on {scored.data}: it was trained on {member.config.data!r}, which is not here")
+            notes.append(f"{run.name} was scored on {scored.data}: its validation stories during training, on "
+                         f"{trained_on(member)}, were others")  # fmt: skip
         if run.was_stopped():
             notes.append(f"{run.name} was stopped early: --resume continues it")
     ordered = tuple(members[seed] for seed in sorted(members))
+    notes += different_execution(f"the seeds of {name}", *([Run(member.name)] for member in ordered))
     return Candidate(name, ordered, np.array([bits_per_byte(member.losses) for member in ordered]))
 
 
@@ -227,28 +209,40 @@ def comparable(one: Candidate, other: Candidate, at: str, notes: list[str]) -> b
     a, b = one.members[0], other.members[0]
     both = f"{one.name} and {other.name}"
     if len({member.scored.validation for member in (*one.members, *other.members)}) > 1:
-        notes.append(f"{both} are not compared: scored on different validation stories ({a.scored.data}, {b.scored.data})")
+        notes.append(f"{both} are not compared: scored on different validation stories, those of "
+                     f"{data_of(a.losses, a.scored)} and of {data_of(b.losses, b.scored)}. Train both on the same")  # fmt: skip
         return False
     if at == "parameters" and abs(one.parameters - other.parameters) > SAME_SIZE * min(one.parameters, other.parameters):
         notes.append(f"{both} are not compared: {one.parameters:,} and {other.parameters:,} parameters are not equal within 5%")
         return False
     if a.scored.tokenizer != b.scored.tokenizer:
         tokenizers = f"{a.scored.tokenizer}, {b.scored.tokenizer}"
-        notes.append(f"{both} have different tokenizers ({tokenizers}): bits per byte are comparable all the same")
-    reading = [(m.config.tokenizer, m.config.packing, m.architecture.max_seq_len) for m in (a, b)]
+        notes.append(f"{both} have different tokenizers ({tokenizers}): bits per byte count only what both give back")
+    reading = [(m.config.tokenizer, m.config.packing, m.config.max_stories, m.architecture.max_seq_len) for m in (a, b)]
     fingerprints = (a.scored.data_fingerprint, b.scored.data_fingerprint)
     same_data = None not in fingerprints and len(set(fingerprints)) == 1  # wherever they are stored
-    if a.config.max_stories != b.config.max_stories or (a.config.data != b.config.data and not same_data):
-        notes.append(f"{both} were trained on different data: {a.config.data} and {b.config.data}, "
-                     f"the first {a.config.max_stories} and {b.config.max_stories} stories")  # fmt: skip
+    if not same_data and trained_on(a) != trained_on(b):
+        notes.append(f"{both} were trained on different data: {trained_on(a)} and {trained_on(b)}")
     elif None in fingerprints:
         notes.append(f"{both}: whether they were trained on the same data is not known, as one run predates that record")
     elif reading[0] == reading[1] and not same_data:
-        notes.append(f"{both} were trained on different data, though both call them {a.config.data}")
-    notes += [line for line in [different_code(both, one, other), different_threads(both, a, b, at)] if line]
+        notes.append(f"{both} may have been trained on different data: both are {trained_on(a)}, with other fingerprints")
+    notes += [line for line in [different_code(both, one, other)] if line]
+    notes += different_execution(both, *([Run(member.name) for member in candidate.members] for candidate in (one, other)))
     if a.architecture == b.architecture and a.config == b.config:
         notes.append(f"{both} are the same config with the same seed: only rounding or the code can differ")
+    elif a.architecture == b.architecture and a.config == replace(
+        b.config, seed=a.config.seed, data_seed=a.config.data_seed, data=a.config.data if same_data else b.config.data
+    ):
+        notes.append(f"{both} differ in nothing but the seed: any difference between them is luck")
     return True
+
+
+def trained_on(member: Member) -> str:
+    """The training data by name and size: 'tinystories (15,939 stories)'."""
+    stories, most = member.scored.training_stories, member.config.max_stories
+    size = f"{stories:,} stories" if stories else f"the first {most:,} stories" if most else "all stories"
+    return f"{member.config.data} ({size})"
 
 
 def different_code(both: str, one: Candidate, other: Candidate) -> str | None:
@@ -263,52 +257,14 @@ def different_code(both: str, one: Candidate, other: Candidate) -> str | None:
     return f"{both} were trained with different code: {shown}" if changed else None
 
 
-def different_threads(both: str, a: Member, b: Member, at: str) -> str | None:
-    if at != "seconds" or a.config.threads == b.config.threads:
-        return None
-    return f"{both} had {a.config.threads} and {b.config.threads} threads: their seconds are not comparable"
-
-
-def difference_row(one: Candidate, other: Candidate, by_story: bool) -> dict:
-    """other - one, over seeds if both have several, else over stories if possible."""
-    if len(one.values) > 1 and len(other.values) > 1:
-        paired = one.seeds == other.seeds
-        difference, over = over_seeds(one.values, other.values, paired), "seeds, paired" if paired else "seeds"
-    elif by_story:
-        nats = [np.mean([member.losses["nats"] for member in candidate.members], axis=0) for candidate in (one, other)]
-        difference, over = over_stories(*nats, one.members[0].losses["bytes"]), "stories"
-    else:
-        difference, over = Difference(other.values.mean() - one.values.mean(), *[float("nan")] * 3), "nothing"
-    return {
-        "difference": float(difference.mean), "95% from": float(difference.low), "to": float(difference.high),
-        "p": float(difference.p), "over": over, "seeds": f"{len(other.values)} and {len(one.values)}",
-    }  # fmt: skip
-
-
-def verdict(one: Candidate, other: Candidate, row: dict, comparisons: int) -> str:
-    """The verdict on a pair as one sentence."""
-    better, worse = (other, one) if row["difference"] < 0 else (one, other)
-    by = f"{abs(row['difference']):.4f}"
-    if row["over"] == "nothing":
-        return (f"{better.name} is ahead of {worse.name} by {by} {BITS}, which may be luck: one seed alone has no interval here. "
-                "Train three or more (--seeds 3)")  # fmt: skip
-    if np.isnan(row["p"]):
-        return f"{better.name} is ahead of {worse.name} by {by} {BITS} in every seed alike: there is no variance to judge it by"
-    p = row["p (Holm)"]
-    counts = sorted({len(one.values), len(other.values)})
-    seeds = " and ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
-    amount = f"{by} ± {(row['to'] - row['95% from']) / 2:.4f} {BITS}"
-    chance = f"p {'' if p < 0.001 else '= '}{format_p(p)}" + f", corrected for {comparisons} comparisons" * (comparisons > 1)
-    caveat = ". The interval is from the stories alone; another seed may say otherwise" if row["over"] == "stories" else ""
-    if p <= SIGNIFICANCE:
-        return f"{better.name} is better than {worse.name} by {amount} ({seeds}, {chance}){caveat}"
-    advice = ""
-    if row["over"] != "stories":
-        needed = seeds_needed(one.values, other.values, row["over"] == "seeds, paired", SIGNIFICANCE / comparisons)
-        more = None if needed is None else max(1, needed - min(counts))
-        advice = ("; even 1,000 seeds would hardly tell" if more is None
-                  else f"; about {more} more seed{'s' * (more > 1)} would tell")  # fmt: skip
-    return f"{one.name} and {other.name} are not distinguishable{advice} (a difference of {amount}, {seeds}, {chance}){caveat}"
+def older_minutes(candidates: list[Candidate], at: str) -> list[str]:
+    """Note the runs of older versions if seconds are compared, or if only some of the runs with a budget in minutes are older."""
+    members = [member for candidate in candidates for member in candidate.members if at == "seconds" or member.config.max_minutes]
+    older = [member.name for member in members if Run(member.name).seconds_include_overhead()]
+    if not older or (at != "seconds" and len(older) == len(members)):
+        return []
+    return [f"the seconds and minutes of {', '.join(older)} include compiling, measuring the machine and evaluating, which older "
+            "versions counted as training"]  # fmt: skip
 
 
 def summary_of(candidate: Candidate) -> dict:

@@ -3,7 +3,8 @@
     figure = plot_all_curves("base", "my_idea")      # bits per byte by steps, tokens, FLOPs and seconds
     curve("base", "flops").mean                      # the numbers of one line
 
-If all runs were trained on storyworld, a line shows its exact entropy, and the axis on the right the excess over it.
+The interval is where the mean of many seeds would lie, at each point alone; single seeds scatter more widely. If all runs were
+trained on storyworld, a line shows its exact entropy, and the axis on the right the excess over it.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from training.report import AXES, log_with_flops
 
 @dataclass(frozen=True)
 class Curve:
-    """Bits per byte on the validation stories during training: mean over seeds and its 95% interval at each point."""
+    """Bits per byte on the validation stories during training: mean over seeds and the 95% interval of the mean."""
 
     name: str
     by: str  # step, tokens, flops or seconds
@@ -90,8 +91,8 @@ def common_floor(members: tuple[str, ...]) -> float | None:
 def plot_curves(*names: str, by: str = "step", axes=None, members: dict[str, tuple[str, ...]] | None = None):
     """Plot the validation curves of runs and groups of seeds.
 
-    A group has a band, the 95% interval of the mean over seeds; a single seed has a thin line without one. The y range leaves
-    out the steep start.
+    A group has a band, the 95% interval of the mean over seeds, which is not the range of single seeds; a single seed has a thin
+    line without a band. The y range leaves out the steep start.
 
     Parameters
     ----------
@@ -125,7 +126,7 @@ def plot_curves(*names: str, by: str = "step", axes=None, members: dict[str, tup
     curves = [curve(name, by, members[name]) for name in names]
     for number, drawn in enumerate(curves):
         several = drawn.seeds > 1
-        label = f"{drawn.name} ({drawn.seeds} seeds, 95%)" if several else f"{drawn.name} (one seed, no band)"
+        label = f"{drawn.name} (mean of {drawn.seeds} seeds)" if several else f"{drawn.name} (one seed, no band)"
         axes.plot(drawn.x, drawn.mean, color=f"C{number}", linewidth=1.8 if several else 0.8, label=label)
         if several:
             axes.fill_between(drawn.x, drawn.low, drawn.high, color=f"C{number}", alpha=0.25, linewidth=0)
@@ -142,7 +143,7 @@ def plot_curves(*names: str, by: str = "step", axes=None, members: dict[str, tup
         excess = axes.secondary_yaxis("right", functions=(lambda bits: bits - floor, lambda over: over + floor))
         excess.set_ylabel("excess over the entropy")
     axes.set_ylim(*visible_range(curves, floor))
-    axes.legend()
+    axes.legend(title="band: 95% interval of the mean" if any(drawn.seeds > 1 for drawn in curves) else None)
     return axes
 
 
@@ -150,7 +151,7 @@ def visible_range(curves: list[Curve], floor: float | None) -> tuple[float, floa
     """The y range: from the floor, or the lowest end of a band, to the highest mean after the first tenth of a curve."""
     highest = max(drawn.mean[drawn.x >= 0.1 * drawn.x[-1]].max() for drawn in curves)
     lowest = min(drawn.mean.min() for drawn in curves)
-    cut = 2 * lowest - highest  # a very wide band is cut off here
+    cut = 2 * lowest - highest  # wider bands are cut off
     ends = [max(drawn.low[-1], cut) for drawn in curves if drawn.seeds > 1]
     lowest = min([lowest, *ends, *([floor] if floor is not None else [])])
     room = 0.05 * (highest - lowest) or 0.05

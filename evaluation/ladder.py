@@ -33,12 +33,13 @@ from training.optim import growing_batch_size
 from training.seeds import member_names, members, run_in_turn, train_members
 
 STEP = 4  # dim is a multiple of this
-FURTHEST = 0.15  # maximum relative error of a rung's size
-FEWEST_SIZES = 3
-LARGEST = 100_000_000  # parameters: the limit for a laptop
+MAX_ERROR = 0.15  # maximum relative error of a rung's size
+MIN_SIZES = 3
+SEEDS = 3  # runs of each size by default
+MAX_SIZE = 100_000_000  # parameters: the limit for a laptop
 WIDTHS = re.compile(r"\b\w*(?:dim|rank|heads)=\d+")  # widths in a layer string, which are not scaled
 
-NO_MATTER = {  # training options whose differences are not reported
+UNREPORTED = {  # training options whose differences are not reported
     "max_steps", "max_minutes", "eval_every", "checkpoint_every", "seed", "data_seed", "device", "dtype", "compile", "threads",
     "micro_batch_size",
 }  # fmt: skip
@@ -49,19 +50,19 @@ class Rung:
     """An architecture at one size."""
 
     architecture: str  # its name
-    wanted: int  # target parameters
+    target: int  # parameters
     parameters: int  # actual
     config: ModelConfig
 
     @property
     def label(self) -> str:
-        return size_label(self.wanted)
+        return format_size(self.target, digits=10)
 
     def __str__(self) -> str:
         config, values = self.config, self.config.block_values()
         heads = f"{config.num_heads} head{'s' * (config.num_heads > 1)} of {values['head_dim']}"
-        missed = f"{self.parameters / self.wanted - 1:+.1%}"
-        return (f"{self.architecture} at {self.label}: {self.parameters:,} parameters ({missed}): dim {config.dim}, {heads}, "
+        error = f"{self.parameters / self.target - 1:+.1%}"
+        return (f"{self.architecture} at {self.label}: {self.parameters:,} parameters ({error}): dim {config.dim}, {heads}, "
                 f"mlp_dim {values['mlp_dim']}, {config.num_layers} layers")  # fmt: skip
 
 
@@ -105,18 +106,18 @@ class Plan:
 
 def read_size(text: str) -> int:
     """Parse a size: '0.25m' and '250k' are 250000. Raises ValueError if invalid."""
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)([km]?)", text.strip().lower())
-    size = float(found[1]) * {"": 1, "k": 1e3, "m": 1e6}[found[2]] if found else 0
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([km]?)", text.strip().lower())
+    size = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6}[match[2]] if match else 0
     if size < 1:
         raise ValueError(f"--sizes {text}: write a number of parameters, such as 250k, 0.5m or 2m")
-    if size > LARGEST:
-        raise ValueError(f"--sizes {text}: give at most {size_label(LARGEST)} parameters, which is a lot for a small machine")
+    if size > MAX_SIZE:
+        raise ValueError(f"--sizes {text}: give at most {format_size(MAX_SIZE)} parameters, which is a lot for a small machine")
     return round(size)
 
 
-def size_label(size: int) -> str:
-    """Format 250000 as '0.25m'."""
-    return f"{size / 1e6:.10g}m"
+def format_size(size: float, digits: int = 3) -> str:
+    """Format 1234567 as '1.23m'."""
+    return f"{size / 1e6:.{digits}g}m"
 
 
 def ladder(architecture: str, config: ModelConfig, vocab_size: int, sizes: list[int]) -> list[Rung]:
@@ -137,11 +138,11 @@ def ladder(architecture: str, config: ModelConfig, vocab_size: int, sizes: list[
     rungs = []
     for size in sizes:
         dim = nearest_width(config.dim, size, parameters)
-        there = parameters(dim)
-        if abs(there / size - 1) > FURTHEST:
-            raise ValueError(f"{architecture} cannot have {size_label(size)} parameters: the nearest is {size_label(there)}, by "
-                             f"dim={dim}. Take that size, or an architecture of another depth")  # fmt: skip
-        rungs.append(Rung(architecture, size, there, at_width(config, dim)))
+        count = parameters(dim)
+        if abs(count / size - 1) > MAX_ERROR:
+            raise ValueError(f"{architecture} cannot have {format_size(size)} parameters: the nearest is {format_size(count)}, "
+                             f"with dim={dim}. Take that size, or an architecture of another depth")  # fmt: skip
+        rungs.append(Rung(architecture, size, count, at_width(config, dim)))
     for rung, other in itertools.combinations(rungs, 2):
         if rung.parameters == other.parameters:
             raise ValueError(f"{architecture} is the same at {rung.label} and {other.label}: leave one of them out")
@@ -154,10 +155,10 @@ def nearest_width(dim: int, size: int, parameters: Callable[[int], int | None]) 
     The count grows between linearly and quadratically in dim, so scaling dim by the square root of the ratio converges without
     overshooting: no model much larger than size is built.
     """
-    seen: set[int] = set()
+    visited: set[int] = set()
     dim = possible_width(dim, parameters)
-    while dim not in seen:
-        seen.add(dim)
+    while dim not in visited:
+        visited.add(dim)
         dim = possible_width(dim * math.sqrt(size / parameters(dim)), parameters)
     reach = max(4 * STEP, round(0.1 * dim / STEP) * STEP)
     near = [other for other in range(max(STEP, dim - reach), dim + reach + 1, STEP) if parameters(other)]
@@ -167,10 +168,10 @@ def nearest_width(dim: int, size: int, parameters: Callable[[int], int | None]) 
 def possible_width(dim: float, parameters: Callable[[int], int | None]) -> int:
     """Round dim to the nearest multiple of STEP that is valid for the architecture. Raises ValueError if there is none."""
     middle = max(1, round(dim / STEP))
-    for place in (middle + sign * away for away in range(64) for sign in (-1, 1)):
-        if place > 0 and parameters(STEP * place):
-            return STEP * place
-    raise ValueError(f"the architecture can have no dim near {STEP * middle}, as its blocks do not divide it: take other sizes")
+    for multiple in (middle + sign * offset for offset in range(64) for sign in (-1, 1)):
+        if multiple > 0 and parameters(STEP * multiple):
+            return STEP * multiple
+    raise ValueError(f"no dim near {STEP * middle} is valid: the blocks of the architecture do not divide it. Take other sizes")
 
 
 def at_width(config: ModelConfig, dim: int) -> ModelConfig:
@@ -181,35 +182,34 @@ def at_width(config: ModelConfig, dim: int) -> ModelConfig:
     """
     head_dim, share = config.block_values()["head_dim"], dim / config.dim
     group = config.num_heads // config.num_kv_heads
-    wanted = config.num_heads * share
-    if config.num_kv_heads == 1:
-        num_heads = max(1, round(wanted))
+    target = config.num_heads * share
+    if config.num_kv_heads > 1 and target >= group / 2:
+        num_heads = group * max(1, round(target / group))
     else:
-        num_heads = group * max(1, round(wanted / group)) if wanted >= group / 2 else max(1, round(wanted))
+        num_heads = max(1, round(target))
     num_kv_heads = 1 if config.num_kv_heads == 1 else max(1, num_heads // group)
     if config.head_dim is None:
         head_dim = max(2, 2 * round(dim / num_heads / 2))
-    same = config.head_dim is None and head_dim * num_heads == dim
+    is_default = config.head_dim is None and head_dim * num_heads == dim
     mlp_dim = None if config.mlp_dim is None else 8 * max(1, round(config.mlp_dim * share / 8))
-    return replace(
-        config, dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=None if same else head_dim, mlp_dim=mlp_dim
-    )
+    head_dim = None if is_default else head_dim
+    return replace(config, dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, mlp_dim=mlp_dim)
 
 
-def kept_widths(layers: Layers) -> list[str]:
+def fixed_widths(layers: Layers) -> list[str]:
     """List the widths set in layer strings, which are not scaled: num_heads=2 in "Norm->Attn(num_heads=2)->+"."""
     if isinstance(layers, str):
         return list(dict.fromkeys(WIDTHS.findall(layers)))
-    return list(dict.fromkeys(width for layer in layers for width in kept_widths(layer)))
+    return list(dict.fromkeys(width for layer in layers for width in fixed_widths(layer)))
 
 
-def plan(specs: tuple[str, ...], sizes: tuple[str, ...], seeds: int = 1, budget: Budget = EQUAL_STEPS,
+def plan(specs: tuple[str, ...], sizes: tuple[str, ...], seeds: int = SEEDS, budget: Budget = EQUAL_STEPS,
          train: TrainConfig | None = None, name: str = "scaling") -> Plan:  # fmt: skip
     """Plan the runs, named NAME-ARCHITECTURE-SIZE-BUDGET-seed0. Raises ValueError for an invalid option or size."""
-    wanted = sorted(map(read_size, sizes))
-    if len(set(wanted)) < len(wanted):
+    targets = sorted(map(read_size, sizes))
+    if len(set(targets)) < len(targets):
         raise ValueError(f"--sizes {' '.join(sizes)}: name each size once")
-    if len(wanted) < FEWEST_SIZES:
+    if len(targets) < MIN_SIZES:
         raise ValueError(f"--sizes {' '.join(sizes)}: a law needs at least three sizes, and better four or more")
     if not specs or len(set(specs)) < len(specs):
         raise ValueError("name one or more architectures, each once")
@@ -217,21 +217,23 @@ def plan(specs: tuple[str, ...], sizes: tuple[str, ...], seeds: int = 1, budget:
         raise ValueError(f"--seeds {seeds}: give a whole number of at least 1")
     if not is_safe(name):
         raise ValueError(f"--name {name}: use letters, digits, '_', '-' and '.', such as my_ladder")
-    ways = {spec: architecture(spec) for spec in specs}
-    train = train or ways[specs[0]][1]
+    architectures = {spec: architecture(spec) for spec in specs}
+    context, train = architectures[specs[0]][0].max_seq_len, train or architectures[specs[0]][1]
     vocab_size = load_tokenizer(train.tokenizer).vocab_size
-    rungs, groups, notes = [], [], list(differing(ways))
-    for spec, (config, _) in ways.items():
-        for rung in ladder(spec, replace(config, max_seq_len=ways[specs[0]][0].max_seq_len), vocab_size, wanted):
+    rungs, groups, notes = [], [], list(differences(architectures))
+    if seeds == 1:
+        notes.append("--seeds 1: a single seed gives estimates, without intervals and verdicts")
+    for spec, (config, _) in architectures.items():
+        for rung in ladder(spec, replace(config, max_seq_len=context), vocab_size, targets):
             *experiment, own = spec.split("/")
             run_name = "/".join([*experiment, f"{name}-{own}-{rung.label}-{budget}"])
             rungs.append(rung)
             groups.append(Arguments(name=run_name, seeds=seeds, model=rung.config, train=budget.apply(train, rung)))
-        if kept := kept_widths(config.layers):
-            notes.append(f"{spec}: its layer strings set {', '.join(kept)}, which stay the same at all sizes")
+        if widths := fixed_widths(config.layers):
+            notes.append(f"{spec}: its layer strings set {', '.join(widths)}, which are the same at all sizes")
     if train.data == "auto":  # use the same data for all runs
-        begun = [Run(run) for group in groups for run in member_names(group) if Run(run).folder.exists()]
-        data = begun[0].train_config.data if begun else open_source("auto").name
+        existing = [Run(run) for group in groups for run in member_names(group) if Run(run).folder.exists()]
+        data = existing[0].train_config.data if existing else open_source("auto").name
         groups = [replace(group, train=replace(group.train, data=data)) for group in groups]
     for group in groups:
         try:
@@ -256,16 +258,16 @@ def architecture(spec: str) -> tuple[ModelConfig, TrainConfig]:
     return config, preset(spec).train
 
 
-def differing(ways: dict[str, tuple[ModelConfig, TrainConfig]]) -> Iterator[str]:
+def differences(architectures: dict[str, tuple[ModelConfig, TrainConfig]]) -> Iterator[str]:
     """Report architectures whose own training options or context differ from those of the first."""
-    (first, (model, train)), *others = ways.items()
+    (first, (model, train)), *others = architectures.items()
     for spec, (own_model, own_train) in others:
-        changed = [f"{field.name}={getattr(own_train, field.name)!r}" for field in fields(TrainConfig)
-                   if field.name not in NO_MATTER and getattr(own_train, field.name) != getattr(train, field.name)]  # fmt: skip
-        if changed:
-            yield f"{spec} is trained as {first} is, though by itself it has {', '.join(changed)}"
+        own = [f"{field.name}={getattr(own_train, field.name)!r}" for field in fields(TrainConfig)
+               if field.name not in UNREPORTED and getattr(own_train, field.name) != getattr(train, field.name)]  # fmt: skip
+        if own:
+            yield f"{spec} is trained with the options of {first}, not its own {', '.join(own)}"
         if own_model.max_seq_len != model.max_seq_len:
-            yield f"{spec} reads {model.max_seq_len} tokens at once as {first} does, though by itself {own_model.max_seq_len}"
+            yield f"{spec} has the context of {first}, {model.max_seq_len} tokens, not its own {own_model.max_seq_len}"
 
 
 def train_all(planned: Plan) -> bool:
@@ -275,14 +277,14 @@ def train_all(planned: Plan) -> bool:
     """
     rungs = zip(planned.rungs, map(resumed, planned.groups), strict=True)
     for _, group in sorted(rungs, key=lambda pair: pair[0].parameters):
-        todo = members(group)
-        if not todo:
+        unfinished = members(group)
+        if not unfinished:
             continue
-        say(f"{group.name}: {len(todo)} of {group.seeds} to train")
+        say(f"{group.name}: {len(unfinished)} of {group.seeds} to train")
         if planned.budget.kind == "minutes":  # parallel runs would slow each other down
-            failed, stopped = run_in_turn(todo, train_quietly)
+            failed, stopped = run_in_turn(unfinished, train_quietly)
         else:
-            failed, stopped = train_members(group, todo, train_quietly)
+            failed, stopped = train_members(group, unfinished, train_quietly)
         if stopped:
             return False
         if broken := {run: why for run, why in failed.items() if Run(run).diverged is None}:
@@ -291,7 +293,7 @@ def train_all(planned: Plan) -> bool:
 
 
 def train_quietly(arguments: Arguments) -> bool:
-    """Train a run, showing only a progress bar; its stories are in its report. Returns False if stopped."""
+    """Train a run, showing only a progress bar. Returns False if stopped."""
     from train import train_one
 
     with redirect_stdout(io.StringIO()):

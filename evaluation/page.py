@@ -27,7 +27,7 @@ from evaluation.diff import diff
 from evaluation.statistics import BITS
 from inference import generate, load_model
 from metrics.measures import calibration, distinct, loss_by_position, loss_by_word_class, repetition, token_scores
-from metrics.story_losses import validation_stories
+from metrics.story_losses import NOT_ITS_OWN, label, validation_stories
 from pages import render
 from runs.command_line import command as training_command
 from runs.folder import Run
@@ -138,7 +138,7 @@ def without_folders(text: str) -> str:
 def html_table(frame: pd.DataFrame, kind: str = "numbers") -> Markup:
     """A DataFrame as HTML, with its texts escaped; kind is the CSS class, "numbers" or "text"."""
     formatters = dict.fromkeys(("difference", "95% from", "to"), lambda value: "–" if math.isnan(value) else f"{value:+.4f}")
-    formatters |= dict.fromkeys(("p", "p (Holm)"), format_p)
+    formatters |= dict.fromkeys(("p", "p (corrected)"), format_p)
     with pd.option_context("display.max_colwidth", None):
         return Markup(frame.to_html(border=0, classes=kind, float_format="{:.4f}".format, formatters=formatters, na_rep="–"))
 
@@ -170,16 +170,18 @@ def where_the_loss_is(
     """
     by_position, by_class, manner, stories_of = {}, {}, {}, {}
     for group in groups:
-        data = group.members[0].config.data
+        data = Run(group.members[0].name).train_config.data
         try:
             if data not in stories_of:
-                stories_of[data] = validation_stories(data, data_if_missing)[1]
+                stories_of[data] = validation_stories(data, data_if_missing)
         except OSError as error:
-            notes.append(f"the loss of {group.name} by position and kind of word was not measured, as its data are not here "
-                         f"({error}): --data_if_missing auto takes others")  # fmt: skip
+            notes.append(f"the loss of {group.name} by position and kind of word was not measured: {error}")
             continue
         print(f"measuring {group.name}")
-        measured = [measures_of(member, stories_of[data][:num_stories]) for member in group.members]
+        source, stories = stories_of[data]
+        if (source := label(Run(group.members[0].name), source, stories)).endswith(NOT_ITS_OWN):
+            notes.append(f"the loss of {group.name} by position and kind of word is measured on {source}")
+        measured = [measures_of(member, stories[:num_stories]) for member in group.members]
         by_position[group.name], by_class[group.name], manner[group.name] = (
             pd.concat(columns, axis=1).mean(axis=1) for columns in zip(*measured, strict=True)
         )
@@ -206,7 +208,7 @@ def measures_of(member: Member, stories: list[str]) -> tuple[pd.Series, pd.Serie
     model, tokenizer = load_model(member.name)
     scores = token_scores(model, tokenizer, stories)
     classes = loss_by_word_class(scores, tokenizer, stories)
-    num_bytes = sum(len(story.encode(errors="replace")) for story in stories)
+    num_bytes = sum(map(tokenizer.kept_bytes, stories))
     bits = classes["loss"] * classes["tokens"] / num_bytes / math.log(2)
     samples = generate(model, tokenizer, [""] * NUM_SAMPLES)
     manner = {"calibration error": calibration(scores)[0], "4 words repeated": repetition(samples)}
@@ -236,7 +238,7 @@ def plot_by(groups: list[Candidate], by: str) -> Markup:
     members = {group.name: tuple(member.name for member in group.members) for group in groups}
     with new_axes((5, 3.4)) as axes:
         plot_curves(*members, by=by, axes=axes, members=members)
-        return inline_svg(axes.figure, by, f"{BITS} by {AXES[by]}")
+        return inline_svg(axes.figure, by, f"{BITS} by {AXES[by]}; a band is the 95% interval of the mean over seeds")
 
 
 def plot_differences(comparison: Comparison) -> Markup:

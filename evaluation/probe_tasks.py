@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model import IGNORE
 
-WIDE_ENOUGH = 64  # vocabulary of compression, larger than its alphabet: the last logits must hold the sequence
+COMPRESSION_VOCAB = 64  # larger than the alphabet: the last logits must hold the sequence
 
 
 class Size(NamedTuple):
@@ -66,7 +66,7 @@ class Task:
 
     def sequences(self, number: int, rng: np.random.Generator) -> Sequences:
         """Generate sequences."""
-        tokens, targets, *level = (torch.from_numpy(np.ascontiguousarray(made)) for made in self.draw(number, rng))
+        tokens, targets, *level = (torch.from_numpy(np.ascontiguousarray(array)) for array in self.draw(number, rng))
         return Sequences(tokens, targets, *(level or [torch.zeros(number, dtype=torch.long)]))
 
     def training_sequences(self, number: int, rng: np.random.Generator) -> Sequences:
@@ -151,7 +151,7 @@ class InContextRecall(Task):
 
         pieces, scored = pieces.reshape(number, -1), scored.reshape(number, -1)
         order = np.argsort(pieces < 0, axis=1, kind="stable")[:, : T + 1]  # remove the padding
-        text, scored = (np.take_along_axis(made, order, axis=1) for made in (pieces, scored))  # (B, T + 1)
+        text, scored = (np.take_along_axis(array, order, axis=1) for array in (pieces, scored))  # (B, T + 1)
         return text[:, :-1], np.where(scored[:, 1:], text[:, 1:], IGNORE)
 
     def pairs(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -203,10 +203,10 @@ class SelectiveCopying(Task):
     def draw(self, number, rng):
         blank = self.vocab_size - 1
         letters = rng.integers(self.num_letters, size=(number, self.num_copied))
-        places = np.sort(distinct(rng, number, self.length, self.num_copied), axis=1)
+        positions = np.sort(distinct(rng, number, self.length, self.num_copied), axis=1)
         tokens = np.full((number, self.T), blank)
         tokens[:, : self.length] = rng.integers(self.num_letters, blank, size=(number, self.length))
-        np.put_along_axis(tokens, places, letters, axis=1)
+        np.put_along_axis(tokens, positions, letters, axis=1)
         targets = np.full_like(tokens, IGNORE)
         targets[:, self.length :] = letters
         return tokens, targets
@@ -223,7 +223,7 @@ class Compression(Task):
 
     @property
     def size(self):
-        return Size(WIDE_ENOUGH, self.length + 1, self.num_letters)
+        return Size(COMPRESSION_VOCAB, self.length + 1, self.num_letters)
 
     def draw(self, number, rng):
         tokens = rng.integers(self.num_letters, size=(number, self.T))
@@ -301,14 +301,14 @@ class HopChains(Task):
         hops = rng.integers(1, self.max_hops + 1, size=number)
         follower = np.full((number, self.num_letters), -1)  # position after each letter's last occurrence; -1: none
         hop = np.empty_like(letters)
-        for place in range(self.length):
-            letter = letters[:, place]
-            hop[:, place] = follower[rows, letter]
-            follower[rows, letter] = place + 1
+        for position in range(self.length):
+            letter = letters[:, position]
+            hop[:, position] = follower[rows, letter]
+            follower[rows, letter] = position + 1
         reached = np.broadcast_to(np.arange(self.length), letters.shape)
-        for done in range(self.max_hops):
-            further = np.where(reached >= 0, np.take_along_axis(hop, reached.clip(0), axis=1), -1)
-            reached = np.where((done < hops)[:, None], further, reached)
+        for step in range(self.max_hops):
+            following = np.where(reached >= 0, np.take_along_axis(hop, reached.clip(0), axis=1), -1)
+            reached = np.where((step < hops)[:, None], following, reached)
         answers = np.where(reached >= 0, np.take_along_axis(letters, reached.clip(0), axis=1), IGNORE)
         tokens = np.concatenate([self.num_letters + hops[:, None] - 1, letters], axis=1)
         return tokens, np.concatenate([np.full((number, 1), IGNORE), answers], axis=1), hops
@@ -336,7 +336,7 @@ def motifs(num_tokens: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """List all words of 1 to `longest` different tokens, padded with -1, and their shares: all lengths are equally likely."""
     words, shares = [], []
     for length in range(1, longest + 1):
-        made = list(permutations(range(num_tokens), length))
-        words += [[*word, *[-1] * (longest - length)] for word in made]
-        shares += [1 / longest / len(made)] * len(made)
+        ordered = list(permutations(range(num_tokens), length))
+        words += [[*word, *[-1] * (longest - length)] for word in ordered]
+        shares += [1 / longest / len(ordered)] * len(ordered)
     return np.array(words), np.array(shares)

@@ -8,7 +8,9 @@ All models are scaled to the same small width and trained from scratch with Muon
 tried until one solves the task; the model with the lowest final training loss is scored. All tasks take up to ten minutes per
 architecture on one core, longest if they are not solved. --quick trains less, at one rate; --thorough trains wider models for 20
 times the steps and takes hours. A score is the accuracy on test sequences shared by all models; chance is the accuracy of the
-best guess that ignores the sequence. Scores are cached.
+best guess that ignores the sequence. Its interval covers the choice of test sequences, not that of seeds: whether a task is
+solved often depends on the seed, which a few seeds cannot bound, so that their lowest and highest accuracy is shown instead.
+Scores are cached.
 
 B sequences, T tokens in each, V vocabulary.
 """
@@ -20,7 +22,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from config import Layers, ModelConfig, TrainConfig, did_you_mean
 from data.cache import default_cache_dir, digest
 from evaluation.probe_tasks import TASKS, Compressor, Task
 from metrics.cost import config_of
+from metrics.proportion import proportion_interval
 from model import IGNORE
 from modules.registry import build_model
 from runs.code import code_digests
@@ -85,28 +87,16 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of the accuracy.
-
-        Wilson's interval over sequences, each treated as entirely right or wrong, which is conservative. With several seeds it
-        is widened to include Student's t interval over their means.
-        """
-        from scipy.stats import binomtest, t
-
+        """95% interval of the mean accuracy of the trained models over the choice of test sequences; NaN if one diverged."""
         if math.isnan(self.accuracy):
             return math.nan, math.nan
-        seeds, sequences = self.shares.shape
-        low, high = binomtest(round(self.accuracy * sequences), sequences).proportion_ci(method="wilson")
-        if seeds > 1:
-            means = self.shares.mean(dim=1).double()
-            margin = t.ppf(0.975, seeds - 1) * means.std().item() / math.sqrt(seeds)
-            low, high = min(low, self.accuracy - margin), max(high, self.accuracy + margin)
-        return max(0.0, low), min(1.0, high)
+        return proportion_interval(self.shares.double().mean(dim=0).sum().item(), self.shares.shape[1])
 
     def __str__(self) -> str:
         if math.isnan(self.accuracy):
             return "diverged"
-        low, high = self.interval
-        return f"{self.accuracy:.3f} [{low:.3f}, {high:.3f}]"
+        text, means = f"{self.accuracy:.3f} [{{:.3f}}, {{:.3f}}]".format(*self.interval), self.shares.mean(dim=1)
+        return text if len(means) == 1 else f"{text}, seeds {means.min():.3f} to {means.max():.3f}"
 
 
 def architecture(spec: str | ModelConfig, plugins: tuple[str, ...] = ()) -> ModelConfig:
@@ -219,7 +209,7 @@ def right_answers(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
     """Accuracy on each sequence, NaN if it has no targets.  tokens and targets (B, T) -> (B,)"""
     model.eval()
     rows = zip(tokens.split(64), targets.split(64), strict=True)
-    right = torch.cat([model(some)[0].argmax(dim=-1) == wanted for some, wanted in rows])  # (B, T)
+    right = torch.cat([model(inputs)[0].argmax(dim=-1) == answers for inputs, answers in rows])  # (B, T)
     return right.sum(dim=1) / (targets != IGNORE).sum(dim=1)
 
 
@@ -230,29 +220,29 @@ def probe(name: str, config: ModelConfig, task_name: str, seeds: int = 1, effort
     """
     task = TASKS[task_name]
     test = task.test_sequences(effort.test_sequences)
-    asked = (test.targets != IGNORE).any(dim=1)
-    found = [kept_or_scored(config, task, seed, effort) for seed in range(seeds)]
-    shares = torch.stack([torch.tensor(one["shares"]) for one in found])  # (seeds, sequences)
-    lrs, seconds = tuple(one["lr"] for one in found), sum(one["seconds"] for one in found)
+    has_targets = (test.targets != IGNORE).any(dim=1)
+    results = [score_seed(config, task, seed, effort) for seed in range(seeds)]
+    shares = torch.stack([torch.tensor(result["shares"]) for result in results])  # (seeds, sequences)
+    lrs, seconds = tuple(result["lr"] for result in results), sum(result["seconds"] for result in results)
     return [
-        Score(name, task_name, level, shares[:, asked & (test.level == level)], found[0]["parameters"], seconds, lrs)
+        Score(name, task_name, level, shares[:, has_targets & (test.level == level)], results[0]["parameters"], seconds, lrs)
         for level in test.level.unique().tolist()
     ]
 
 
-def kept_or_scored(config: ModelConfig, task: Task, seed: int, effort: Effort) -> dict:
+def score_seed(config: ModelConfig, task: Task, seed: int, effort: Effort) -> dict:
     """Score one seed, or read its cached score: `shares` (accuracy per sequence), `lr`, `parameters`, `seconds`."""
-    own = {file: Path(__file__).with_name(file).read_text(encoding="utf-8") for file in ("probes.py", "probe_tasks.py")}
-    asked = [repr(config), repr(task), seed, repr(effort), code_digests(config.plugins), own, torch.__version__]
-    path = default_cache_dir() / "probes" / f"{digest(json.dumps(asked))}.json"
+    code = {file: Path(__file__).with_name(file).read_text(encoding="utf-8") for file in ("probes.py", "probe_tasks.py")}
+    key = [repr(config), repr(task), seed, repr(effort), code_digests(config.plugins), code, torch.__version__]
+    path = default_cache_dir() / "probes" / f"{digest(json.dumps(key))}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    began, test = time.perf_counter(), task.test_sequences(effort.test_sequences)
+    start, test = time.perf_counter(), task.test_sequences(effort.test_sequences)
     model, lr, loss = best_model(config, task, seed, effort)
     right = right_answers(model, test.tokens, test.targets)  # (sequences,)
     right = right if math.isfinite(loss) else torch.full_like(right, math.nan)
     parameters = sum(weight.numel() for weight in model.parameters())
-    scored = {"shares": right.tolist(), "lr": lr, "parameters": parameters, "seconds": time.perf_counter() - began}
+    scored = {"shares": right.tolist(), "lr": lr, "parameters": parameters, "seconds": time.perf_counter() - start}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(scored), encoding="utf-8")
@@ -292,8 +282,8 @@ def table(scores: list[Score]):
     rows: dict[str, dict] = {}
     for score in scores:
         task = TASKS[score.task]
-        known = {"chance": round(task.chance, 4), "data seed": task.seed, "sequences": score.shares.shape[1]}
-        rows.setdefault(score.name, known)[score.architecture] = str(score)
+        facts = {"chance": round(task.chance, 4), "data seed": task.seed, "sequences": score.shares.shape[1]}
+        rows.setdefault(score.name, facts)[score.architecture] = str(score)
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -307,7 +297,7 @@ def radar(scores: list[Score]):
         height = 0.0 if math.isnan(score.accuracy) else max(0.0, (score.accuracy - chance) / (1 - chance))
         heights.setdefault(score.architecture, {}).setdefault(score.task, []).append(height)
     tasks = list(dict.fromkeys(score.task for score in scores))
-    angles = [2 * math.pi * place / len(tasks) for place in range(len(tasks))]
+    angles = [2 * math.pi * number / len(tasks) for number in range(len(tasks))]
     figure, axes = plt.subplots(figsize=(7, 7), layout="constrained", subplot_kw={"projection": "polar"})
     plt.close(figure)  # otherwise a notebook shows it twice
     for architecture, by_task in heights.items():
@@ -319,11 +309,11 @@ def radar(scores: list[Score]):
     axes.set_xticks(angles, tasks)
     axes.tick_params(axis="x", pad=8)
     for label, angle in zip(axes.get_xticklabels(), angles, strict=True):  # keep labels outside the circle
-        aside = math.sin(angle)
-        label.set_horizontalalignment("center" if abs(aside) < 0.1 else "left" if aside > 0 else "right")
+        x = math.sin(angle)
+        label.set_horizontalalignment("center" if abs(x) < 0.1 else "left" if x > 0 else "right")
     axes.set_ylim(-0.15, 1)
-    around = [2 * math.pi * part / 100 for part in range(101)]
-    axes.plot(around, [0.0] * 101, color="black", linestyle="--", label="chance")
+    circle = [2 * math.pi * part / 100 for part in range(101)]
+    axes.plot(circle, [0.0] * 101, color="black", linestyle="--", label="chance")
     axes.set_yticks([0, 0.5, 1], ["chance", "half way", "all right"], color="grey", fontsize="small")
     axes.set_rlabel_position(180 / len(tasks))  # between two spokes
     axes.set_title("what each architecture learns", pad=24)
@@ -335,23 +325,14 @@ def check_picture(path: Path):
     """Raise ValueError or OSError before training if the picture cannot be saved."""
     from matplotlib.backend_bases import FigureCanvasBase
 
-    known = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:] not in known:
+    if path.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
         raise ValueError(f"--save {path}: give a file that ends in .png, .svg or .pdf")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--save {path}: there is no folder {path.parent}: make it first")
 
 
 def main(words: list[str]):
-    """Run the command line; errors exit with one line."""
-    try:
-        run(words)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-
-
-def run(words: list[str]):
-    """Parse the options and run. Raises ValueError, OSError or ImportError."""
+    """Run the command line. Raises ValueError, OSError or ImportError with one line."""
     from tqdm import tqdm
 
     parser = argparse.ArgumentParser(
@@ -361,30 +342,28 @@ def run(words: list[str]):
     parser.add_argument("specs", nargs="+", metavar="ARCHITECTURE", help="a preset, a run, or a layer string")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"some of: {', '.join(TASKS)}")
     parser.add_argument("--seeds", type=int, default=1, help="models of each architecture and task")
-    parser.add_argument("--steps", type=int, help="of training, at most, for each learning rate")
+    parser.add_argument("--steps", type=int, help="maximum of training steps for each learning rate")
     parser.add_argument("--lrs", type=float, nargs="+", help="learning rates: the best is taken")
     efforts = parser.add_mutually_exclusive_group()
     efforts.add_argument("--quick", action="store_true", help="less training, with one learning rate: a first look")
     efforts.add_argument("--thorough", action="store_true", help="larger models, 20 times the steps: hours")
     parser.add_argument("--plugins", nargs="+", default=[], help="modules whose BLOCKS the layer strings name")
-    parser.add_argument("--save", type=Path, metavar="FILE.png", help="the radar picture there, and the table as .csv beside it")
+    parser.add_argument("--save", type=Path, metavar="FILE.png", help="write the radar chart there, and the table as .csv")
     arguments = parser.parse_args(words)
-    given = {name: getattr(arguments, name) for name in ("steps", "lrs") if getattr(arguments, name) is not None}
-    for name, value in given.items():
-        if not all(number > 0 and math.isfinite(number) for number in (value if name == "lrs" else [value])):
-            raise ValueError(f"--{name} {value}: give positive numbers")
-    if "lrs" in given:
-        given["lrs"] = tuple(given["lrs"])
+    effort = QUICK if arguments.quick else THOROUGH if arguments.thorough else Effort()
+    steps, lrs = arguments.steps, arguments.lrs
+    effort = replace(effort, steps=effort.steps if steps is None else steps, lrs=effort.lrs if lrs is None else tuple(lrs))
+    if not all(number > 0 and math.isfinite(number) for number in (effort.steps, *effort.lrs)):
+        raise ValueError(f"--steps {effort.steps} --lrs {' '.join(map(str, effort.lrs))}: give positive numbers")
     if arguments.save:
         check_picture(arguments.save)
-    chosen = QUICK if arguments.quick else THOROUGH if arguments.thorough else Effort()
-    tasks, effort = tuple(dict.fromkeys(arguments.tasks)), replace(chosen, **given)
-    coming = probes(*arguments.specs, tasks=tasks, seeds=arguments.seeds, effort=effort, plugins=tuple(arguments.plugins))
+    tasks = tuple(dict.fromkeys(arguments.tasks))
+    probed = probes(*arguments.specs, tasks=tasks, seeds=arguments.seeds, effort=effort, plugins=tuple(arguments.plugins))
     scores = []
-    for found in tqdm(coming, total=len(tasks) * len(arguments.specs), unit="probe"):
-        scores += found
-        told = ", ".join(f"{score.name} {score}" for score in found)
-        tqdm.write(f"{found[0].architecture}: {told}, lr {' '.join(f'{lr:g}' for lr in found[0].lrs)}, {found[0].seconds:.0f} s")
+    for levels in tqdm(probed, total=len(tasks) * len(arguments.specs), unit="probe"):
+        scores += levels
+        results, lrs = ", ".join(f"{score.name} {score}" for score in levels), " ".join(f"{lr:g}" for lr in levels[0].lrs)
+        tqdm.write(f"{levels[0].architecture}: {results}, lr {lrs}, {levels[0].seconds:.0f} s")
 
     print(table(scores).to_string())
     for task in tasks:
@@ -393,15 +372,11 @@ def run(words: list[str]):
         sizes = [score.parameters for score in scores if score.architecture == name]
         seconds = sum({score.task: score.seconds for score in scores if score.architecture == name}.values())
         print(f"{name}: {min(sizes):,} to {max(sizes):,} parameters, by the task's vocabulary; {seconds:.0f} s")
-    over = "the test sequences alone: 1 seed" if arguments.seeds == 1 else f"{arguments.seeds} seeds and the test sequences"
+    seeds = "one seed" if arguments.seeds == 1 else f"the mean of {arguments.seeds} seeds, then the lowest and the highest"
     rates = " or ".join(f"{lr:g}" for lr in effort.lrs)
-    print(f"Accuracy with 95% interval over {over}. At most {effort.steps} steps of {effort.batch_size} sequences, lr {rates}: "
-          "the one with the lowest training loss counts.")  # fmt: skip
+    print(f"Accuracy, {seeds}, with its 95% interval over test sequences; another seed may lie outside of it. At most "
+          f"{effort.steps} steps of {effort.batch_size} sequences; of lr {rates} the one with the lowest training loss counts.")
     if arguments.save:
         radar(scores).savefig(arguments.save, dpi=120)
         table(scores).to_csv(arguments.save.with_suffix(".csv"), index_label="task")
-        print(f"the picture is in {arguments.save}, the table in {arguments.save.with_suffix('.csv')}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+        print(f"the chart is in {arguments.save}, the table in {arguments.save.with_suffix('.csv')}")

@@ -1,22 +1,22 @@
 """Does it scale? Train each architecture at several sizes and fit a scaling law to the losses.
 
     python -m evaluation scaling 1m mamba_like --sizes 0.25m 0.5m 1m 2m      # presets, EXPERIMENT/PRESET, runs or groups
-    python -m evaluation scaling 1m my_idea --sizes 0.25m 0.5m 1m 2m --seeds 3 --steps 4000 --save scaling
+    python -m evaluation scaling 1m my_idea --sizes 0.25m 0.5m 1m 2m --seeds 5 --steps 4000 --save scaling
 
 Runs and groups only supply an architecture (ladder.py explains the sizes). All models use the training options of the first name:
 the same data in the same order, the same learning rate. `--train.lr_max 2e-3`, or any other --train option of train.py, overrides
-them for all. The same command resumes a stopped ladder and skips finished runs.
+them for all. The same command resumes a stopped ladder and skips finished runs; with more --seeds it adds them.
 
 By default all models train for the same number of steps, and so of tokens, as the law assumes (see loss_law.py). With equal
 minutes or tokens per parameter, more than the size varies, and the law is only a curve through the points.
 
 The largest size is held out and forecast from the others. The laws and their crossings use all sizes. Losses are bits per byte
-on all validation stories. With several seeds the intervals cover the choice of seed on these stories.
+on all validation stories. Intervals and verdicts cover the choice of seed on these stories; a single seed gives estimates only.
+Several comparisons are corrected for their number.
 """
 
 import argparse
 import itertools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,15 +25,14 @@ import pandas as pd
 
 from config import TrainConfig
 from evaluation.comparison import bits_per_byte
-from evaluation.ladder import EQUAL_STEPS, FEWEST_SIZES, Budget, Plan, architecture, plan, read_size, train_all
+from evaluation.ladder import EQUAL_STEPS, MIN_SIZES, SEEDS, Budget, Plan, architecture, format_size, plan, read_size, train_all
 from evaluation.loss_law import Law, Race, fit, race
-from evaluation.statistics import BITS, SIGNIFICANCE, over_stories
-from metrics.story_losses import losses_of
+from evaluation.statistics import BITS, CONFIDENCE
+from metrics.story_losses import losses_of, too_lossy
 from runs.folder import Run
 from training.seeds import is_over, member_names
 
-COLUMNS = ["architecture", "size", "parameters", "seed", BITS, "error", "tokens", "minutes", "run"]
-NOISE = {"seeds": "over seeds", "stories": "from the stories alone; another seed may say otherwise"}
+COLUMNS = ["architecture", "size", "parameters", "seed", BITS, "tokens", "minutes", "run"]
 
 
 @dataclass(frozen=True)
@@ -53,38 +52,48 @@ class Scaling:
         rows = {}
         for (name, size), runs in self.runs.groupby(["architecture", "size"], sort=False):
             parameters, losses = runs["parameters"].iloc[0], runs[BITS]
-            row = {"parameters": f"{parameters:,}", "seeds": len(runs), BITS: losses.mean(),
-                   "deviation": losses.std(ddof=1) if len(runs) > 1 else np.nan}  # fmt: skip
+            row = {"parameters": f"{parameters:,}", "seeds": len(runs), BITS: losses.mean(), "deviation": losses.std(ddof=1)}
             if law := self.laws.get(name):
-                (low,), (high,) = law.band([parameters])
-                row |= {"law": law.at([parameters])[0] if law.is_determined else np.nan, "95% of the law": span(low, high)}
+                row["law"] = law.at([parameters])[0] if law.is_determined else np.nan
+                if law.has_noise and law.fits:
+                    (low,), (high,) = law.band([parameters])
+                    row["95% of the law"] = format_range(low, high)
                 forecast = self.held_out[name].forecast
                 if forecast.size == parameters:
-                    row |= {"forecast": forecast.expected, "95% of the forecast": span(*forecast.interval)}
+                    row["forecast"] = forecast.expected
+                    if law.has_noise:
+                        row["95% of the forecast"] = format_range(*forecast.interval)
             rows[name, size] = row | {"tokens": f"{runs['tokens'].mean():,.0f}", "minutes": f"{runs['minutes'].mean():.1f}"}
         return pd.DataFrame.from_dict(rows, orient="index")
 
     @property
-    def numbers(self) -> pd.DataFrame:
-        """E, A and alpha of each architecture, with intervals."""
+    def parameters(self) -> pd.DataFrame:
+        """E, A and alpha of each architecture whose law fits, with intervals if there are several seeds."""
         rows = {}
         for name, law in self.laws.items():
-            told = {number: f"{value:.3g} ({span(*law.intervals[number], '.3g')})" for number, value in law.numbers.items()}
-            rows[name] = told | ({"A": "open, as alpha is"} if "alpha" in law.open_numbers else {})
+            if law.fits:
+                rows[name] = {key: f"{value:.3g}" + f" ({format_range(*law.intervals[key], '.3g')})" * law.has_noise
+                              for key, value in law.parameters.items()}  # fmt: skip
+                if "alpha" in law.undetermined:
+                    rows[name]["A"] = "not determined, as alpha is not"
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def __str__(self) -> str:
         parts = [self.notes]
         if len(self.runs):
             parts.append([self.table.to_string(float_format="{:.4f}".format, na_rep="")])
-        if self.laws:
-            heading = f"L(N) = E + A N^-alpha, the {BITS} of a model with N parameters (95% intervals):"
-            parts.append([heading, self.numbers.to_string()])
+        if len(parameters := self.parameters):
+            untested = ", which three sizes cannot test" * (self.runs["size"].nunique() == MIN_SIZES)
+            intervals = f"95% intervals, if the loss follows such a law{untested}"
+            if not any(law.has_noise for law in self.laws.values()):
+                intervals = "one seed of each size: estimates without intervals"
+            heading = f"L(N) = E + A N^-alpha, the {BITS} of a model with N parameters"
+            parts.append([f"{heading} ({intervals}):", parameters.to_string()])
         return "\n\n".join("\n".join(lines) for lines in [*parts, self.verdicts] if lines)
 
 
-def scaling(*specs: str, sizes: tuple[str, ...], seeds: int = 1, budget: Budget = EQUAL_STEPS, train: TrainConfig | None = None,
-            name: str = "scaling") -> Scaling | None:  # fmt: skip
+def scaling(*specs: str, sizes: tuple[str, ...], seeds: int = SEEDS, budget: Budget = EQUAL_STEPS,
+            train: TrainConfig | None = None, name: str = "scaling") -> Scaling | None:  # fmt: skip
     """Train the unfinished runs of each architecture's ladder and fit the laws. Returns None on Ctrl-C.
 
     sizes: such as "0.25m". train: training options of all runs, by default those of the first architecture. Runs are named
@@ -105,14 +114,19 @@ def measure(planned: Plan) -> Scaling:
     laws, held_out, verdicts = {}, {}, []
     for name in dict.fromkeys(rung.architecture for rung in planned.rungs):
         own = runs[runs["architecture"] == name]
-        if own["size"].nunique() < FEWEST_SIZES:
-            verdicts.append(f"{name}: a law needs three sizes, but runs of only {own['size'].nunique()} are left")
+        if own["size"].nunique() < MIN_SIZES:
+            verdicts.append(f"{name}: a law needs three sizes, but only {own['size'].nunique()} have usable runs")
             continue
-        sizes, losses, errors = (own[column].to_numpy(float) for column in ("parameters", BITS, "error"))
-        laws[name], held_out[name] = fit(sizes, losses, errors), fit(sizes, losses, errors, held_out=sizes.max())
-        verdicts += [*told_law(name, laws[name]), told_forecast(name, held_out[name])]
-    races = {(one, other): race(laws[one], laws[other]) for one, other in itertools.combinations(laws, 2)}
-    verdicts += [told_race(*pair, found, {laws[name].noise for name in pair}) for pair, found in races.items()]
+        sizes, losses = own["parameters"].to_numpy(float), own[BITS].to_numpy(float)
+        laws[name], held_out[name] = fit(sizes, losses), fit(sizes, losses, held_out=sizes.max())
+        verdicts += [*describe_law(name, laws[name]), describe_forecast(name, held_out[name])]
+    pairs = list(itertools.combinations(laws, 2))
+    confidence = 1 - (1 - CONFIDENCE) / max(1, len(pairs))  # Bonferroni: the intervals of all races hold at once
+    races = {(one, other): race(laws[one], laws[other], confidence) for one, other in pairs}
+    verdicts += [describe_race(one, other, races[one, other], laws[one], laws[other]) for one, other in pairs]
+    if len(pairs) > 1 and any(law.has_noise for law in laws.values()):
+        notes.append(f"the {len(pairs)} comparisons of two architectures are corrected for their number: "
+                     "with 95% confidence all of their intervals hold")  # fmt: skip
     return Scaling(runs, laws, held_out, races, notes, verdicts)
 
 
@@ -122,25 +136,20 @@ def gather(planned: Plan) -> tuple[pd.DataFrame, list[str]]:
     for rung, group in zip(planned.rungs, planned.groups, strict=True):
         for run in map(Run, member_names(group)):
             if not is_over(run):
-                raise ValueError(f"the run {run.name!r} is not trained to its end: train the ladder first")
+                raise ValueError(f"the run {run.name!r} is not finished: train the ladder first")
             if (problem := run.diverged) is not None:
                 notes.append(f"{run.name} diverged and is left out: {problem}. Try a lower --train.lr_max, with another --name")
                 continue
             losses, scored = losses_of(run.name)
+            if problem := too_lossy(run.name, scored):
+                notes.append(problem)
+                continue
             facts[run.name], log = scored, run.log()
             rows.append([
-                rung.architecture, rung.label, rung.parameters, run.train_config.seed, bits_per_byte(losses), story_error(losses),
+                rung.architecture, rung.label, rung.parameters, run.train_config.seed, bits_per_byte(losses),
                 int(log["tokens"].max()), log["seconds"].max() / 60, run.name,
             ])  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS), notes + check_same_data(facts)
-
-
-def story_error(losses: pd.DataFrame) -> float:
-    """Standard error of bits per byte over the choice of stories."""
-    from scipy.stats import t
-
-    alone = over_stories(np.zeros(len(losses)), losses["nats"], losses["bytes"])
-    return alone.margin / t.isf(SIGNIFICANCE / 2, len(losses) - 1)
 
 
 def check_same_data(facts: dict) -> list[str]:
@@ -153,67 +162,71 @@ def check_same_data(facts: dict) -> list[str]:
             if getattr(scored, field) != getattr(facts[first], field):
                 raise ValueError(f"{name!r} was {what} than {first!r}: train the ladder again, with another --name")
     others = [name for name, scored in facts.items() if scored.code != facts[first].code]
-    return [f"other code trained {len(others)} runs, such as {others[0]}, than {first}"] if others else []
+    return [f"{len(others)} runs, such as {others[0]}, were trained by other code than {first}"] if others else []
 
 
-def told_law(name: str, law: Law) -> list[str]:
-    """Report a poor fit or undetermined numbers, one per line."""
+def describe_law(name: str, law: Law) -> list[str]:
+    """Report a law that does not fit, or parameters that the sizes do not determine."""
     if law.best[1] == 0:
         return [f"{name}: the loss does not fall with the size, so there is no law"]
-    lines = []
-    if law.misfit <= SIGNIFICANCE:
-        lines.append(f"{name}: the law does not fit (p = {law.misfit:.2g}): sizes lie further from it than seeds explain")
-    if law.open_numbers:
-        told = {number: span(*law.intervals[number], ".2g") for number in ("E", "alpha")}
-        lines.append(f"{name}: these sizes do not determine {' and '.join(law.open_numbers)}: "
-                     f"E = {told['E']} and alpha = {told['alpha']} fit as well")  # fmt: skip
-    return lines
+    if not law.fits:
+        return [f"{name}: no such law fits (p = {law.lack_of_fit:.2g}): the sizes deviate from it by more than seeds explain, so "
+                "E, A and alpha mean nothing"]  # fmt: skip
+    if law.undetermined:
+        E, alpha = (format_range(*law.intervals[key], ".2g") for key in ("E", "alpha"))
+        return [f"{name}: these sizes do not determine {' and '.join(law.undetermined)}: E = {E} and alpha = {alpha} fit as well"]
+    return []
 
 
-def told_forecast(name: str, law: Law) -> str:
+def describe_forecast(name: str, law: Law) -> str:
+    """Compare the forecast of the held-out size with its measured loss."""
     forecast = law.forecast
-    where = "inside" if forecast.came_true else "outside"
-    begin = f"{name}: held out, {size_told(forecast.size)} parameters measured {forecast.measured:.4f} {BITS}"
-    interval = f"{where} of the 95% interval {span(*forecast.interval)} ({NOISE[law.noise]})"
+    sentence = f"{name}: {format_size(forecast.size)} parameters, held out, measured {forecast.measured:.4f} {BITS}"
     if np.isnan(forecast.expected):
-        return f"{begin}, {interval} that the smaller sizes leave open: they do not determine a law"
-    share = forecast.error / forecast.measured
-    return f"{begin}; forecast {forecast.expected:.4f}: an error of {forecast.error:+.4f} ({share:+.1%}), {interval}"
-
-
-def told_race(one: str, other: str, found: Race, noise: set[str]) -> str:
-    """State in one sentence which is better at the measured sizes, and where they cross."""
-    names, low, high = {-1: other, 1: one}, found.sizes[0], found.sizes[-1]
-    measured = f"from {size_told(low)} to {size_told(high)} parameters"
-    if found.overtaking is not None:
-        which, at, interval = found.overtaking
-        told = (f"{names[which]} is better than {names[-which]} from about {size_told(at)} parameters on (95% interval "
-                f"{span(*interval, size_told)}), and worse below that")  # fmt: skip
-    elif not found.stretches:
-        told = (f"can't tell which of {one} and {other} is better {measured}: at the largest {other} - {one} is "
-                f"{span(found.simultaneous.low[-1], found.simultaneous.high[-1], '+.4f')} {BITS}")  # fmt: skip
-    elif len(found.stretches) > 1:
-        each = "; ".join(f"{names[which]} {span(start, end, size_told)}" for which, start, end in found.stretches)
-        told = f"{one} and {other} overtake each other more than once: better is {each}"
+        sentence += "; the smaller sizes do not determine a forecast"
     else:
-        ((which, start, end),) = found.stretches
-        where = f"from {size_told(start)} to {size_told(end)} parameters; else can't tell, nor where one overtakes the other"
-        everywhere = (start, end) == (low, high)
-        told = f"{names[which]} is better than {names[-which]} {f'at all sizes {measured}' if everywhere else where}"
-    beyond = [size_told(size) for size in found.crossings if not low <= size <= high]
-    if beyond and found.overtaking is None:
-        told += f". The laws would cross at about {' and '.join(beyond)}, where nothing was measured: no more than a guess"
-    return told + (f" ({NOISE['stories']})" if "stories" in noise else "")
+        error = forecast.measured - forecast.expected
+        sentence += f"; forecast {forecast.expected:.4f}, an error of {error:+.4f} ({error / forecast.measured:+.1%})"
+    if not law.has_noise:
+        return f"{sentence}; one seed of each size, so there is no interval"
+    where = "inside" if forecast.is_inside else "outside"
+    return f"{sentence}; {where} the 95% interval {format_range(*forecast.interval)}"
 
 
-def span(low: float, high: float, way=".4f") -> str:
-    low, high = (way(value) if callable(way) else format(value, way) for value in (low, high))
+def describe_race(one: str, other: str, race: Race, law: Law, other_law: Law) -> str:
+    """State in one sentence which is better at the measured sizes, and where they cross."""
+    names, low, high = {-1: other, 1: one}, race.sizes[0], race.sizes[-1]
+    measured, laws = f"from {format_size(low)} to {format_size(high)} parameters", {one: law, other: other_law}
+    if single := [name for name in laws if not laws[name].has_noise]:
+        return (f"no verdict on {one} and {other} from one seed of each size of {' and '.join(single)} (--seeds {SEEDS} adds "
+                f"more): by the laws {other} - {one} is {race.difference[-1]:+.4f} {BITS} at {format_size(high)}")  # fmt: skip
+    if misfits := [name for name in laws if not laws[name].fits]:
+        return (f"no verdict on {one} and {other} across sizes, as no law fits {' and '.join(misfits)}: "
+                "compare their groups of one size by `python -m evaluation compare`")  # fmt: skip
+    if race.overtaking is not None:
+        which, at, interval = race.overtaking
+        return (f"{names[which]} is better than {names[-which]} from about {format_size(at)} parameters on (95% interval "
+                f"{format_range(*interval, format_size)}), and worse below that")  # fmt: skip
+    if not race.leads:
+        interval = format_range(race.simultaneous.low[-1], race.simultaneous.high[-1], "+.4f")
+        sentence = (f"{one} and {other} are not distinguishable {measured}: at the largest {other} - {one} is "
+                    f"{interval} {BITS} (95% interval)")  # fmt: skip
+    elif len(race.leads) > 1:
+        each = "; ".join(f"{names[which]} {format_range(start, end, format_size)}" for which, start, end in race.leads)
+        sentence = f"{one} and {other} overtake each other more than once; better is {each}"
+    else:
+        ((which, start, end),) = race.leads
+        sentence = f"{names[which]} is better than {names[-which]} from {format_size(start)} to {format_size(end)} parameters"
+        if (start, end) != (low, high):
+            sentence += f"; at the other sizes {measured} they are not distinguishable"
+    if beyond := [format_size(size) for size in race.crossings if not low <= size <= high]:
+        sentence += f". The laws would cross at about {' and '.join(beyond)}, where nothing was measured: no more than a guess"
+    return sentence
+
+
+def format_range(low: float, high: float, style=".4f") -> str:
+    low, high = (style(value) if callable(style) else format(value, style) for value in (low, high))
     return f"{low} to {high}"
-
-
-def size_told(size: float) -> str:
-    """Format 1234567 as '1.23m'."""
-    return f"{size / 1e6:.3g}m"
 
 
 def plot(result: Scaling):
@@ -236,16 +249,17 @@ def plot(result: Scaling):
         sizes = np.geomspace(means.index[0], means.index[-1], 100)
         if law.is_determined:
             axes.plot(sizes, law.at(sizes), color=colour)
-        axes.fill_between(sizes, *law.band(sizes), color=colour, alpha=0.15, linewidth=0)
+        if law.has_noise and law.fits:
+            axes.fill_between(sizes, *law.band(sizes), color=colour, alpha=0.15, linewidth=0)
         if others.is_determined:
             axes.plot(sizes, others.at(sizes), "--", color=colour, linewidth=1)
-        (low, high), beside = others.forecast.interval, means.index[-1] * (1.03 + 0.03 * number)
-        middle = (low + high) / 2
-        axes.errorbar(beside, middle, (high - low) / 2, fmt="none", color=colour, capsize=4, label="forecast from the others")
-        axes.plot(beside, others.forecast.expected, "_", color=colour)
-    for found in result.races.values():
-        if found.overtaking is not None:
-            _, at, interval = found.overtaking
+        forecast, beside = others.forecast, means.index[-1] * (1.03 + 0.03 * number)
+        axes.plot(beside, forecast.expected, "_", color=colour, label="forecast from the others")
+        if law.has_noise:
+            axes.vlines(beside, *forecast.interval, color=colour)
+    for overtaking in (pair.overtaking for pair in result.races.values()):
+        if overtaking is not None:
+            _, at, interval = overtaking
             axes.axvline(at, color="grey", linewidth=1)
             axes.axvspan(*interval, color="grey", alpha=0.15, linewidth=0, label="where they cross")
     least, most = np.log(result.runs[BITS].min()), np.log(result.runs[BITS].max())
@@ -257,7 +271,7 @@ def plot(result: Scaling):
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
-    axes.set_title("law of all sizes and its 95% band; dashed: law without the largest size")
+    axes.set_title("law of all sizes, with its 95% band if there are seeds; dashed: without the largest size")
     axes.legend(fontsize="small")
     return figure
 
@@ -271,20 +285,7 @@ def save(result: Scaling, folder: Path):
 
 
 def main(words: list[str]):
-    """Run the command line. Errors exit with one line; after Ctrl-C the same command resumes."""
-    try:
-        finished = run(words)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:  # between two runs
-        finished = False
-    if not finished:
-        print("stopped; what was begun is saved. The same command goes on with it", file=sys.stderr)
-        sys.exit(130)  # exit code of the shell for Ctrl-C
-
-
-def run(words: list[str]) -> bool:
-    """Parse the options and run. Returns False on Ctrl-C. Raises ValueError, OSError or ImportError."""
+    """Run the command line. Raises ValueError, OSError or ImportError with one line, or KeyboardInterrupt on Ctrl-C."""
     import tyro
 
     @dataclass(frozen=True)
@@ -292,33 +293,32 @@ def run(words: list[str]) -> bool:
         train: TrainConfig
 
     parser = argparse.ArgumentParser(prog="python -m evaluation scaling", description="Which architecture scales better? "
-                                     "Options of train.py that begin with --train. are for all rungs.")  # fmt: skip
+                                     "The --train options of train.py apply to all runs.")  # fmt: skip
     parser.add_argument("specs", nargs="+", metavar="ARCHITECTURE", help="a preset, EXPERIMENT/PRESET, a run or a group of runs")
     parser.add_argument("--sizes", nargs="+", required=True, help="parameters, embeddings included, such as 0.25m 0.5m 1m 2m")
-    parser.add_argument("--seeds", type=int, default=1, help="models of each size")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"runs of each size, {SEEDS} by default; 1 gives no verdicts")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--steps", type=float, help=f"of training, equal for all; {EQUAL_STEPS.amount:,} by default")
-    budget.add_argument("--minutes", type=float, help="of training, equal for all")
-    budget.add_argument("--tokens_per_parameter", type=float, help="so that larger models see more; 20 is a common number")
-    parser.add_argument("--name", default="scaling", help="what the names of the runs begin with")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="the plot, the table of runs and the verdict there")
-    arguments, rest = parser.parse_known_args(words)
-    named = {kind: getattr(arguments, kind) for kind in ("steps", "minutes", "tokens_per_parameter")}
-    chosen = next((Budget(kind, amount) for kind, amount in named.items() if amount is not None), EQUAL_STEPS)
-    _, by_itself = architecture(arguments.specs[0])
-    train = tyro.cli(Options, prog=parser.prog, args=rest, default=Options(by_itself), use_underscores=True).train
+    budget.add_argument("--steps", type=float, help=f"training steps, equal for all; {EQUAL_STEPS.amount:,} by default")
+    budget.add_argument("--minutes", type=float, help="training minutes, equal for all")
+    budget.add_argument("--tokens_per_parameter", type=float, help="larger models see more tokens; 20 is common")
+    parser.add_argument("--name", default="scaling", help="prefix of the names of the runs")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the plot, the table of runs and the verdict there")
+    arguments, train_options = parser.parse_known_args(words)
+    amounts = {kind: getattr(arguments, kind) for kind in ("steps", "minutes", "tokens_per_parameter")}
+    selected = next((Budget(kind, amount) for kind, amount in amounts.items() if amount is not None), EQUAL_STEPS)
+    _, default = architecture(arguments.specs[0])
+    train = tyro.cli(Options, prog=parser.prog, args=train_options, default=Options(default), use_underscores=True).train
     for field in ("max_steps", "max_minutes"):
-        if getattr(train, field) != getattr(by_itself, field):
+        if getattr(train, field) != getattr(default, field):
             raise ValueError(f"--train.{field}: give --steps, --minutes or --tokens_per_parameter instead")
     if arguments.save is not None:
         arguments.save.mkdir(parents=True, exist_ok=True)
     result = scaling(
-        *arguments.specs, sizes=tuple(arguments.sizes), seeds=arguments.seeds, budget=chosen, train=train, name=arguments.name
+        *arguments.specs, sizes=tuple(arguments.sizes), seeds=arguments.seeds, budget=selected, train=train, name=arguments.name
     )
     if result is None:
-        return False
+        raise KeyboardInterrupt
     print(f"\n{result}")
     if arguments.save is not None:
         save(result, arguments.save)
         print(f"\nthe plot, the runs and this verdict are in {arguments.save}")
-    return True

@@ -62,11 +62,11 @@ inline float largest(Vector x) {
 
 inline float dot(const float *a, const float *b, int K) {
     Vector products = {};
-    float rest = 0.0f;
+    float remainder = 0.0f;
     int k = 0;
     for (; k + LANES <= K; k += LANES) products += load(a + k) * load(b + k);
-    for (; k < K; k++) rest += a[k] * b[k];
-    return sum(products) + rest;
+    for (; k < K; k++) remainder += a[k] * b[k];
+    return sum(products) + remainder;
 }
 
 inline int round_down(int x, int step) { return x / step * step; }
@@ -142,14 +142,14 @@ struct View {  // a tensor (B, heads, T, K) of float, or BFloat16 if half, and i
     void *data;
     int64_t batch, head, time, half;
 
-    Index place(int b, int h, int t) const { return b * batch + h * head + t * time; }
+    Index offset(int b, int h, int t) const { return b * batch + h * head + t * time; }
 
     void read(float *to, int b, int h, int t, int K, float factor = 1.0f) const {
-        with_type(half, [=, *this](auto type) { copy_row(to, (const decltype(type) *)data + place(b, h, t), K, factor); });
+        with_type(half, [=, *this](auto type) { copy_row(to, (const decltype(type) *)data + offset(b, h, t), K, factor); });
     }
 
     void write(const float *from, int b, int h, int t, int K, float factor) const {
-        with_type(half, [=, *this](auto type) { copy_row((decltype(type) *)data + place(b, h, t), from, K, factor); });
+        with_type(half, [=, *this](auto type) { copy_row((decltype(type) *)data + offset(b, h, t), from, K, factor); });
     }
 };
 
@@ -179,9 +179,9 @@ class Scratch {
 
   public:
     explicit Scratch(size_t numbers) {
-        static thread_local std::vector<float> kept;
-        if (kept.size() < numbers + 16) kept.resize(numbers + 16);
-        next = (float *)round_up_to_line((uintptr_t)kept.data());
+        static thread_local std::vector<float> memory;
+        if (memory.size() < numbers + 16) memory.resize(numbers + 16);
+        next = (float *)round_up_to_line((uintptr_t)memory.data());
     }
     static uintptr_t round_up_to_line(uintptr_t x) { return (x + 63) & ~(uintptr_t)63; }
 
@@ -219,11 +219,11 @@ struct Sight {
         const Span open = all[t / ROWS];
         for (int key = keys.from; key < keys.to; key += LANES) {
             if (key >= open.from && key + LANES <= open.to) continue;
-            Integers places;
-            for (int lane = 0; lane < LANES; lane++) places[lane] = key + lane;
+            Integers positions;
+            for (int lane = 0; lane < LANES; lane++) positions[lane] = key + lane;
             for (int row = 0; row < ROWS; row++) {
                 float *at = scores + row * stride + key;
-                store(at, ((places >= begin[t + row]) & (places < end[t + row])) ? load(at) : filled(hidden));
+                store(at, ((positions >= begin[t + row]) & (positions < end[t + row])) ? load(at) : filled(hidden));
             }
         }
     }
@@ -246,7 +246,7 @@ struct Attention {  // the arguments; the forward pass writes out and lse, the b
 namespace {
 
 constexpr float LOG2_E = 1.44269504f;
-constexpr float HIDDEN = -1e30f;  // the score of a masked key
+constexpr float HIDDEN = -INFINITY;  // the score of a masked key
 
 // Turns the scores of ROWS queries into weights, still to be divided by their totals.
 inline void softmax(float *scores, int stride, Span keys, float *highest, float *totals) {
@@ -286,14 +286,14 @@ void forward(const Attention &of, int b, int g, Span times) {
     pack_panels(panels, keys, num_keys, width);
     for (int h = g * group; h < (g + 1) * group; h++)
         for (int t = times.from; t < times.to; t += ROWS) {
-            const Span seen = sight.any[t / ROWS], near = {round_down(seen.from, LANES), round_up(seen.to, LANES)};
+            const Span visible = sight.any[t / ROWS], near = {round_down(visible.from, LANES), round_up(visible.to, LANES)};
             pack_rows(queries, of.q, b, h, {t, t + ROWS}, T, K, width, of.scale() * LOG2_E);
             each_score(queries, panels, K, width, near, [](int) { return Vector{}; },
                 [=](int row, int key, Vector x) { store(scores + row * stride + key, x); });
             sight.hide(scores, stride, t, near, HIDDEN);
             softmax(scores, stride, near, highest, totals);
             std::fill(mixed, mixed + ROWS * width, 0.0f);
-            add_product(mixed, scores, stride, 1, values, width, seen);
+            add_product(mixed, scores, stride, 1, values, width, visible);
             for (int row = 0; row < ROWS && t + row < T; row++) {
                 of.out.write(mixed + row * width, b, h, t + row, K, 1.0f / totals[row]);
                 of.lse_of(b, h)[t + row] = highest[row] + std::log2(totals[row]);
@@ -358,9 +358,9 @@ struct Backward {
 
     // Adds the terms of a block of keys and a block of queries to all three gradients.
     void add_block(int key0, Span times) {
-        bool seen = false;
-        for (int t = times.from; t < times.to; t += ROWS) seen |= sight.any[t / ROWS].from < key0 + BLOCK;
-        if (!seen) return;
+        bool visible = false;
+        for (int t = times.from; t < times.to; t += ROWS) visible |= sight.any[t / ROWS].from < key0 + BLOCK;
+        if (!visible) return;
         for (int t = times.from; t < times.to; t += ROWS) add_to_queries(key0, t, (t - times.from) * BLOCK - key0);
         for (int key = key0; key < key0 + BLOCK; key += ROWS) {
             Span see = {std::max(times.from, key), times.to};
@@ -374,9 +374,9 @@ struct Backward {
     // Weights and score gradients of ROWS queries for a block of keys; the row of time t starts at `offset`.
     void add_to_queries(int key0, int t, int offset) {
         float *p = weights + offset, *d_s = d_scores + offset;
-        const Span any = sight.any[t / ROWS], seen = {std::max(any.from, key0), std::min(any.to, key0 + BLOCK)};
-        const bool nothing = seen.from >= seen.to;
-        const Span near = {nothing ? key0 : round_down(seen.from, LANES), nothing ? key0 : round_up(seen.to, LANES)};
+        const Span any = sight.any[t / ROWS], visible = {std::max(any.from, key0), std::min(any.to, key0 + BLOCK)};
+        const bool is_empty = visible.from >= visible.to;
+        const Span near = {is_empty ? key0 : round_down(visible.from, LANES), is_empty ? key0 : round_up(visible.to, LANES)};
         for (int row = 0; row < ROWS; row++) {
             for (float *to : {p + row * BLOCK, d_s + row * BLOCK}) {
                 std::fill(to + key0, to + near.from, 0.0f);
@@ -389,7 +389,7 @@ struct Backward {
         sight.hide(p, BLOCK, t, near, 0.0f);
         each_score(d_out + t * width, value_panels, K, width, near, [=](int row) { return filled(delta[row]); },
             [=](int row, int key, Vector x) { store(d_s + row * BLOCK + key, load(p + row * BLOCK + key) * x); });
-        add_product(d_queries + t * width, d_s, BLOCK, 1, keys, width, seen);
+        add_product(d_queries + t * width, d_s, BLOCK, 1, keys, width, visible);
     }
 };
 
@@ -410,7 +410,7 @@ void attention_forward(const Attention *of) {
 }
 
 void attention_backward(const Attention *of) {
-    const int G = of->G, threads = of->threads, items = of->B * G;
+    const int G = of->G, threads = of->threads, items = of->T ? of->B * G : 0;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int item = 0; item < items; item++) Backward(*of, item / G, item % G).run();
 }

@@ -21,22 +21,8 @@ from data.cache import say
 from fast import build, ops
 from fast.loss import chunked_cross_entropy, cross_entropy_
 from fast.selective_scan import selective_scan
-from modules import attention as attention_blocks
-from modules import (
-    convolution,
-    deltanet,
-    embeddings,
-    griffin,
-    latent_attention,
-    linear_attention,
-    mamba,
-    mamba2,
-    megalodon,
-    moe,
-    norms,
-    sparse_attention,
-    values,
-)
+from modules import attention, convolution, embeddings, moe
+from modules.registry import BLOCKS
 from modules.windows import windowed_attention
 
 MANY_STORIES = 1000  # for which it is worth compiling the kernels before an evaluation
@@ -50,8 +36,8 @@ def causal_attention(q, k, v, story_start=None, window=None, soft_cap=None, drop
 
 def attention_with_sinks(q, k, v, sinks, story_start=None, window=None, soft_cap=None, dropout=0.0) -> Tensor:
     if not kernel_attends(q, k, v, soft_cap, dropout):
-        return attention_blocks.attention_with_sinks(q, k, v, sinks, story_start, window, soft_cap, dropout)
-    return ops.attention_with_sinks(q, k, v, sinks, first_visible(q, story_start, window))
+        return attention.attention_with_sinks(q, k, v, sinks, story_start, window, soft_cap, dropout)
+    return ops.attention(q, k, v, first_visible(q, story_start, window), sinks)
 
 
 def kernel_attends(q: Tensor, k: Tensor, v: Tensor, soft_cap: float | None, dropout: float) -> bool:
@@ -81,7 +67,7 @@ def activate(activation, x, factor=None) -> Tensor:
 
 
 def rms_norm(x, weight, eps) -> Tensor:
-    return ops.rms_norm(x, weight, eps) if ops.supports(x) else norms.rms_norm(x, weight, eps)
+    return ops.rms_norm(x, weight, eps) if ops.supports(x) else plain.rms_norm(x, weight, eps)
 
 
 def short_conv(x, weight, bias=None, story_start=None) -> Tensor:
@@ -105,10 +91,7 @@ class RMSNorm(plain.RMSNorm):
 
 
 class ChunkedGPT(plain.GPT):
-    """GPT whose training loss is computed in chunks of loss_chunk tokens; logits are then None."""
-
-    loss_chunk: int | None = None
-    has_kernels = False
+    """GPT whose training loss is computed in chunks of loss_chunk tokens; logits are then None.  Attributes set by `use`."""
 
     def predict(self, x, targets):
         if targets is None or not self.loss_chunk or not self.training:
@@ -118,15 +101,8 @@ class ChunkedGPT(plain.GPT):
         return None, chunked_cross_entropy(x, self.head.weight, targets, soft_cap, self.loss_chunk, in_place_loss)
 
 
-class KernelGPT(ChunkedGPT):
-    has_kernels = True
-
-
 # the classes to swap in, with and without the C++ kernels
-SWAPS: dict[bool, dict[type, type]] = {
-    True: {plain.RMSNorm: RMSNorm, plain.GPT: KernelGPT},
-    False: {plain.GPT: ChunkedGPT},
-}
+SWAPS: dict[bool, dict[type, type]] = {True: {plain.RMSNorm: RMSNorm, plain.GPT: ChunkedGPT}, False: {plain.GPT: ChunkedGPT}}
 PLAIN: dict[type, type] = {fast: block for swaps in SWAPS.values() for block, fast in swaps.items()}
 
 
@@ -143,22 +119,21 @@ def register(block: type[nn.Module], *, kernels: bool = True, **functions: Calla
     SWAPS[kernels][block], PLAIN[fast] = fast, block
 
 
-_ATTENTION: dict[type, dict[str, Callable]] = {  # with the functions that they have besides those of all attention blocks
-    plain.Attention: {}, attention_blocks.RotaryAttention: {}, attention_blocks.GatedAttention: {},
-    attention_blocks.DifferentialAttention: {}, sparse_attention.StridedAttention: {}, latent_attention.LatentAttention: {},
-    attention_blocks.SinkAttention: {"attention_with_sinks": attention_with_sinks},
-    values.ValueAttention: {"weighted_sum": weighted_sum}, megalodon.Megalodon: {"activate": activate},
+_ATTENTION: dict[str, dict[str, Callable]] = {  # with the functions that they have besides those of all attention blocks
+    "Attn": {}, "RopeAttn": {}, "GatedAttn": {}, "DiffAttn": {}, "StridedAttn": {}, "LatentAttn": {},
+    "SinkAttn": {"attention_with_sinks": attention_with_sinks}, "ValueAttn": {"weighted_sum": weighted_sum},
+    "Megalodon": {"activate": activate},
 }  # fmt: skip
-for _block, _others in _ATTENTION.items():
-    register(_block, causal_attention=causal_attention, apply_rope=apply_rope, **_others)
-    register(_block, kernels=False, causal_attention=windowed_attention)
-register(sparse_attention.BlockAttention, apply_rope=apply_rope)
-register(embeddings.Shortcut, weighted_sum=weighted_sum)
-register(convolution.ShortConv, short_conv=short_conv)
-register(mamba.Mamba, activate=activate, selective_scan=selective_scan)
-for _block in (mamba2.Mamba2, deltanet.DeltaNet, deltanet.GatedDeltaNet):
-    register(_block, activate=activate, rms_norm=rms_norm)
-for _block in (plain.MLP, moe.Experts, griffin.RGLRU, linear_attention.LinearAttention):
+for _name, _others in _ATTENTION.items():
+    register(BLOCKS[_name], causal_attention=causal_attention, apply_rope=apply_rope, **_others)
+    register(BLOCKS[_name], kernels=False, causal_attention=windowed_attention)
+register(BLOCKS["BlockAttn"], apply_rope=apply_rope)
+register(BLOCKS["Shortcut"], weighted_sum=weighted_sum)
+register(BLOCKS["ShortConv"], short_conv=short_conv)
+register(BLOCKS["Mamba"], activate=activate, selective_scan=selective_scan)
+for _name in ("Mamba2", "DeltaNet", "GatedDeltaNet"):
+    register(BLOCKS[_name], activate=activate, rms_norm=rms_norm)
+for _block in (moe.Experts, *(BLOCKS[_name] for _name in ("MLP", "RGLRU", "LinearAttn"))):
     register(_block, activate=activate)
 
 
@@ -173,7 +148,7 @@ def use(model: nn.Module, kernels: bool = True, loss_chunk: int | None = None):
     for module in model.modules():
         module.__class__ = SWAPS[kernels].get(type(module), type(module))
         if isinstance(module, ChunkedGPT):
-            module.loss_chunk = loss_chunk
+            module.loss_chunk, module.has_kernels = loss_chunk, kernels
 
 
 def undo(model: nn.Module):

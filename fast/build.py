@@ -26,25 +26,28 @@ class BuildError(ValueError):
     """The kernels cannot be built on this machine; the message is one line with the cure."""
 
 
-class Pointer(ctypes.c_void_p):
-    """A tensor argument of the library; None is a null pointer."""
+class TensorOf:
+    """The type of a tensor argument of the library: a tensor of one of these dtypes, or None for a null pointer."""
 
-    @classmethod
-    def from_param(cls, tensor: Tensor | None) -> ctypes.c_void_p:
-        if tensor is None:
-            return ctypes.c_void_p()
-        assert tensor.dtype in (torch.float32, torch.bfloat16, torch.int32, torch.int64)
-        return ctypes.c_void_p(tensor.data_ptr())
+    def __init__(self, *dtypes: torch.dtype):
+        self.dtypes = dtypes
+
+    def from_param(self, tensor: Tensor | None) -> ctypes.c_void_p:
+        assert tensor is None or tensor.dtype in self.dtypes, f"the kernel reads {self.dtypes}, not {tensor.dtype}"
+        return ctypes.c_void_p(tensor if tensor is None else tensor.data_ptr())
 
 
-SIGNATURES = {  # p pointer, i integer, f float
-    "rms_norm_forward": "ppppiifiii", "rms_norm_backward": "ppppppiiiii", "rope": "ppppiiiifii",
-    "short_conv_forward": "pppppiiiiii", "short_conv_backward": "pppppppiiiiii",
-    "activation_forward": "ipppiii", "activation_backward": "ipppppiii",
-    "weighted_sum_forward": "ppppii", "weighted_sum_backward": "pppppppii", "cross_entropy": "pppiifii",
-    "selective_scan_forward": "ppppppppiiiiii", "selective_scan_backward": "pppppppppppppiiiiii",
+KINDS = {
+    "x": TensorOf(torch.float32, torch.bfloat16), "w": TensorOf(torch.float32), "s": TensorOf(torch.int32),
+    "t": TensorOf(torch.int64), "i": ctypes.c_int64, "f": ctypes.c_float,
 }  # fmt: skip
-KINDS = {"p": Pointer, "i": ctypes.c_int64, "f": ctypes.c_float}
+SIGNATURES = {
+    "rms_norm_forward": "xwxwiifiii", "rms_norm_backward": "xxwwxwiiiii", "rope": "xwwxiiiifii",
+    "short_conv_forward": "xwwsxiiiiii", "short_conv_backward": "xxwsxwwiiiiii",
+    "activation_forward": "ixxxiii", "activation_backward": "ixxxxxiii",
+    "weighted_sum_forward": "wwwwii", "weighted_sum_backward": "wwwwwwwii", "cross_entropy": "xtwiifii",
+    "selective_scan_forward": "wwwwwswwiiiiii", "selective_scan_backward": "wwwwwswwwwwwwiiiiii",
+}  # fmt: skip
 
 
 @cache

@@ -44,34 +44,39 @@ inline float sum_over(int64_t from, int64_t to, Term term) {
 }
 
 inline float fast_exp(float x) { return exp2<float, int32_t>(x * LOG2_E); }
-inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(x < -87.0f ? 87.0f : -x)); }
 
-// Activations: value and derivative at x.
+// 0 for -inf, and 1 for +inf; exp2(128) is infinite.
+inline float sigmoid(float x) {
+    const float exponent = -x * LOG2_E;
+    return 1.0f / (1.0f + exp2<float, int32_t>(exponent > 128.0f ? 128.0f : exponent));
+}
+
+// Activations: their value at x, and the gradient of x for the gradient d of the value.
 struct SiLU {
     static float value(float x) { return x * sigmoid(x); }
-    static float slope(float x) {
+    static float gradient(float x, float d) {
         const float s = sigmoid(x);
-        return s + x * s * (1.0f - s);
+        return d * (s + x * s * (1.0f - s));
     }
 };
 
 struct GELU {  // 0.5 x (1 + tanh(u / 2)) = x sigmoid(u)
     static constexpr float A = 1.59576912f, B = 0.044715f;  // A = 2 sqrt(2 / pi)
     static float value(float x) { return x * sigmoid(A * (x + B * x * x * x)); }
-    static float slope(float x) {
+    static float gradient(float x, float d) {
         const float s = sigmoid(A * (x + B * x * x * x));
-        return s + x * s * (1.0f - s) * A * (1.0f + 3.0f * B * x * x);
+        return d * (s + x * s * (1.0f - s) * A * (1.0f + 3.0f * B * x * x));
     }
 };
 
 struct ReLU {
     static float value(float x) { return x < 0.0f ? 0.0f : x; }
-    static float slope(float x) { return x > 0.0f ? 1.0f : 0.0f; }
+    static float gradient(float x, float d) { return x <= 0.0f ? 0.0f : d; }
 };
 
 struct ReLU2 {
     static float value(float x) { return x < 0.0f ? 0.0f : x * x; }
-    static float slope(float x) { return x < 0.0f ? 0.0f : 2.0f * x; }
+    static float gradient(float x, float d) { return x <= 0.0f ? 0.0f : d * 2.0f * x; }
 };
 
 template <class Call>
@@ -200,8 +205,8 @@ void short_conv_forward(const void *all_x, const float *weight, const float *bia
         const auto *x = (const decltype(type) *)all_x;
         auto *out = (decltype(type) *)all_out;
         each_part(BT, threads, [=](int, int64_t from, int64_t to) {
-            std::vector<float> kept(D);
-            float *result = kept.data();
+            std::vector<float> buffer(D);
+            float *result = buffer.data();
             for (int64_t row = from; row < to; row++) {
                 const int64_t t = row % T, reach = std::min(width - 1, t - (first ? std::max(first[row], 0) : 0));
                 const auto *in = x + row * D;
@@ -231,8 +236,8 @@ void short_conv_backward(const void *all_d_out, const void *all_x, const float *
         auto *d_x = (decltype(type) *)all_d_x;
         each_part(BT, threads, [=, &weight_sums, &bias_sums](int part, int64_t from, int64_t to) {
             float *d_w = weight_sums.of(part), *d_b = bias_sums.of(part);
-            std::vector<float> kept(D);
-            float *result = kept.data();
+            std::vector<float> buffer(D);
+            float *result = buffer.data();
             for (int64_t row = from; row < to; row++) {
                 const int64_t t = row % T, reach = std::min(width - 1, t - (first ? std::max(first[row], 0) : 0));
                 const auto *in = x + row * D, *d = d_out + row * D;
@@ -292,12 +297,12 @@ void activation_backward(int64_t activation, const void *all_d_out, const void *
 #pragma omp simd
                     for (int64_t i = from; i < to; i++) {
                         const float d = d_out[i], in = x[i], by = factor[i];
-                        d_x[i] = d * by * kind.slope(in);
+                        d_x[i] = kind.gradient(in, d * by);
                         d_factor[i] = d * kind.value(in);
                     }
                 } else {
 #pragma omp simd
-                    for (int64_t i = from; i < to; i++) d_x[i] = (float)d_out[i] * kind.slope(x[i]);
+                    for (int64_t i = from; i < to; i++) d_x[i] = kind.gradient(x[i], d_out[i]);
                 }
             });
         });
@@ -326,14 +331,14 @@ void weighted_sum_backward(const float *d_out, const float *x, const float *y, c
     sums.write(d_weights);
 }
 
-// Writes the loss of each row, and its gradient in place of logits (rows, V). Negative targets are ignored. soft_cap = 0: none.
+// Writes the loss of each row, and its gradient in place of logits (rows, V). Rows with negative targets are ignored. soft_cap = 0: none.
 void cross_entropy(void *all_logits, const int64_t *targets, float *losses, int64_t rows, int64_t V, float soft_cap,
                    int64_t half, int64_t threads) {
     with_type(half, [=](auto type) {
         auto *logits = (decltype(type) *)all_logits;
         each_part(rows, threads, [=](int, int64_t from, int64_t to) {
-            std::vector<float> slopes(soft_cap > 0.0f ? V : 0), kept(V);
-            float *row_in_float = kept.data();
+            std::vector<float> slopes(soft_cap > 0.0f ? V : 0), buffer(V);
+            float *row_in_float = buffer.data();
             for (int64_t row = from; row < to; row++) {
                 auto *of_row = logits + row * V;
                 if (targets[row] < 0) {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model import IGNORE
+from modules.operators import once_differentiable
 
 
 def chunked_cross_entropy(
@@ -48,14 +49,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total / num_targets
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight, num_targets = ctx.saved_tensors
-        scale = grad_loss / num_targets
+        scale = grad_loss / num_targets.clamp(min=1)  # without targets the loss is NaN, and all gradients are 0
         return grad_hidden * scale, grad_weight * scale, None, None, None, None
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
     """Summed loss of soft_cap(logits), and its gradient (N, V) in place of the logits.  logits (N, V), targets (N)"""
+    check_targets(targets, logits.shape[1])
     logits, is_scored = logits.float(), targets[:, None] != IGNORE
     targets = targets[:, None].where(is_scored, 0)
     if soft_cap is not None:
@@ -69,4 +72,14 @@ def cross_entropy_(logits: Tensor, targets: Tensor, soft_cap: float | None) -> t
     grad.mul_(is_scored / normaliser).scatter_add_(1, targets, -is_scored.float())
     if soft_cap is not None:
         grad.mul_(slope)
-    return ((normaliser.log() + largest - target_logits) * is_scored).sum(), grad
+    return (normaliser.log() + largest - target_logits).where(is_scored, 0).sum(), grad
+
+
+def check_targets(targets: Tensor, vocab_size: int):
+    """Raise for targets that are no int64, or outside of the vocabulary, as F.cross_entropy does; a GPU checks them itself."""
+    if targets.dtype != torch.int64:
+        raise RuntimeError(f"targets are of {targets.dtype}: give torch.int64")
+    if targets.device.type == "cpu":
+        is_wrong = (targets != IGNORE) & ((targets < 0) | (targets >= vocab_size))
+        if is_wrong.any():
+            raise IndexError(f"Target {targets[is_wrong][0]} is out of bounds.")

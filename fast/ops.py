@@ -9,10 +9,10 @@ import struct
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fast.build import build
-from modules.operators import define_operator
+from fast.loss import check_targets
+from modules.operators import define_operator, once_differentiable
 
 
 def supports(x: Tensor) -> bool:
@@ -27,22 +27,17 @@ def supports(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None = None) -> Tensor:
+def attention(q, k, v, first_visible: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
     """Causal grouped-query attention.  q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K), with the dtype of q
 
     The query at time t sees the keys from first_visible[b, t] to t; first_visible (B, T) of integers, None: 0. Masked keys cost
-    nothing. Reads and writes float32 or bfloat16, computes in float32. The result does not depend on the number of threads.
-    Raises BuildError if there is no compiler.
+    nothing. sinks (H): one more score for each head in the softmax, without a value. Reads and writes float32 or bfloat16,
+    computes in float32. The result does not depend on the number of threads. Raises BuildError if there is no compiler.
     """
     dtype = q.dtype
-    if {x.dtype for x in (q, k, v)} != {torch.bfloat16}:
+    if sinks is not None or {x.dtype for x in (q, k, v)} != {torch.bfloat16}:
         q, k, v = q.float(), k.float(), v.float()
-    return Attention.apply(q, k, v, as_int32(first_visible), None).to(dtype)
-
-
-def attention_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, first_visible: Tensor | None = None) -> Tensor:
-    """Attention with one more score for each head in the softmax, sinks (H), which has no value."""
-    return Attention.apply(q.float(), k.float(), v.float(), as_int32(first_visible), sinks).to(q.dtype)
+    return Attention.apply(q, k, v, as_int32(first_visible), sinks).to(dtype)
 
 
 class Attention(torch.autograd.Function):
@@ -125,7 +120,7 @@ class RMSNorm(torch.autograd.Function):
         x, D = without_gaps(x), x.shape[-1]
         assert weight is None or weight.shape == (D,)
         out = torch.empty_like(x, dtype=dtype)
-        inverse_rms = x.new_empty(x.numel() // D, dtype=torch.float32)
+        inverse_rms = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
         halves = is_half(x), is_half(out)
         build().rms_norm_forward(x, weight, out, inverse_rms, len(inverse_rms), D, eps, *halves, torch.get_num_threads())
         ctx.save_for_backward(x, weight, inverse_rms)
@@ -144,7 +139,7 @@ class RMSNorm(torch.autograd.Function):
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate channels k and k + K / 2 by the angle of the position.  x (B, H, T, K), rope 2 x (1, T, K / 2) -> (B, H, T, K)"""
-    return Rope.apply(x, *rope)
+    return Rope.apply(x, *(table.float() for table in rope))
 
 
 class Rope(torch.autograd.Function):
@@ -174,7 +169,7 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, story_star
 
     x (B, T, D), weight (width, D), bias (D), story_start (B, T) of integers or None -> (B, T, D)
     """
-    return ShortConv.apply(x, weight, bias, as_int32(story_start))
+    return ShortConv.apply(x, weight.float(), None if bias is None else bias.float(), as_int32(story_start))
 
 
 class ShortConv(torch.autograd.Function):
@@ -231,7 +226,7 @@ class Activation(torch.autograd.Function):
 
 def weighted_sum(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """weights[0] * x + weights[1] * y.  x and y of one shape -> the same; weights (2)"""
-    return WeightedSum.apply(x.float(), y.float(), weights).to(x.dtype)
+    return WeightedSum.apply(x.float(), y.float(), weights.float()).to(x.dtype)
 
 
 class WeightedSum(torch.autograd.Function):
@@ -254,13 +249,10 @@ class WeightedSum(torch.autograd.Function):
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
-    """Summed loss of soft_cap(logits) in nats, and its gradient (N, V) in place of the logits.  logits (N, V), targets (N)
-
-    Negative targets are ignored.
-    """
+    """Summed loss of soft_cap(logits) in nats, and its gradient (N, V) in place of the logits.  logits (N, V), targets (N)"""
+    check_targets(targets, logits.shape[1])
     losses, targets = logits.new_empty(len(logits), dtype=torch.float32), targets.contiguous()
-    assert logits.is_contiguous() and targets.shape == losses.shape and targets.dtype == torch.int64
-    assert targets.max() < logits.shape[1]
+    assert logits.is_contiguous() and targets.shape == losses.shape
     build().cross_entropy(logits, targets, losses, *logits.shape, soft_cap or 0.0, is_half(logits), torch.get_num_threads())
     return losses.sum(), logits
 

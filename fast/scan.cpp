@@ -38,26 +38,26 @@ struct alignas(64) Row {
 // A block of channels of one row of the batch.
 class Block {
     const Scan &of;
-    const int64_t b, number, begin, width, size;
+    const int64_t b, number, first_channel, width, size;
     std::vector<float> rates, state;  // each (N, WIDTH); rates times log2(e)
 
-    int64_t place(int64_t t) const { return (b * of.T + t) * of.I + begin; }
-    float *kept(int64_t t) const { return of.states + ((b * of.pieces() + t / of.piece) * of.blocks() + number) * size; }
-    bool begins(int64_t t) const { return of.first && of.first[b * of.T + t] == t; }
+    int64_t offset(int64_t t) const { return (b * of.T + t) * of.I + first_channel; }
+    float *saved_state(int64_t t) const { return of.states + ((b * of.pieces() + t / of.piece) * of.blocks() + number) * size; }
+    bool is_start(int64_t t) const { return of.first && of.first[b * of.T + t] == t; }
 
   public:
     Block(const Scan &of, int64_t item)
-        : of(of), b(item / of.blocks()), number(item % of.blocks()), begin(number * WIDTH),
-          width(std::min<int64_t>(WIDTH, of.I - begin)), size(of.N * WIDTH), rates(size), state(size) {
+        : of(of), b(item / of.blocks()), number(item % of.blocks()), first_channel(number * WIDTH),
+          width(std::min<int64_t>(WIDTH, of.I - first_channel)), size(of.N * WIDTH), rates(size), state(size) {
         for (int64_t i = 0; i < width; i++)
-            for (int64_t n = 0; n < of.N; n++) rates[n * WIDTH + i] = of.rates[(begin + i) * of.N + n] * LOG2_E;
+            for (int64_t n = 0; n < of.N; n++) rates[n * WIDTH + i] = of.rates[(first_channel + i) * of.N + n] * LOG2_E;
     }
 
     void forward(float *out) {
         for (int64_t t = 0; t < of.T; t++) {
-            if (t % of.piece == 0) std::copy(state.begin(), state.end(), kept(t));
-            if (begins(t)) std::fill(state.begin(), state.end(), 0.0f);
-            const Row step(of.step + place(t), width), u(of.u + place(t), width);
+            if (t % of.piece == 0) std::copy(state.begin(), state.end(), saved_state(t));
+            if (is_start(t)) std::fill(state.begin(), state.end(), 0.0f);
+            const Row step(of.step + offset(t), width), u(of.u + offset(t), width);
             Row input, result;
             for (int i = 0; i < WIDTH; i++) input.at[i] = step.at[i] * u.at[i];
             for (int64_t n = 0; n < of.N; n++) {
@@ -70,7 +70,7 @@ class Block {
                     result.at[i] += h[i] * read;
                 }
             }
-            result.write(out + place(t), width);
+            result.write(out + offset(t), width);
         }
     }
 
@@ -81,8 +81,8 @@ class Block {
             const int64_t to = std::min(from + of.piece, of.T);
             recompute(from, to, before.data(), decays.data());
             for (int64_t t = to - 1; t >= from; t--) {
-                const Row step(of.step + place(t), width), u(of.u + place(t), width), d(d_out + place(t), width);
-                const float keeps = begins(t) ? 0.0f : 1.0f;
+                const Row step(of.step + offset(t), width), u(of.u + offset(t), width), d(d_out + offset(t), width);
+                const float keeps = is_start(t) ? 0.0f : 1.0f;
                 Row input, d_input, d_exponent;
                 for (int i = 0; i < WIDTH; i++) input.at[i] = step.at[i] * u.at[i];
                 for (int64_t n = 0; n < of.N; n++) {
@@ -107,23 +107,23 @@ class Block {
                     d_read[partial] = was_read;
                 }
                 for (int i = 0; i < width; i++) {
-                    d_u[place(t) + i] = d_input.at[i] * step.at[i];
-                    d_step[place(t) + i] = d_input.at[i] * u.at[i] + d_exponent.at[i] * (1.0f / LOG2_E);
+                    d_u[offset(t) + i] = d_input.at[i] * step.at[i];
+                    d_step[offset(t) + i] = d_input.at[i] * u.at[i] + d_exponent.at[i] * (1.0f / LOG2_E);
                 }
             }
         }
         for (int64_t i = 0; i < width; i++)
-            for (int64_t n = 0; n < of.N; n++) d_rates[(b * of.I + begin + i) * of.N + n] = d_rate[n * WIDTH + i];
+            for (int64_t n = 0; n < of.N; n++) d_rates[(b * of.I + first_channel + i) * of.N + n] = d_rate[n * WIDTH + i];
     }
 
   private:
     // The state before each token of a piece of time, and its decay there.
     void recompute(int64_t from, int64_t to, float *before, float *decays) {
-        std::copy(kept(from), kept(from) + size, state.begin());
+        std::copy(saved_state(from), saved_state(from) + size, state.begin());
         for (int64_t t = from; t < to; t++, before += size, decays += size) {
-            if (begins(t)) std::fill(state.begin(), state.end(), 0.0f);
+            if (is_start(t)) std::fill(state.begin(), state.end(), 0.0f);
             std::copy(state.begin(), state.end(), before);
-            const Row step(of.step + place(t), width), u(of.u + place(t), width);
+            const Row step(of.step + offset(t), width), u(of.u + offset(t), width);
             Row input;
             for (int i = 0; i < WIDTH; i++) input.at[i] = step.at[i] * u.at[i];
             for (int64_t n = 0; n < of.N; n++) {

@@ -7,12 +7,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fast.build import build
 from fast.ops import as_int32
 from modules import mamba
-from modules.operators import define_operator
+from modules.operators import define_operator, once_differentiable
 
 SAVE_EVERY = 16  # tokens: one state in this many is saved for the backward pass
 BLOCK = 64  # channels at a time: WIDTH of scan.cpp

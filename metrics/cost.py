@@ -18,22 +18,17 @@ B batch, T time, M tokens of memory, D model dim.
 
 import argparse
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-import fast
 from config import ModelConfig, TrainConfig, did_you_mean, format_step, init_parameters, layer_steps
-from model import GPT, Attention, Branch, Cache
+from metrics.counting import as_torch_does_it, cache_bytes, count_flops
+from model import GPT, Branch
 from modules.contract import layers_to_try
 from modules.registry import accepted_kwargs, all_blocks, build_model
-from modules.windows import mean_visible
 from runs.folder import Run, group_members, group_names, run_names
 from runs.presets import PRESETS, preset
 from tokenizer import load_tokenizer
@@ -71,29 +66,15 @@ class Cost:
     T: int
     parts: tuple[Part, ...]
 
-    @property
-    def parameters(self) -> int:
-        return sum(part.parameters for part in self.parts)
+    def total(self, quantity: str) -> float:
+        """Sum a quantity of the parts, such as "parameters"."""
+        return sum(getattr(part, quantity) for part in self.parts)
 
-    @property
-    def flops(self) -> float:
-        """Per token, forward."""
-        return sum(part.flops for part in self.parts)
-
-    @property
-    def training_flops(self) -> float:
-        """Per token, forward and backward."""
-        return TRAINING * self.flops
-
-    @property
-    def cache_per_token(self) -> float:
-        """Bytes that the cache grows by per token."""
-        return sum(part.cache_per_token for part in self.parts)
-
-    @property
-    def cache_fixed(self) -> float:
-        """Bytes of the cache that are independent of T."""
-        return sum(part.cache_fixed for part in self.parts)
+    parameters = property(lambda self: self.total("parameters"))
+    flops = property(lambda self: self.total("flops"))  # per token, forward
+    training_flops = property(lambda self: TRAINING * self.flops)  # per token, forward and backward
+    cache_per_token = property(lambda self: self.total("cache_per_token"))  # bytes
+    cache_fixed = property(lambda self: self.total("cache_fixed"))  # bytes, independent of T
 
     @property
     def cache(self) -> float:
@@ -121,27 +102,10 @@ class Position(NamedTuple):
 
 
 def model_cost(model: nn.Module, T: int | None = None) -> Cost:
-    """Measure the cost of a model by running it.
+    """Measure the cost of a model by running it on T tokens, by default the context length. The model stays as it is.
 
     Blocks with a memory get one of T tokens. A model without a cache, which reads everything again for each token, has no cache
     bytes.
-
-    Parameters
-    ----------
-    model : nn.Module
-        GPT or the model of a plugin; it is left unchanged.
-    T : int, optional
-        Number of tokens; by default the context length.
-
-    Returns
-    -------
-    Cost
-        Totals, and every part.
-
-    Examples
-    --------
-    >>> model_cost(GPT(ModelConfig(dim=16, num_layers=1), vocab_size=100)).parameters > 0
-    True
     """
     T = T or model.config.max_seq_len
     positions = find_parts(model)
@@ -212,89 +176,6 @@ def steps_with_signs(layer: str) -> list[tuple[str, dict[str, Any], tuple[str, .
     return steps
 
 
-@contextmanager
-def as_torch_does_it(model: nn.Module):
-    """Run a model in eval mode with plain formulas, which torch's FLOP counter sees, instead of fused kernels."""
-    was_training = model.training
-    fuses_recurrence, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
-    try:
-        with fast.undone(model), sdpa_kernel(SDPBackend.MATH):
-            yield model.eval()
-    finally:
-        torch.backends.mkldnn.enabled = fuses_recurrence
-        model.train(was_training)
-
-
-def count_flops(model: nn.Module, parts: list[nn.Module], tokens: Tensor, kwargs: dict[str, Tensor]) -> dict[nn.Module, float]:
-    """FLOPs of each part for tokens (B, T), without its inner parts, by its own count or else by torch's."""
-    flops = dict.fromkeys(parts, 0.0)
-    stack = []  # for each call in progress: FLOPs counted before it, and those of its inner parts
-
-    def before(module, inputs):
-        stack.append([counter.get_total_flops(), 0])
-
-    def after(module, inputs, output):
-        start, inner = stack.pop()
-        total = counter.get_total_flops() - start
-        if hasattr(module, "flops_per_token") or isinstance(module, Attention):
-            B, T = inputs[0].shape[:2]
-            per_token = module.flops_per_token if hasattr(module, "flops_per_token") else partial(attention_flops, module)
-            flops[module] += B * T * per_token(T)
-        else:
-            flops[module] += total - inner
-        if stack:
-            stack[-1][1] += total
-
-    hooks = [hook for part in parts for hook in (part.register_forward_pre_hook(before), part.register_forward_hook(after))]
-    try:
-        with FlopCounterMode(display=False) as counter:
-            model(tokens, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return flops
-
-
-def attention_flops(attention: Attention, T: int) -> float:
-    """FLOPs per token of attention: weight matrices, plus scores and weighted sums of the visible tokens.
-
-    A block with another mask than its window has a method visible_per_token(T), the mean number of keys per query.
-    """
-    matrices = sum(layer.weight.numel() for layer in attention.modules() if isinstance(layer, nn.Linear))
-    visible = mean_visible(T, attention.window)
-    if hasattr(attention, "visible_per_token"):
-        visible = attention.visible_per_token(T)
-    return 2 * matrices + 4 * attention.num_heads * attention.head_dim * visible
-
-
-def cache_bytes(model: nn.Module, tokens: Tensor, kwargs: dict[str, Tensor]) -> tuple[Counter, Counter]:
-    """Cache bytes by block after half of the tokens (B, T) and after all; those of no block count for the model."""
-    cache, sizes = Cache(), [Counter(), Counter()]
-    if not accepted_kwargs(model, cache=cache):
-        return sizes[0], sizes[1]
-    half = tokens.shape[1] // 2
-    for piece in (tokens[:, :half], tokens[:, half:]):
-        if piece.shape[1]:
-            model(piece, cache=cache, **kwargs)
-            visited: set[int] = set()
-            sizes.append(Counter({block: num_bytes(state, visited) for block, state in cache.blocks.items()}))
-            sizes[-1][model] += num_bytes(vars(cache), visited)
-    return sizes[-2], sizes[-1]
-
-
-def num_bytes(value, visited: set[int]) -> int:
-    """Bytes of all tensors in a nested value that were not visited before."""
-    if isinstance(value, Tensor):
-        is_new = id(value) not in visited
-        visited.add(id(value))
-        return value.numel() * value.element_size() * is_new
-    if isinstance(value, dict):
-        return sum(num_bytes(item, visited) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(num_bytes(item, visited) for item in value)
-    return num_bytes(vars(value), visited) if hasattr(value, "__dict__") and not isinstance(value, nn.Module) else 0
-
-
 def config_of(spec: str | ModelConfig) -> tuple[ModelConfig, int]:
     """The architecture and vocabulary size of a run, a group of seeds, a preset or a config.
 
@@ -314,29 +195,7 @@ def config_of(spec: str | ModelConfig) -> tuple[ModelConfig, int]:
 
 
 def cost_of(spec: str | ModelConfig, T: int | None = None) -> Cost:
-    """Measure the cost of a run, preset or config.
-
-    Parameters
-    ----------
-    spec : str or ModelConfig
-        The name of a run, group of seeds or preset, or a config.
-    T : int, optional
-        Number of tokens; by default the context length.
-
-    Returns
-    -------
-    Cost
-        Totals, and every part.
-
-    Raises
-    ------
-    ValueError
-        For an unknown name.
-
-    Examples
-    --------
-    >>> cost_of("1m").parameters  # doctest: +SKIP
-    """
+    """Measure the cost of a run, group of seeds, preset or config, for T tokens. Raises as config_of and model_cost do."""
     config, vocab_size = config_of(spec)
     with torch.random.fork_rng(devices=[]):
         return model_cost(build_model(config, vocab_size), T)
@@ -394,14 +253,9 @@ def block_costs(config: ModelConfig | None = None, T: int | None = None):
     config, rows = config or ModelConfig(), {}
     for name, block in all_blocks(config).items():
         layer = layers_to_try(name, block)[0]
-        part = block_cost(name, layer, config, T)
+        part = last_part(name, cost_of(replace(config, num_layers=1, layers=layer), T))
         rows[name] = {"in": layer} | {label: getattr(part, quantity) for label, quantity in QUANTITIES.items()}
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def block_cost(name: str, layer: str, config: ModelConfig, T: int | None = None) -> Part:
-    """The cost of the last block of that name in a layer string, at the sizes of a config."""
-    return last_part(name, cost_of(replace(config, num_layers=1, layers=layer), T))
 
 
 def last_part(name: str, cost: Cost) -> Part:

@@ -18,7 +18,7 @@ import torch
 
 from inference import generate, load_model
 from metrics.scores import predictions
-from metrics.story_losses import validation_stories
+from metrics.story_losses import label, validation_stories
 from metrics.world_floor import floor_of
 from metrics.world_grades import is_world
 from model import GPT, IGNORE
@@ -184,7 +184,7 @@ def main(words: list[str]):
         for name in arguments.names:
             model, tokenizer = load_model(name)
             data, stories = validation_stories(Run(name).train_config.data, arguments.data_if_missing)
-            stories = stories[: arguments.num_stories]
+            data, stories = label(Run(name), data, stories), stories[: arguments.num_stories]
             scores = token_scores(model, tokenizer, stories)
             error, _ = calibration(scores)
             samples = generate(model, tokenizer, [""] * arguments.num_samples)

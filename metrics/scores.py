@@ -1,4 +1,7 @@
-"""Evaluate a model on whole validation stories, in units that do not depend on the tokenizer.
+"""Evaluate a model on whole validation stories, in bits per byte.
+
+Bits per byte count the bytes that the tokenizer gives back, so models compare if they are scored on the same raw stories and
+their tokenizers keep the text, or normalise it in the same way.
 
 A story is bos + text + eos. Every token after bos, eos included, is predicted once, with as much of the story as the context
 holds: a story longer than the context is read in windows that overlap by half.
@@ -26,7 +29,7 @@ class Evaluation:
 
     story_nats: Tensor  # (stories,) summed loss of each story, in nats
     story_tokens: Tensor  # (stories,) predicted tokens
-    story_bytes: Tensor  # (stories,) length of the text in UTF-8, before the tokenizer normalises it
+    story_bytes: Tensor  # (stories,) UTF-8 bytes that the tokenizer gives back
     story_hits: dict[int, Tensor]  # for each k: (stories,) tokens that were among the k most likely
 
     @property
@@ -45,7 +48,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of text; compares between any two models."""
+        """Bits per byte of text that the tokenizer gives back; inf if it gives back nothing."""
         return (self.story_nats.sum() / self.story_bytes.sum()).item() / math.log(2)
 
 
@@ -147,7 +150,7 @@ def evaluate(model: GPT, tokenizer, stories: list[str], batch_size: int = 32, to
                     hits[k].index_add_(0, story, (ranks < k).sum(dim=1).cpu())
     model.train(was_training)
     num_tokens = torch.tensor([len(tokens) - 1 for tokens in tokenised])
-    num_bytes = torch.tensor([len(story.encode(errors="replace")) for story in stories])
+    num_bytes = torch.tensor([tokenizer.kept_bytes(story) for story in stories])
     return Evaluation(nats, num_tokens, num_bytes, hits)
 
 

@@ -1,8 +1,8 @@
 """Losses of a trained model by validation story, saved in the run folder, so that models can be compared story by story.
 
-story_losses.csv has a row for each story of the whole validation set: its digest, bytes, tokens, summed loss in nats, and how
-many of its tokens were among the 1, 5 and 10 most likely.  story_losses.json says what was scored: the weights, the stories,
-and the data and code of the training.
+story_losses.csv has a row for each story of the whole validation set: its digest, the bytes that the tokenizer gives back, its
+tokens, summed loss in nats, and how many of its tokens were among the 1, 5 and 10 most likely.  story_losses.json says what was
+scored: the weights, the stories, and the data and code of the training.
 """
 
 import json
@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from data.dataset import choose_validation
-from data.sources import open_source
+from data.dataset import MAX_LOST, choose_validation, fingerprint
+from data.sources import open_source, portable_name
 from runs.code import digest
 from runs.folder import Run
 
@@ -27,8 +27,10 @@ class Scored:
     weights: str  # digest of model.pth
     validation: str  # digest of the stories in their order
     data: str  # the name of the source
+    training_stories: int | None  # of the training; None in old runs
     data_fingerprint: str | None  # of source, tokenizer, context and packing in training; None in old runs
     tokenizer: str  # its name
+    lost: float  # share of the bytes of the stories that the tokenizer does not give back
     code: dict[str, str] | None  # digest of each file that affected the training; None in old runs
     parameters: int
     flops_per_token: float  # of training
@@ -53,9 +55,10 @@ def save_losses(name: str, source_if_missing: str | None = None):
     rows = zip(digests, *(column.tolist() for column in columns), strict=True)
     run.save_log([dict(zip(COLUMNS, row, strict=True)) for row in rows], COLUMNS, "story_losses.csv")
     scored = Scored(
-        weights=digest(run.path("model.pth").read_bytes()), validation=digest("".join(digests).encode()), data=data,
-        data_fingerprint=saved.get("data_fingerprint"), tokenizer=tokenizer.name, code=saved.get("code"),
-        parameters=num_parameters(model), flops_per_token=model_cost(model).training_flops,
+        weights=digest(run.path("model.pth").read_bytes()), validation=digest("".join(digests).encode()),
+        data=label(run, data, stories), training_stories=saved.get("training_stories"),
+        data_fingerprint=saved.get("data_fingerprint"), tokenizer=tokenizer.name, lost=tokenizer.lost_share(stories),
+        code=saved.get("code"), parameters=num_parameters(model), flops_per_token=model_cost(model).training_flops,
     )  # fmt: skip
     run.save_text("story_losses.json", json.dumps(asdict(scored), indent=2) + "\n")
 
@@ -67,14 +70,22 @@ def validation_stories(source: str, source_if_missing: str | None) -> tuple[str,
     """
     try:
         opened = open_source(source)
-        name = opened.name
     except OSError as error:  # no such file or folder, or no connection to the hub
         if source_if_missing is None:
-            raise
+            raise type(error)(f"{error}. To score on other stories, give data_if_missing, such as auto") from error
         opened = open_source(source_if_missing)
-        name = f"{opened.name} {NOT_ITS_OWN}"
-        print(f"{error}.\nRuns that were trained on {source!r} are scored on {opened.name} instead, which is new to them.")
-    return name, choose_validation(opened, Counter())
+        print(f"{error}.\nRuns that were trained on {portable_name(source)} are scored on {opened.name} instead.")
+    return opened.name, choose_validation(opened, Counter())
+
+
+def label(run: Run, data: str, stories: list[str]) -> str:
+    """The name of the data that a run is scored on, marked if these are not the validation stories of its training.
+
+    The fingerprint of the stories decides, not where they are stored or what they are called.
+    """
+    saved = run.load("model.pth", {"validation_stories", "validation_fingerprint"})
+    is_own = fingerprint(stories[: saved["validation_stories"]]) == saved["validation_fingerprint"]
+    return data if is_own else f"{data} {NOT_ITS_OWN}"
 
 
 def read_losses(name: str):
@@ -89,13 +100,30 @@ def read_losses(name: str):
         scored = Scored(**json.loads(run.path("story_losses.json").read_text(encoding="utf-8")))
         losses = pd.read_csv(run.path("story_losses.csv"), dtype={"story": str})
     except (ValueError, TypeError, pd.errors.EmptyDataError) as error:  # not JSON, not a table, or other fields
-        raise ValueError(f"the losses by story of the run {name!r} are damaged") from error
+        raise ValueError(f"the losses by story of the run {name!r} are damaged or of an older version") from error
     complete = list(losses.columns) == COLUMNS and all(pd.api.types.is_numeric_dtype(losses[column]) for column in COLUMNS[1:])
     if not complete or digest("".join(losses["story"].astype(str)).encode()) != scored.validation:
         raise ValueError(f"the losses by story of the run {name!r} are damaged")
     if digest(run.path("model.pth").read_bytes()) != scored.weights:
         raise ValueError(f"the losses by story of the run {name!r} are of other weights than its model.pth")
     return losses, scored
+
+
+def data_of(losses, scored: Scored) -> str:
+    """The data by name, size and digest: 'tinystories (15,939 stories; 3,000 for validation, digest 10f8fa6a81eceb20)'.
+
+    A sample and the whole of a data set bear the same name; size and digest tell them apart.
+    """
+    training = "" if scored.training_stories is None else f"{scored.training_stories:,} stories; "
+    return f"{scored.data} ({training}{len(losses):,} for validation, digest {scored.validation})"
+
+
+def too_lossy(name: str, scored: Scored) -> str | None:
+    """Why the bits per byte of a run are not to be compared; None if its tokenizer keeps all but a trace of the text."""
+    if scored.lost <= MAX_LOST:
+        return None
+    return (f"{name} is left out: its tokenizer {scored.tokenizer} loses {scored.lost:.1%} of the text, so its bits per byte do "
+            "not compare. Train with one that keeps the text, such as --train.tokenizer hf:openai-community/gpt2")  # fmt: skip
 
 
 def losses_of(name: str, source_if_missing: str | None = None, tell: Callable[[str], None] = print):

@@ -24,6 +24,7 @@ from statistics import fmean
 
 from data.storyworld.world import score, sentence_spans, stories
 from inference import generate, load_model
+from metrics.proportion import proportion_interval
 from runs.folder import Run, group_members
 from tokenizer import normalise
 
@@ -31,7 +32,6 @@ WORLD = "storyworld"
 KINDS = ("who", "what", "where", "why", "end", "grammar")
 BROKEN = tuple(f"broken_{kind}" for kind in KINDS)
 COLUMNS = ("accepted", "sentences_right", *BROKEN)  # of log_data.csv
-CONFIDENCE = 0.95
 BATCH_SIZE = 64  # samples generated at once
 
 
@@ -54,14 +54,6 @@ class Grades:
         """The grades as shares, by COLUMNS, for a row of the log."""
         broken = (self.broken[kind] / self.samples for kind in KINDS)
         return dict(zip(COLUMNS, (self.accepted / self.samples, self.sentences_right, *broken), strict=True))
-
-
-def interval(accepted: int, samples: int) -> tuple[float, float]:
-    """95% confidence interval of the acceptance rate (Clopper and Pearson 1934)."""
-    from scipy.stats import binomtest
-
-    low, high = binomtest(accepted, samples).proportion_ci(CONFIDENCE, method="exact")
-    return float(low), float(high)
 
 
 def is_world(data: str) -> bool:
@@ -138,7 +130,7 @@ def grade_table(grades: dict[str, Grades]):
 
     rows = {}
     for name, graded in grades.items():
-        low, high = interval(graded.accepted, graded.samples)
+        low, high = proportion_interval(graded.accepted, graded.samples)
         columns = graded.columns
         rows[name] = {"samples": graded.samples, "accepted": columns.pop("accepted"), "95% from": low, "to": high, **columns}
     table = pd.DataFrame.from_dict(rows, orient="index")

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
+from metrics.proportion import CONFIDENCE, proportion_interval
 from metrics.world_floor import Floor, world_floor
-from metrics.world_grades import BROKEN, CONFIDENCE, interval
+from metrics.world_grades import BROKEN
 from runs.folder import Run
 
 SHARES = ("accepted", *BROKEN)  # which add up to 1
@@ -72,7 +73,7 @@ def plot_grades(*names: str):
     plt.close(figure)  # otherwise a notebook shows it a second time
     for number, (name, log) in enumerate(logs.items()):
         num_samples = Run(name).train_config.grade_stories
-        bounds = [interval(round(share * num_samples), num_samples) for share in log["accepted"]]
+        bounds = [proportion_interval(round(share * num_samples), num_samples) for share in log["accepted"]]
         below = log["accepted"] - [low for low, _ in bounds]
         above = [high for _, high in bounds] - log["accepted"]
         label = f"{name} ({num_samples} samples, {CONFIDENCE:.0%})"
@@ -110,7 +111,7 @@ def lines_of_the_world(name: str) -> list[str]:
         )
     if "accepted" in log:
         num_samples = Run(name).train_config.grade_stories
-        low, high = interval(round(best.accepted * num_samples), num_samples)
+        low, high = proportion_interval(round(best.accepted * num_samples), num_samples)
         broken = ", ".join(f"{column.removeprefix('broken_')} {best[column]:.0%}" for column in BROKEN)
         lines.append(
             f"of {num_samples} samples at temperature 1 the world accepts {best.accepted:.1%} ({CONFIDENCE:.0%} interval "

@@ -11,48 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Attention, RMSNorm, append_to_cache, causal_mask, linear, masked_attention, rope_table
-from modules.windows import attend_blocks, attend_spans, block_plan, mean_visible, span_mask
-
-
-def narrowest(one: int | None, other: int | None) -> int | None:
-    """The narrower of two windows; None sees all earlier tokens."""
-    return other if one is None else one if other is None else min(one, other)
-
-
-def attention_scores(q: Tensor, k: Tensor, soft_cap: float | None = None, scale: float | None = None) -> Tensor:
-    """scale q k, soft-capped; scale is by default 1 / sqrt(K).  q (B, H, T, K), k (B, G, S, K) -> (B, H, T, S)"""
-    B, H, T, K = q.shape
-    scores = ((q.reshape(B, k.shape[1], -1, K) * (scale or K**-0.5)) @ k.mT).view(B, H, T, -1)
-    return scores if soft_cap is None else soft_cap * torch.tanh(scores / soft_cap)
-
-
-def average(weights: Tensor, v: Tensor) -> Tensor:
-    """Weighted sums of the values.  weights (B, H, T, S), v (B, G, S, K) -> (B, H, T, K)"""
-    B, H, T, S = weights.shape
-    return (weights.reshape(B, v.shape[1], -1, S) @ v).view(B, H, T, -1)
-
-
-class RopeTable(nn.Module):
-    """The rotation angles of a block with its own RoPE, and the position in them of the next tokens.
-
-    rope_share of the head_dim / 2 pairs of channels, the first ones, are rotated; the others keep an angle of 0.
-    """
-
-    def __init__(self, max_seq_len: int, head_dim: int, rope_theta: float, rope_share: float = 1.0):
-        super().__init__()
-        num_rotated = round(rope_share * head_dim / 2)
-        cos, sin = rope_table(max_seq_len, 2 * num_rotated, rope_theta)
-        num_fixed = head_dim // 2 - num_rotated
-        self.register_buffer("cos", F.pad(cos, (0, num_fixed), value=1.0), persistent=False)
-        self.register_buffer("sin", F.pad(sin, (0, num_fixed), value=0.0), persistent=False)
-
-    def next(self, T: int, cache: dict | None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the next T tokens, each (1, T, head_dim / 2); the cache counts the tokens read."""
-        start = 0 if cache is None else cache.get("num_tokens", 0)
-        if cache is not None:
-            cache["num_tokens"] = start + T
-        return self.cos[None, start : start + T], self.sin[None, start : start + T]
+from model import Attention, RMSNorm, append_to_cache, causal_mask, linear, masked_attention
+from modules.flops import mean_visible
+from modules.rope import RopeTable
+from modules.scores import attention_scores, average, narrowest
+from modules.windows import attend_blocks, attend_spans, block_plan, span_mask
 
 
 class RotaryAttention(Attention):
@@ -62,18 +25,25 @@ class RotaryAttention(Attention):
     2). rope_share is the share of channels that are rotated, as in GPT-J and GPT-NeoX (Black et al. 2022, arXiv 2204.06745,
     section 2.1.1), 0 for none (in every fourth layer of Yang et al. 2025, arXiv 2501.18795): channel k is paired with channel
     k + head_dim / 2, for all k below rope_share head_dim / 2, and rotates by rope_theta^(-2 k / (rope_share head_dim)) a token.
+    rope_scaling, such as {"type": "linear", "factor": 8}, fits a trained model to longer contexts: see modules/rope.py.
     """
 
-    examples = ("RopeAttn(rope_theta=100.0)", "RopeAttn(rope_share=0.5, window=5)", "RopeAttn(rope_share=0.0)")
+    examples = (
+        "RopeAttn(rope_theta=100.0)",
+        "RopeAttn(rope_share=0.5, window=5)",
+        "RopeAttn(rope_share=0.0)",
+        "RopeAttn(rope_scaling={'type': 'linear', 'factor': 8})",
+    )
 
     def __init__(
         self, dim: int, head_dim: int, max_seq_len: int, positions: str = "rope", rope_theta: float = 10_000.0,
-        rope_share: float = 1.0, **attention,
+        rope_share: float = 1.0, rope_scaling: dict | None = None, **attention,
     ):  # fmt: skip
         super().__init__(dim, head_dim=head_dim, **attention)
         if not 0 <= rope_share <= 1:
             raise ValueError(f"rope_share={rope_share}: give the share of channels that are rotated, from 0 to 1")
-        self.rope_table = RopeTable(max_seq_len, head_dim, rope_theta, rope_share) if positions == "rope" else None
+        own = positions == "rope"
+        self.rope_table = RopeTable(max_seq_len, head_dim, rope_theta, rope_share, rope_scaling) if own else None
 
     def forward(self, x, *, story_start=None, window=None, cache=None):
         rope = self.next_rope(x.shape[1], cache)
@@ -321,9 +291,6 @@ class DifferentialAttention(RotaryAttention):
 
 
 BLOCKS = {
-    "RopeAttn": RotaryAttention,
-    "GatedAttn": GatedAttention,
-    "AlibiAttn": AlibiAttention,
-    "SinkAttn": SinkAttention,
+    "RopeAttn": RotaryAttention, "GatedAttn": GatedAttention, "AlibiAttn": AlibiAttention, "SinkAttn": SinkAttention,
     "DiffAttn": DifferentialAttention,
-}
+}  # fmt: skip

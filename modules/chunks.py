@@ -6,7 +6,8 @@ B batch, H heads, T time, n chunks of C tokens each, K key dim, V value dim.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from modules.operators import once_differentiable
 
 
 def chunk_masks(n: int, C: int, story_start: Tensor | None, device) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -57,10 +58,3 @@ class ChunkRecurrence(torch.autograd.Function):
         d_added = torch.stack(d_states[-2::-1], dim=1)
         d_decay = d_added @ starts.mT if ctx.by_matrix else (d_added * starts).sum_to_size(decay.shape)
         return d_decay, d_added, d_states[-1], None
-
-
-def check_sizes(**sizes: int | None):
-    """Raises ValueError for an option that is less than 1; None stands for the block's default."""
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name}={size}: give a whole number of at least 1")

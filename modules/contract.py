@@ -252,13 +252,8 @@ def check_batch(trial: Trial):
 
 
 @torch.no_grad()
-def check_one_token(trial: Trial):
-    y = trial.run(trial.inputs.times(slice(1)))
-    require(y.isfinite().all(), "it is not finite for a single token")
-
-
-@torch.no_grad()
-def check_without_rope(trial: Trial):
+def check_one_token_and_no_rope(trial: Trial):
+    require(trial.run(trial.inputs.times(slice(1))).isfinite().all(), "it is not finite for a single token")
     if "rope" in trial.accepted:
         require(trial.run(trial.inputs, rope=False).isfinite().all(), "it is not finite where rope is None")
 
@@ -350,7 +345,7 @@ def try_out(model: nn.Module):
         for name, layer in plugin_layers(config):
             try:
                 with one_line(name):
-                    check_layer(layer, replace(config, max_seq_len=max(T, config.max_seq_len)), NOT_TO_BE_SEEN)
+                    check_layer(layer, replace(config, max_seq_len=max(T, config.max_seq_len)), VISIBILITY)
             except ContractError as error:
                 say(f"warning: {error}")
     for layer in dict.fromkeys(config.layer_strings):
@@ -394,8 +389,8 @@ def plugin_layers(config: ModelConfig) -> list[tuple[str, str]]:
 
 
 CHECKS = (
-    check_repeats, check_gradients, check_batch, check_one_token, check_without_rope, check_future, check_cache, check_stories,
+    check_repeats, check_gradients, check_batch, check_one_token_and_no_rope, check_future, check_cache, check_stories,
     check_swaps, check_shape_comments,
 )  # fmt: skip
 CAUSAL = (check_future, check_cache)  # not for a block with `causal = False`
-NOT_TO_BE_SEEN = (check_batch, check_future, check_stories)
+VISIBILITY = (check_batch, check_future, check_stories)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.checks import check_sizes
 from tools import LoggingModule
 
 
@@ -35,8 +36,7 @@ class ShortConv(LoggingModule):
 
     def __init__(self, dim: int, width: int = 4, bias: bool = False):
         super().__init__()
-        if width < 1:
-            raise ValueError(f"layers: ShortConv(width={width}): give a whole number of at least 1")
+        check_sizes(width=width)
         self.weight = nn.Parameter(torch.zeros(width, dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 

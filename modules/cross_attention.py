@@ -4,9 +4,9 @@ B batch, T time, M tokens of memory, D model dim.
 """
 
 import torch
-from torch import nn
 
 from model import Norm, RMSNorm, linear, masked_attention
+from modules.flops import linear_flops
 from tools import LoggingModule
 
 
@@ -61,9 +61,8 @@ class CrossAttention(LoggingModule):
         return (k if self.k_norm is None else self.k_norm(k)), v
 
     def flops_per_token(self, T: int) -> float:
-        """Matrices, scores and weighted sums, with a memory as long as the sequence."""
-        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        return 2 * matrices + 4 * self.num_heads * self.head_dim * T
+        """Linear layers, scores and weighted sums, with a memory as long as the sequence."""
+        return linear_flops(self) + 4 * self.num_heads * self.head_dim * T
 
 
 BLOCKS = {"CrossAttn": CrossAttention}

@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import RMSNorm, activate, linear
-from modules.chunks import ChunkRecurrence, check_sizes, chunk_masks, masked
+from model import RMSNorm, activate, linear, rms_norm
+from modules.checks import check_sizes
+from modules.chunks import ChunkRecurrence, chunk_masks, masked
 from modules.convolution import ShortConv
+from modules.flops import linear_flops
 from modules.mamba import initial_step_biases
-from modules.norms import rms_norm
 from modules.scan import cached_state, cut
 from tools import LoggingModule
 
@@ -162,12 +163,11 @@ class DeltaNet(LoggingModule):
     def flops_per_token(self, T: int) -> float:
         """Matrices, convolution, and the products of in_parallel, which are those of whole chunks."""
         C, K, V = min(self.chunk, T), self.head_dim, self.v_dim
-        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
         scores_and_solution = 2 * C * K + C * C / 2
         sums = C * (C + K) + (C + K) * (K + V)
         states = K * K * V / C + K * V
         per_chunk = math.ceil(T / C) * C / T * self.v_heads * (scores_and_solution + sums + states)
-        return 2.0 * (matrices + per_chunk) + self.conv.flops_per_token(T)
+        return linear_flops(self) + 2 * per_chunk + self.conv.flops_per_token(T)
 
 
 class GatedDeltaNet(DeltaNet):

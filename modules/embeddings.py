@@ -6,6 +6,7 @@ B batch, T time, D model dim, V vocabulary.
 import torch
 from torch import Tensor, nn
 
+from modules.checks import check_sizes
 from tools import LoggingModule
 
 
@@ -39,8 +40,7 @@ class Bigram(LoggingModule):
 
     def __init__(self, dim: int, vocab_size: int, size: int = 4096):
         super().__init__()
-        if size < 1:
-            raise ValueError(f"layers: Bigram(size={size}): give a whole number of at least 1")
+        check_sizes(size=size)
         self.vocab_size = vocab_size
         self.table = nn.Embedding(size, dim)
         nn.init.zeros_(self.table.weight)

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import activate, linear
-from modules.chunks import check_sizes
+from modules.checks import check_sizes
 from modules.convolution import ShortConv
+from modules.flops import linear_flops
 from modules.scan import cached_state, recurrence, scan
 from tools import LoggingModule
 
@@ -102,8 +103,8 @@ class RGLRU(LoggingModule):
 
     def flops_per_token(self, T: int) -> float:
         """Matrices, convolution, and recurrence: for each channel a multiply-add, which a scan does three times."""
-        weights = self.w_gate.weight, self.w_in.weight, self.w_out.weight, self.w_remember, self.w_admit
-        return 2 * sum(weight.numel() for weight in weights) + self.conv.flops_per_token(T) + 6 * self.forgetting.numel()
+        gates = 2 * (self.w_remember.numel() + self.w_admit.numel())
+        return linear_flops(self) + gates + self.conv.flops_per_token(T) + 6 * self.forgetting.numel()
 
 
 BLOCKS = {"RGLRU": RGLRU}

@@ -15,12 +15,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from model import Norm, RMSNorm, apply_rope, causal_attention, causal_mask, linear
-from modules.attention import RopeTable, attention_scores, average, narrowest
-from modules.chunks import check_sizes
-from modules.windows import mean_visible
+from modules.checks import check_sizes
+from modules.flops import linear_flops, mean_visible
+from modules.rope import RopeTable
+from modules.scores import attention_scores, average, narrowest
 from tools import LoggingModule
 
 
@@ -29,20 +29,22 @@ class LatentAttention(LoggingModule):
 
     A latent of kv_rank numbers (None is 2 head_dim) holds a token's keys and values for all heads. Queries and keys have
     head_dim channels without RoPE and rope_dim channels with it (None is head_dim / 2); those of the key are shared by all
-    heads. v_dim is the width of a value, None is head_dim. With q_rank the queries come from a latent, too.
+    heads. v_dim is the width of a value, None is head_dim. With q_rank the queries come from a latent, too. query_scale replaces
+    1 / sqrt(head_dim + rope_dim). rope_scaling fits a trained model to longer contexts: see modules/rope.py.
 
     The cache keeps the latent and the rotated key. Without a cache, keys and values are expanded from the latents, and
     attention is that of Attn. With one, w_kv_up is multiplied into queries and output instead, and the latents are attended to.
     """
 
-    examples = ("LatentAttn", "LatentAttn(q_rank=12, kv_rank=10, rope_dim=6, v_dim=4, window=5)")
+    examples = ("LatentAttn", "LatentAttn(q_rank=12, kv_rank=10, rope_dim=6, v_dim=4, window=5, query_scale=0.5)")
     causal_attention, apply_rope = staticmethod(causal_attention), staticmethod(apply_rope)
 
     def __init__(
         self, dim: int, num_heads: int, head_dim: int, max_seq_len: int, positions: str = "rope", rope_theta: float = 10_000.0,
         q_rank: int | None = None, kv_rank: int | None = None, rope_dim: int | None = None, v_dim: int | None = None,
         window: int | None = None, linear_bias: bool = False, norm: type[Norm] = RMSNorm, norm_eps: float = 1e-5,
-        attention_soft_cap: float | None = None, dropout: float = 0.0,
+        attention_soft_cap: float | None = None, dropout: float = 0.0, query_scale: float | None = None,
+        rope_scaling: dict | None = None,
     ):  # fmt: skip
         super().__init__()
         check_sizes(q_rank=q_rank, kv_rank=kv_rank, rope_dim=rope_dim, v_dim=v_dim, window=window)
@@ -52,8 +54,10 @@ class LatentAttention(LoggingModule):
             raise ValueError(f"rope_dim={rope_dim}: RoPE turns pairs of channels, so give an even number")
         if v_dim > head_dim + rope_dim:
             raise ValueError(f"v_dim={v_dim}: a value is no wider than a key, here head_dim + rope_dim = {head_dim + rope_dim}")
+        if query_scale is not None and query_scale <= 0:
+            raise ValueError(f"query_scale={query_scale}: give a positive number, or None for 1 / sqrt(head_dim + rope_dim)")
         self.num_heads, self.head_dim, self.window = num_heads, head_dim + rope_dim, window
-        self.soft_cap, self.dropout = attention_soft_cap, dropout
+        self.query_scale, self.soft_cap, self.dropout = query_scale, attention_soft_cap, dropout
         self.latent_head_dim, self.rope_dim, self.v_dim, self.kv_rank = head_dim, rope_dim, v_dim, kv_rank
         if q_rank is None:
             self.w_q = linear(dim, num_heads * (head_dim + rope_dim), bias=linear_bias)
@@ -66,7 +70,7 @@ class LatentAttention(LoggingModule):
         self.kv_norm = norm(kv_rank, norm_eps=norm_eps)
         self.w_kv_up = linear(kv_rank, num_heads * (head_dim + v_dim))
         self.w_out = linear(num_heads * v_dim, dim, bias=linear_bias)
-        self.rope_table = RopeTable(max_seq_len, rope_dim, rope_theta) if positions == "rope" else None
+        self.rope_table = RopeTable(max_seq_len, rope_dim, rope_theta, rope_scaling=rope_scaling) if positions == "rope" else None
 
     def forward(self, x, *, story_start=None, window=None, cache=None):
         B, T, D = x.shape
@@ -87,6 +91,8 @@ class LatentAttention(LoggingModule):
         B, T, D = x.shape
         q = self.w_q(x) if self.q_rank is None else self.w_q_up(self.q_norm(self.w_q_down(x)))
         q = q.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, num_heads, T, head_dim)
+        if self.query_scale is not None:  # the scores will be divided by sqrt(head_dim)
+            q = q * (self.query_scale * math.sqrt(self.head_dim))
         latent, rope_key = self.w_kv_down(x).split([self.kv_rank, self.rope_dim], dim=-1)
         latent = self.kv_norm(latent)  # (B, T, kv_rank)
         if self.rope_table is not None:
@@ -131,8 +137,7 @@ class LatentAttention(LoggingModule):
 
     def flops_per_token(self, T: int) -> float:
         """Matrices, scores and weighted sums, without a cache."""
-        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        return 2 * matrices + 2 * self.num_heads * (self.head_dim + self.v_dim) * mean_visible(T, self.window)
+        return linear_flops(self) + 2 * self.num_heads * (self.head_dim + self.v_dim) * mean_visible(T, self.window)
 
 
 BLOCKS = {"LatentAttn": LatentAttention}

@@ -16,10 +16,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from model import RMSNorm, activate, apply_rope, linear
-from modules.chunks import ChunkRecurrence, check_sizes, chunk_masks, masked
+from modules.checks import check_sizes
+from modules.chunks import ChunkRecurrence, chunk_masks, masked
+from modules.flops import linear_flops
 from modules.scan import cached_state, cut
 from tools import LoggingModule
 
@@ -142,9 +143,8 @@ class LinearAttention(LoggingModule):
     def flops_per_token(self, T: int) -> float:
         """Matrices, and the products of in_parallel, which are those of whole chunks."""
         C, K, V = min(self.chunk, T), self.head_dim, self.v_dim
-        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
         padded = math.ceil(T / C) * C / T
-        return 2.0 * (matrices + padded * self.num_heads * (C * (K + V) + 2 * K * V))
+        return linear_flops(self) + 2 * padded * self.num_heads * (C * (K + V) + 2 * K * V)
 
 
 BLOCKS = {"LinearAttn": LinearAttention}

@@ -20,12 +20,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from model import activate
-from modules.chunks import check_sizes
+from modules.checks import check_sizes
 from modules.convolution import ShortConv
-from modules.operators import define_operator
+from modules.flops import linear_flops
+from modules.operators import define_operator, once_differentiable
 from modules.scan import cached_state, recurrence
 from tools import LoggingModule
 
@@ -101,8 +101,7 @@ class Mamba(LoggingModule):
         """Matrices and convolution; for each number of the state its exponent, update, next value and share of the output; for
         each channel its step times u, and the skip.
         """
-        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        return 2.0 * (matrices + self.conv.weight.numel() + self.skip.numel()) + self.skip.numel() + 6 * self.log_rates.numel()
+        return linear_flops(self) + self.conv.flops_per_token(T) + 3 * self.skip.numel() + 6 * self.log_rates.numel()
 
 
 def step_by_step(u, step, rates, write, read, state=None):

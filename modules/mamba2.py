@@ -20,13 +20,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from model import activate
-from modules.chunks import ChunkRecurrence, check_sizes, chunk_masks, masked
-from modules.convolution import ShortConv
+from model import activate, rms_norm
+from modules.checks import check_sizes
+from modules.chunks import ChunkRecurrence, chunk_masks, masked
+from modules.flops import linear_flops
 from modules.mamba import default_conv, default_linear, initial_step_biases
-from modules.norms import rms_norm
+from modules.operators import once_differentiable
 from modules.scan import cached_state, cut
 from tools import LoggingModule
 
@@ -141,10 +141,10 @@ class Mamba2(LoggingModule):
 
     def flops_per_token(self, T: int) -> float:
         """Matrices, convolution, and the products of in_parallel, which are those of whole chunks."""
-        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear | ShortConv))
         C = min(self.chunk, T)
         padded = math.ceil(T / C) * C / T
-        return 2.0 * matrices + 2.0 * padded * (C * (self.groups * self.state_dim + self.width) + 2 * self.width * self.state_dim)
+        products = 2 * padded * (C * (self.groups * self.state_dim + self.width) + 2 * self.width * self.state_dim)
+        return linear_flops(self) + self.conv.flops_per_token(T) + products
 
 
 class WithinChunks(torch.autograd.Function):

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import RMSNorm, activate, apply_rope, causal_attention, linear
-from modules.attention import narrowest
-from modules.chunks import check_sizes
+from modules.checks import check_rows, check_sizes
+from modules.flops import linear_flops
 from modules.moving_average import CEMA, TimestepNorm
-from modules.scan import check_rows
+from modules.scores import narrowest
 from tools import LoggingModule
 
 
@@ -125,11 +125,10 @@ class Megalodon(LoggingModule):
 
     def flops_per_token(self, T: int) -> float:
         """Matrices, CEMA, and attention within whole chunks and the last, shorter one."""
-        matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
         chunks, last = divmod(T, self.chunk)
         visible = (chunks * self.chunk * (self.chunk + 1) + last * (last + 1)) / (2 * T)
         attention = 2 * (self.num_heads * self.head_dim + self.value_dim) * visible
-        return 2 * matrices + attention + self.cema.flops_per_token(T)
+        return linear_flops(self) + attention + self.cema.flops_per_token(T)
 
 
 BLOCKS = {"Megalodon": Megalodon}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from model import MLP, linear
-from modules.operators import define_operator
+from modules.checks import check_sizes
+from modules.operators import define_operator, once_differentiable
 from tools import LoggingModule
 
 
@@ -31,6 +32,8 @@ class MoE(LoggingModule):
     equation 12). z_loss: coefficient of the router z-loss (Zoph et al. 2022, arXiv 2202.08906, equation 5).
     bias_rate: bias the scores for the selection, not the weights. Each step raises the bias by bias_rate for experts used less
     than average, and lowers it for the others (Wang et al. 2024, arXiv 2408.15664, algorithm 1). None: no bias; 0: constant bias.
+    groups, top_groups: select in the best top_groups of `groups` equal groups of experts alone, by the sum of the two highest
+    biased scores in each (DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2).
     noise: standard deviation of Gaussian noise on the router's logits in training; "learned": predicted per token and expert
     (Shazeer et al. 2017, arXiv 1701.06538, equation 4).
     capacity: capacity factor; in training, an expert takes at most capacity times its even share of a sequence's tokens. Tokens
@@ -42,6 +45,7 @@ class MoE(LoggingModule):
         "MoE",
         "MoE(num_experts=5, top_k=3, shared_experts=1, scores='sigmoid', bias_rate=0.001, routed_scale=2.5, z_loss=0.001)",
         "MoE(shared_experts=2, shared_gate=True)",
+        "MoE(num_experts=6, groups=3, top_groups=2, bias_rate=0.001)",
         "MoE(num_experts=4, top_k=1, renormalise=False, noise='learned', capacity=1.25)",
     )
 
@@ -50,15 +54,18 @@ class MoE(LoggingModule):
         num_experts: int = 8, top_k: int = 2, shared_experts: int = 0, scores: Literal["softmax", "sigmoid"] = "softmax",
         renormalise: bool = True, routed_scale: float = 1.0, balance_loss: float = 0.01, z_loss: float = 0.0,
         bias_rate: float | None = None, noise: float | Literal["learned"] = 0.0, capacity: float | None = None,
-        shared_gate: bool = False,
+        shared_gate: bool = False, groups: int = 1, top_groups: int = 1,
     ):  # fmt: skip
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts}: give a whole number of at least 1")
+        check_sizes(num_experts=num_experts)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k}: a token chooses among {num_experts} experts, so give 1 to {num_experts}")
         if top_k == 1 and renormalise:
             raise ValueError("top_k=1: its weight would always be 1, and the router could not learn. Set renormalise=False")
+        if groups < 1 or num_experts % groups or (groups > 1 and num_experts < 2 * groups):
+            raise ValueError(f"groups={groups}: it must divide num_experts={num_experts} into groups of at least 2")
+        if not 1 <= top_groups <= groups or top_k > top_groups * (num_experts // groups):
+            raise ValueError(f"top_groups={top_groups}: give 1 to {groups}, groups with at least top_k={top_k} experts")
         if shared_gate and not shared_experts:
             raise ValueError("shared_gate=True: without shared experts there is nothing to gate: set shared_experts=1")
         amounts = {"balance_loss": balance_loss, "z_loss": z_loss, "shared_experts": shared_experts}
@@ -70,7 +77,7 @@ class MoE(LoggingModule):
                 raise ValueError(f"{option}={value}: give a positive number")
         self.top_k, self.scores, self.renormalise, self.routed_scale = top_k, scores, renormalise, routed_scale
         self.balance_loss, self.z_loss, self.bias_rate, self.capacity = balance_loss, z_loss, bias_rate, capacity
-        self.noise = noise
+        self.noise, self.groups, self.top_groups = noise, groups, top_groups
         self.w_router = linear(dim, num_experts)
         self.w_noise = nn.Linear(dim, num_experts, bias=False) if noise == "learned" else None
         if self.w_noise is not None:
@@ -79,7 +86,7 @@ class MoE(LoggingModule):
         self.shared_mlp = MLP(dim, shared_experts * mlp_dim, activation, gated, linear_bias) if shared_experts else None
         self.w_shared_gate = linear(dim, 1) if shared_gate else None
         self.register_buffer("selection_bias", None if bias_rate is None else torch.zeros(num_experts))
-        for counts in ("chosen", "chosen_in_step"):
+        for counts in ("uses", "uses_in_step"):
             self.register_buffer(counts, torch.zeros(num_experts, dtype=torch.long), persistent=False)
         self.register_buffer("dropped", torch.zeros((), dtype=torch.long), persistent=False)
 
@@ -89,6 +96,8 @@ class MoE(LoggingModule):
         logits = self.route(x)
         scores = logits.softmax(dim=-1) if self.scores == "softmax" else logits.sigmoid()
         biased = scores if self.selection_bias is None else scores + self.selection_bias
+        if self.top_groups < self.groups:
+            biased = self.within_groups(biased)
         selected = biased.topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, selected)  # (B, T, top_k)
         if self.renormalise:
@@ -116,12 +125,21 @@ class MoE(LoggingModule):
                 logits = logits + deviation * torch.randn_like(logits)
         return logits
 
+    def within_groups(self, scores) -> Tensor:
+        """The scores in the best groups, elsewhere -inf.  (B, T, E) -> the same"""
+        B, T, E = scores.shape
+        grouped = scores.view(B, T, self.groups, -1)  # (B, T, self.groups, E // self.groups)
+        of_groups = grouped.topk(2, dim=-1).values.sum(dim=-1)  # (B, T, self.groups)
+        best = of_groups.topk(self.top_groups, dim=-1).indices
+        is_outside = torch.ones_like(of_groups, dtype=torch.bool).scatter(-1, best, False)
+        return grouped.masked_fill(is_outside[..., None], -math.inf).flatten(-2)
+
     def within_capacity(self, selected) -> Tensor | None:
         """True where an expert still has capacity for the token, None: everywhere.  (B, T, top_k) -> the same"""
         if self.capacity is None:
             return None
         B, T, top_k = selected.shape
-        E = len(self.chosen)
+        E = len(self.uses)
         limit = max(1, math.ceil(self.capacity * top_k * T / E))
         uses = torch.zeros(B, T, E, dtype=torch.int32, device=selected.device).scatter_(2, selected, 1)
         return uses.cumsum(dim=1).gather(2, selected) <= limit
@@ -132,7 +150,7 @@ class MoE(LoggingModule):
         The rows are sorted by expert, for a few large matrix products.
         """
         B, T, D = x.shape
-        E, R = len(self.chosen), selected.numel()
+        E, R = len(self.uses), selected.numel()
         experts = selected.view(R)
         if fits is not None:
             weights = weights * fits
@@ -146,7 +164,7 @@ class MoE(LoggingModule):
 
     def losses(self, logits, scores, selected) -> list[Tensor]:
         """The load-balancing loss and the z-loss.  logits and scores (B, T, E), selected (B, T, top_k)"""
-        E, losses = len(self.chosen), []
+        E, losses = len(self.uses), []
         if self.balance_loss:
             share_selected = count_uses(selected, E) / selected.numel()  # (E)
             share_scored = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=(0, 1))  # (E)
@@ -158,9 +176,9 @@ class MoE(LoggingModule):
     @torch.no_grad()
     def count(self, selected, fits):
         """Count the uses of each expert, for `report` and for the bias."""
-        uses = count_uses(selected, len(self.chosen))
-        self.chosen += uses
-        self.chosen_in_step += uses
+        uses = count_uses(selected, len(self.uses))
+        self.uses += uses
+        self.uses_in_step += uses
         if fits is not None:
             self.dropped += (~fits).sum()
 
@@ -168,25 +186,25 @@ class MoE(LoggingModule):
     def after_step(self):
         """Called by the optimizer after every step: raise the bias of experts used too little, lower that of the others."""
         if self.bias_rate:
-            uses = self.chosen_in_step.float()
+            uses = self.uses_in_step.float()
             self.selection_bias += self.bias_rate * (uses.mean() - uses).sign()
-        self.chosen_in_step.zero_()
+        self.uses_in_step.zero_()
 
     def report(self) -> dict[str, float]:
         """Use of the experts in training since the last report; empty if no token was read.
 
         The share of tokens for the least and the most used expert, the number of unused ones, and the share of dropped uses.
         """
-        uses = self.chosen.sum().item()
-        if not uses:
+        total = self.uses.sum().item()
+        if not total:
             return {}
         report = {
-            "least_used": self.chosen.min().item() * self.top_k / uses,
-            "most_used": self.chosen.max().item() * self.top_k / uses,
-            "dead_experts": (self.chosen == 0).sum().item(),
-            "dropped": self.dropped.item() / uses,
+            "least_used": self.uses.min().item() * self.top_k / total,
+            "most_used": self.uses.max().item() * self.top_k / total,
+            "dead_experts": (self.uses == 0).sum().item(),
+            "dropped": self.dropped.item() / total,
         }
-        self.chosen.zero_()
+        self.uses.zero_()
         self.dropped.zero_()
         return report
 
@@ -244,6 +262,7 @@ class ExpertProducts(torch.autograd.Function):
         return torch.ops.basegpt.expert_products(x, weights, num_rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weights, num_rows = ctx.saved_tensors
         grad_x = torch.ops.basegpt.expert_products(grad, weights.mT, num_rows)

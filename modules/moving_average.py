@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.chunks import check_sizes
-from modules.scan import cached_state, check_rows, recurrence, scan
+from modules.checks import check_rows, check_sizes
+from modules.operators import once_differentiable
+from modules.scan import cached_state, recurrence, scan
 from tools import LoggingModule
 
 
@@ -184,6 +185,7 @@ class Permute(torch.autograd.Function):
         return x.permute(order).contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out):
         return d_out.permute([ctx.order.index(axis) for axis in range(d_out.dim())]).contiguous(), None
 

@@ -4,14 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from model import Norm
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / rms(x) * weight.  x (..., D), weight (D) -> (..., D)"""
-    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.type_as(x), eps)
 
 
 class CosineNorm(Norm):

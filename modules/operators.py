@@ -1,5 +1,6 @@
-"""Custom PyTorch operators: torch.compile and the FLOP counter treat each as one operation."""
+"""Custom PyTorch operators, which torch.compile and the FLOP counter treat as one operation, and their gradients."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,3 +17,19 @@ def define_operator(schema: str, run: Callable, empty_outputs: Callable, key: st
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"basegpt::{name}", empty_outputs, lib=LIBRARY)
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """Mark the backward of an autograd.Function that has no derivative: a second backward pass through it raises RuntimeError.
+
+    PyTorch's decorator misses the case that the output's gradient is a constant, and second derivatives are then silently zero.
+    """
+    raising = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *gradients):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # with create_graph=True
+            gradients = [gradient.detach().requires_grad_() for gradient in gradients]
+        return raising(ctx, *gradients)
+
+    return wrapper

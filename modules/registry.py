@@ -64,6 +64,8 @@ MODELS: dict[str, type[nn.Module]] = {"GPT": model.GPT}
 # What a layer gives to a block whose forward names it; see GPT.forward, which makes them.
 SUPPLIED = ("rope", "story_start", "window", "cache", "tokens", "memory", "shared")
 
+FIT_ALL = {"num_kv_heads": 1, "head_dim": 2, "positions": "none"}  # values of config fields that go with any of the others
+
 
 def all_blocks(config: ModelConfig) -> dict[str, type[nn.Module]]:
     """Every block that the layer string may name, plugins included; `Norm` is the config's norm.
@@ -203,5 +205,6 @@ def validate_options(name: str, options: dict, parameters: dict[str, inspect.Par
             except TypeCheckError as error:
                 expected = annotation.__name__ if isinstance(annotation, type) else annotation
                 raise ValueError(f"{format_step(name, {option: value})}: it must be {expected}") from error
-    # the config knows what its own fields may be, and which go together
-    replace(config, **{option: value for option, value in options.items() if option in known})
+    # the config knows what its own fields may be, and which go together; those that the block does not name do not matter
+    unnamed = {name: value for name, value in FIT_ALL.items() if name not in parameters}
+    replace(config, **unnamed | {option: value for option, value in options.items() if option in known})

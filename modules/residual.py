@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import Norm, RMSNorm
+from modules.checks import check_sizes
 from tools import LoggingModule
 
 
@@ -67,8 +68,7 @@ class HyperRead(LoggingModule):
         norm_eps: float = 1e-5,
     ):  # fmt: skip
         super().__init__()
-        if streams < 1:
-            raise ValueError(f"streams={streams}: give a whole number of at least 1")
+        check_sizes(streams=streams)
         if stream is not None and not 0 <= stream < streams:
             raise ValueError(f"stream={stream}: there are {streams}, so give 0 to {streams - 1}, or None")
         self.streams = streams

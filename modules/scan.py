@@ -8,9 +8,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from modules.operators import define_operator
+from modules.checks import check_rows
+from modules.operators import define_operator, once_differentiable
 
 
 def recurrence(decay: Tensor, update: Tensor, state: Tensor | None = None) -> Tensor:
@@ -109,13 +109,6 @@ def cut(x: Tensor, length: int, dim: int = 1) -> Tensor:
     if padding:
         x = F.pad(x, (0, 0) * (x.dim() - dim - 1) + (0, padding))
     return x.unflatten(dim, (-1, length))
-
-
-def check_rows(state: Tensor, B: int):
-    """Raises ValueError if a cached state is not of B rows."""
-    if state.shape[0] != B:
-        rows = state.shape[0]
-        raise ValueError(f"the cache holds a state of {rows} rows, but x has {B}: give {rows} rows, or start with an empty cache")
 
 
 def cached_state(cache: dict | None, x: Tensor, *shape: int) -> Tensor | None:

@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from model import append_to_cache, causal_mask, masked_attention
-from modules.attention import RotaryAttention, narrowest
-from modules.windows import attend_spans, cut, mean_visible, windowed
+from modules.attention import RotaryAttention
+from modules.checks import check_sizes
+from modules.flops import mean_visible
+from modules.scan import cut
+from modules.scores import narrowest
+from modules.windows import attend_spans, windowed
 
 
 class StridedAttention(RotaryAttention):
@@ -29,9 +33,7 @@ class StridedAttention(RotaryAttention):
         self, dim: int, num_heads: int, num_kv_heads: int, window: int | None = None, stride: int = 16,
         count: int | None = 16, **attention,
     ):  # fmt: skip
-        for option, value in {"stride": stride, "count": count}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{option}={value}: give a whole number of at least 1")
+        check_sizes(stride=stride, count=count)
         if num_heads % 2 or (num_kv_heads > 1 and num_kv_heads % 2):
             raise ValueError(f"num_heads={num_heads}, num_kv_heads={num_kv_heads}: half of them see what is near: give even ones")
         window = stride if window is None else window
@@ -58,7 +60,7 @@ class StridedAttention(RotaryAttention):
         """Attention to every stride-th token: windows in the sequences of tokens that are a stride apart.  (B, H, T, K)"""
         B, H, T, K = q.shape
         R = self.stride
-        q, k, v = (cut(x, R).permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (q, k, v))  # q: (B * R, H, T / R, K), T rounded up
+        q, k, v = (cut(x, R, dim=2).permute(0, 3, 1, 2, 4).flatten(0, 1) for x in (q, k, v))  # q: (B * R, H, T / R, K), padded
         if story_start is not None:  # the position, in its strided sequence, of the first token of the story
             starts = F.pad(story_start, (0, -T % R)).view(B, -1, R)
             starts = ((starts - torch.arange(R, device=q.device)).clamp(min=0) + R - 1) // R
@@ -93,8 +95,7 @@ class BlockAttention(RotaryAttention):
     examples = ("BlockAttn(block=5, back=(3,))", "BlockAttn(block=8, back=(1, 2, 5))", "BlockAttn")
 
     def __init__(self, dim: int, window: int | None = None, block: int = 32, back: tuple[int, ...] = (2, 4), **attention):
-        if block < 1:
-            raise ValueError(f"block={block}: give a number of tokens of at least 1")
+        check_sizes(block=block)
         if not back or min(back) < 1 or len(set(back)) < len(back):
             raise ValueError(f"back={back}: give how many blocks back others are, each once and at least 1, such as (1, 2)")
         if window is not None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import causal_attention, causal_mask, masked_attention
+from modules.scan import cut
 
 SHORTEST_BLOCK = 32  # tokens; the products of shorter ones cost more to call than to compute
 
@@ -40,12 +41,6 @@ def windowed(spans: Spans, window: int | None) -> Spans:
     if window is None:
         return spans
     return tuple((nearest, min(farthest, window - 1)) for nearest, farthest in spans if nearest < window)
-
-
-def mean_visible(T: int, window: int | None = None) -> float:
-    """The mean number of tokens that one of T sees, itself included: all before it, or the last `window` of them."""
-    window = T if window is None else min(window, T)
-    return window - window * (window - 1) / (2 * T)
 
 
 def attend_spans(weigh: Weigh, q: Tensor, k: Tensor, v: Tensor, spans: Spans, story_start: Tensor | None = None) -> Tensor:
@@ -91,9 +86,10 @@ def attend_blocks(weigh: Weigh, q: Tensor, k: Tensor, v: Tensor, spans: Spans, s
     assert story_start is None or past == 0
     k, v = (x[:, :, max(0, past - farthest * L) :] for x in (k, v))
     past = k.shape[2] - T
-    queries = cut(q, L)  # (B, N, L, H, K)
+    queries = cut(q.transpose(1, 2), L)  # (B, N, L, H, K)
     N = queries.shape[1]
-    k, v = (cut(x, L, farthest * L - past) for x in (k, v))  # k: (B, farthest + N, L, G, K)
+    front = 0, 0, 0, 0, farthest * L - past, 0  # zeros before the first key
+    k, v = (cut(F.pad(x.transpose(1, 2), front), L) for x in (k, v))  # k: (B, farthest + N, L, G, K)
     k, v = (torch.cat([x[:, farthest - far : farthest - far + N] for far in reversed(back)], dim=2) for x in (k, v))
 
     times = torch.arange(N * L, device=q.device).view(N, L, 1)
@@ -106,12 +102,3 @@ def attend_blocks(weigh: Weigh, q: Tensor, k: Tensor, v: Tensor, spans: Spans, s
     queries, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (queries, k, v))  # queries: (B * N, H, L, K)
     y = weigh(queries, k, v, mask.flatten(0, 1)[:, None])
     return y.transpose(1, 2).reshape(B, N * L, H, -1)[:, :T].transpose(1, 2)
-
-
-def cut(x: Tensor, block: int, front: int = 0) -> Tensor:
-    """Cut into blocks, after `front` zeros; zeros fill the last block.  (B, heads, T, K) -> (B, blocks, block, heads, K)"""
-    x = x.transpose(1, 2)
-    missing = -(front + x.shape[1]) % block
-    if front or missing:
-        x = F.pad(x, (0, 0, 0, 0, front, missing))
-    return x.unflatten(1, (-1, block))

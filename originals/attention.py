@@ -4,6 +4,7 @@ A table maps our weight names to theirs, followed by the transforms of the weigh
 is the weight `w_q` of the second block of the layer string. `theirs` is always a config of transformers.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from config import PRE_NORM, SANDWICH_NORM, Layers, ModelConfig, divisors
+from modules.rope import SCALINGS
 
 Transform = Callable[[Tensor], Tensor]
 Table = dict[str, str | tuple[str | Transform, ...]]  # our name: theirs, or (theirs, transforms in their order)
@@ -175,11 +177,41 @@ def activation(theirs, name: str = "hidden_act") -> str:
     return ACTIVATIONS[getattr(theirs, name)]
 
 
-def rope_theta(theirs, parameters: dict | None = None) -> float:
+def whole_rope(theirs, parameters: dict | None = None) -> dict:
+    """Their rope_parameters, or those of a kind of layer, of a model that rotates all channels."""
     parameters = theirs.rope_parameters if parameters is None else parameters
-    plain = parameters["rope_type"] == "default" and parameters.get("partial_rotary_factor") in (None, 1)
-    require(plain, theirs, "rope_parameters", "RoPE is not scaled and rotates all channels")
-    return float(parameters["rope_theta"])
+    require(parameters.get("partial_rotary_factor") in (None, 1), theirs, "rope_parameters", "RoPE rotates all channels")
+    return parameters
+
+
+def rope_theta(theirs, parameters: dict) -> float:
+    theta = parameters["rope_theta"]
+    require(isinstance(theta, int | float) and theta > 1, theirs, "rope_parameters", "rope_theta is a number above 1")
+    return float(theta)
+
+
+def rope_scaling(theirs, parameters: dict) -> dict | None:
+    """Convert their rope_parameters to the option rope_scaling of a block; None is RoPE that is not scaled."""
+    kind = parameters["rope_type"]
+    require(kind in ("default", *SCALINGS), theirs, "rope_parameters", f"rope_type may be default, {', '.join(SCALINGS)}")
+    if kind == "default":
+        return None
+    options = parameters | {"original_max_seq_len": parameters.get("original_max_position_embeddings")}
+    if kind == "yarn":
+        require(parameters.get("truncate", True), theirs, "rope_parameters", "YaRN rounds the ends of its blend, truncate=True")
+        if parameters["factor"] is None:
+            options["factor"] = theirs.max_position_embeddings / options["original_max_seq_len"]
+        options |= {name: parameters.get(name) or value for name, value in (("beta_fast", 32.0), ("beta_slow", 1.0))}
+        if parameters.get("attention_factor") is None:
+            scales = parameters.get("mscale"), parameters.get("mscale_all_dim")
+            scale, scale_all = scales if all(scales) else (1.0, 0.0)
+            options["attention_factor"] = yarn_scale(options["factor"], scale) / yarn_scale(options["factor"], scale_all)
+    return {"type": kind} | {name: options.get(name) for name in SCALINGS[kind]}
+
+
+def yarn_scale(factor: float, scale: float) -> float:
+    """Factor of queries and keys in a context that is longer by a factor (arXiv 2309.00071, section 3.4, where scale is 1)."""
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def block(name: str, **options) -> str:
@@ -188,10 +220,28 @@ def block(name: str, **options) -> str:
     return f"{name}({text})" if text else name
 
 
-def windows(theirs) -> list[int | None]:
-    """Attention window of each layer; None is unlimited."""
-    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
-    return [getattr(theirs, "sliding_window", None) if kind == "sliding_attention" else None for kind in kinds]
+def unless(default, value):
+    """None if the value is our default, so that the step is written without it."""
+    return None if value == default else value
+
+
+def attention(theirs, parameters: dict | None = None, **options) -> str:
+    """Format the step of an attention block: Attn, or RopeAttn if its RoPE is scaled or has its own rope_theta."""
+    scaling = rope_scaling(theirs, whole_rope(theirs, parameters))
+    is_plain = scaling is None and "rope_theta" not in options
+    return block("Attn" if is_plain else "RopeAttn", **options, rope_scaling=scaling)
+
+
+def layer_kinds(theirs, *known: str) -> list[str]:
+    require(set(theirs.layer_types) <= set(known), theirs, "layer_types", f"a layer may be {' or '.join(known)}")
+    return theirs.layer_types
+
+
+def windowed(theirs, layer: str, **options) -> Layers:
+    """Layers of one string, in which some of their attention blocks have a window."""
+    windows = {"sliding_attention": theirs.sliding_window, "full_attention": None}
+    kinds = layer_kinds(theirs, *windows)
+    return tiled([layer.replace("Attn", attention(theirs, window=windows[kind], **options)) for kind in kinds])
 
 
 def query_scale(theirs) -> float | None:
@@ -219,16 +269,20 @@ def llama_config(theirs, **differences) -> ModelConfig:
         "tied_embeddings": theirs.tie_word_embeddings,
     }
     if "rope_theta" not in differences:
-        values["rope_theta"] = rope_theta(theirs)
+        values["rope_theta"] = rope_theta(theirs, whole_rope(theirs))
     if "activation" not in differences:
         values["activation"] = activation(theirs)
     if "layers" not in differences:
-        values["layers"] = tiled([PRE_NORM.replace("Attn", block("Attn", window=window)) for window in windows(theirs)])
+        values["layers"] = PRE_NORM.replace("Attn", attention(theirs))
     return ModelConfig(**values | differences)
 
 
+def mistral_config(theirs) -> ModelConfig:
+    return llama_config(theirs, layers=PRE_NORM.replace("Attn", attention(theirs, window=theirs.sliding_window)))
+
+
 def qwen3_config(theirs) -> ModelConfig:
-    return llama_config(theirs, qk_norm=True)
+    return llama_config(theirs, layers=windowed(theirs, PRE_NORM), qk_norm=True)
 
 
 def gemma_config(theirs, **differences) -> ModelConfig:
@@ -237,46 +291,55 @@ def gemma_config(theirs, **differences) -> ModelConfig:
     return llama_config(theirs, activation=activation(theirs, name), embedding_scale="sqrt(dim)", **differences)
 
 
-def gemma2_config(theirs, **differences) -> ModelConfig:
-    scale = query_scale(theirs)
-    layers = [SANDWICH_NORM.replace("Attn", block("Attn", window=window, query_scale=scale)) for window in windows(theirs)]
+def gemma2_config(theirs) -> ModelConfig:
+    layers = windowed(theirs, SANDWICH_NORM, query_scale=query_scale(theirs))
     caps = {"attention_soft_cap": theirs.attn_logit_softcapping, "logit_soft_cap": theirs.final_logit_softcapping}
-    return gemma_config(theirs, **{"layers": tiled(layers)} | caps | differences)
+    return gemma_config(theirs, layers=layers, **caps)
 
 
 def gemma3_config(theirs) -> ModelConfig:
-    """Layers with a window and layers without have different values of rope_theta."""
+    """Layers with a window and layers without have different RoPE parameters."""
+    require_same(theirs, attn_logit_softcapping=None)  # which transformers ignores
+    kinds = layer_kinds(theirs, "sliding_attention", "full_attention")
     local, everywhere = (theirs.rope_parameters[kind] for kind in ("sliding_attention", "full_attention"))
-    theta, scale = rope_theta(theirs, everywhere), query_scale(theirs)
-    attention = {
-        "sliding_attention": block("Attn", window=theirs.sliding_window, query_scale=scale),
-        "full_attention": block("RopeAttn", rope_theta=theta, query_scale=scale),
+    scale = query_scale(theirs)
+    blocks = {
+        "sliding_attention": attention(theirs, local, window=theirs.sliding_window, query_scale=scale),
+        "full_attention": attention(theirs, everywhere, rope_theta=rope_theta(theirs, everywhere), query_scale=scale),
     }
-    layers = [SANDWICH_NORM.replace("Attn", attention[kind]) for kind in theirs.layer_types]
-    return gemma2_config(theirs, layers=tiled(layers), rope_theta=rope_theta(theirs, local), qk_norm=True)
+    return gemma_config(
+        theirs, layers=tiled([SANDWICH_NORM.replace("Attn", blocks[kind]) for kind in kinds]), qk_norm=True,
+        rope_theta=rope_theta(theirs, local), logit_soft_cap=theirs.final_logit_softcapping,
+    )  # fmt: skip
 
 
 def mixtral_config(theirs) -> ModelConfig:
     """The weight of the balance loss stays at our default."""
     require(not theirs.router_jitter_noise, theirs, "router_jitter_noise", "noise is added to the router's logits, not to tokens")
-    attention = block("Attn", window=theirs.sliding_window)
     experts = block("MoE", num_experts=theirs.num_local_experts, top_k=theirs.num_experts_per_tok)
-    return llama_config(theirs, layers=PRE_NORM.replace("Attn", attention).replace("MLP", experts))
+    layer = PRE_NORM.replace("Attn", attention(theirs, window=theirs.sliding_window)).replace("MLP", experts)
+    return llama_config(theirs, layers=layer)
 
 
 def deepseek_config(theirs) -> ModelConfig:
     """Balance loss and bias rate, which their config lacks, are those of arXiv 2412.19437, section 4.2."""
-    cure = f"it must equal n_group={theirs.n_group}, so that a token chooses among all experts"
-    require(theirs.topk_group == theirs.n_group, theirs, "topk_group", cure)
-    attention = block(
-        "LatentAttn", q_rank=theirs.q_lora_rank, kv_rank=theirs.kv_lora_rank, rope_dim=theirs.qk_rope_head_dim,
-        v_dim=theirs.v_head_dim, norm_eps=None if theirs.rms_norm_eps == 1e-6 else 1e-6,  # of the norms inside
+    require(theirs.n_shared_experts, theirs, "n_shared_experts", "there is at least one")
+    rope_dim, parameters = theirs.qk_rope_head_dim, whole_rope(theirs)
+    require(theirs.head_dim == rope_dim, theirs, "head_dim", f"it must equal qk_rope_head_dim={rope_dim}")
+    scaling, scale_all, scale = rope_scaling(theirs, parameters), parameters.get("mscale_all_dim"), None
+    if scaling and scale_all:  # their YaRN also scales the channels without RoPE
+        scale = (theirs.qk_nope_head_dim + rope_dim) ** -0.5 * yarn_scale(scaling["factor"], scale_all) ** 2
+    latent = block(
+        "LatentAttn", q_rank=theirs.q_lora_rank, kv_rank=theirs.kv_lora_rank, rope_dim=rope_dim, v_dim=theirs.v_head_dim,
+        norm_eps=None if theirs.rms_norm_eps == 1e-6 else 1e-6,  # of the norms inside
+        query_scale=scale, rope_scaling=scaling,
     )  # fmt: skip
-    dense = PRE_NORM.replace("Attn", attention)
+    dense = PRE_NORM.replace("Attn", latent)
     experts = block(
         "MoE", mlp_dim=theirs.moe_intermediate_size, num_experts=theirs.n_routed_experts,
         top_k=theirs.num_experts_per_tok, shared_experts=theirs.n_shared_experts, scores="sigmoid",
-        renormalise=theirs.norm_topk_prob, routed_scale=theirs.routed_scaling_factor, balance_loss=0.0001, bias_rate=0.001,
+        renormalise=bool(theirs.norm_topk_prob), routed_scale=theirs.routed_scaling_factor, balance_loss=0.0001, bias_rate=0.001,
+        groups=unless(1, theirs.n_group), top_groups=unless(1, theirs.topk_group),
     )  # fmt: skip
     layers = [dense if is_dense(theirs, depth) else dense.replace("MLP", experts) for depth in range(theirs.num_hidden_layers)]
     return llama_config(theirs, layers=tiled(layers), head_dim=theirs.qk_nope_head_dim)
@@ -314,7 +377,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama_config, ENDS, lambda theirs, depth: LLAMA),
-    "mistral": Family(llama_config, ENDS, lambda theirs, depth: LLAMA),
+    "mistral": Family(mistral_config, ENDS, lambda theirs, depth: LLAMA),
     "qwen3": Family(qwen3_config, ENDS, lambda theirs, depth: QWEN3),
     "gpt2": Family(gpt2_config, GPT2_ENDS, lambda theirs, depth: GPT2, layers="transformer.h"),
     "gemma": Family(gemma_config, GEMMA_ENDS, lambda theirs, depth: GEMMA),

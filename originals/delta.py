@@ -94,10 +94,12 @@ def qwen_config(theirs, mlps: list[str]) -> ModelConfig:
         "GatedDeltaNet", num_heads=theirs.linear_num_key_heads, head_dim=theirs.linear_key_head_dim, v_heads=v_heads,
         v_dim=theirs.linear_value_head_dim, conv_width=None if width == 4 else width,
     )  # fmt: skip
-    gated = block("GatedAttn", rope_share=rotated_channels(theirs) / theirs.head_dim)
-    mixers = [delta if kind == "linear_attention" else gated for kind in theirs.layer_types]
+    scaling = attention.rope_scaling(theirs, theirs.rope_parameters)
+    gated = block("GatedAttn", rope_share=rotated_channels(theirs) / theirs.head_dim, rope_scaling=scaling)
+    mixers = {"linear_attention": delta, "full_attention": gated}
+    mixers = [mixers[kind] for kind in attention.layer_kinds(theirs, *mixers)]
     layers = [PRE_NORM.replace("Attn", mixer).replace("MLP", mlp) for mixer, mlp in zip(mixers, mlps, strict=True)]
-    theta = float(theirs.rope_parameters["rope_theta"])
+    theta = attention.rope_theta(theirs, theirs.rope_parameters)
     return attention.llama_config(theirs, layers=attention.tiled(layers), qk_norm=True, rope_theta=theta)
 
 
@@ -111,7 +113,8 @@ def qwen3_next_config(theirs) -> ModelConfig:
     if all(dense):
         return qwen_config(theirs, ["MLP"] * len(dense))
     cure = f"it must be a multiple of moe_intermediate_size={width}, the width of an expert"
-    attention.require(shared_width > 0 and shared_width % width == 0, theirs, "shared_expert_intermediate_size", cure)
+    fits = width and shared_width and shared_width % width == 0
+    attention.require(fits, theirs, "shared_expert_intermediate_size", cure)
     experts = block(
         "MoE", mlp_dim=theirs.moe_intermediate_size, num_experts=theirs.num_experts,
         top_k=theirs.num_experts_per_tok, shared_experts=shared_width // width, shared_gate=True,

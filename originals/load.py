@@ -1,28 +1,31 @@
 """Load published models: convert config and weights of a `transformers` model into a GPT with the same logits.
 
-    model = load_original("openai-community/gpt2")
-    print(generate(model, load_tokenizer("hf:openai-community/gpt2"), "Once upon a time"))
+model = load_original("openai-community/gpt2")
+print(generate(model, load_tokenizer("hf:openai-community/gpt2"), "Once upon a time"))
 """
 
 import torch
 from torch import Tensor, nn
 
-from config import did_you_mean
+from config import ModelConfig, did_you_mean
 from model import GPT
 from modules.registry import build_model
 from originals.attention import FAMILIES as ATTENTION_FAMILIES
-from originals.attention import Table
+from originals.attention import Table, require
 from originals.delta import FAMILIES as DELTA_FAMILIES
 from originals.mamba import FAMILIES as MAMBA_FAMILIES
 from originals.recurrent import FAMILIES as RECURRENT_FAMILIES
 
 FAMILIES = ATTENTION_FAMILIES | MAMBA_FAMILIES | RECURRENT_FAMILIES | DELTA_FAMILIES
+TEXT_PARTS = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}  # families that also read images: the family of their text part
+IMAGE_PARTS = ("model.vision_tower.", "model.multi_modal_projector.", "model.visual.")
 
 
 def load_original(original: str | nn.Module | dict[str, Tensor], family: str | None = None, config=None) -> GPT:
     """Convert a published model into a GPT with the same logits, in float32.
 
-    Training options that their config lacks, such as the balance loss of experts, get our defaults.
+    Training options that their config lacks, such as the balance loss of experts, get our defaults. Of a model that also reads
+    images the language model is loaded.
 
     Parameters
     ----------
@@ -43,8 +46,8 @@ def load_original(original: str | nn.Module | dict[str, Tensor], family: str | N
     ImportError
         Without `transformers` 5 or later.
     ValueError
-        For an unknown family, for options that our model does not have (such as the scaled RoPE of Llama 3.1, or the groups of
-        experts of the full DeepSeek-V3), and for missing or unknown weights.
+        For an unknown family, for options that our model does not have (such as RoPE that depends on the length of the text), for
+        quantised weights, and for missing or unknown weights.
 
     Examples
     --------
@@ -52,7 +55,7 @@ def load_original(original: str | nn.Module | dict[str, Tensor], family: str | N
     """
     library = transformers()
     if isinstance(original, str):
-        config = read("AutoConfig", original)
+        config = read(library.AutoConfig.from_pretrained, original)
     elif isinstance(original, nn.Module):
         config = original.config
     elif config is None:
@@ -61,14 +64,18 @@ def load_original(original: str | nn.Module | dict[str, Tensor], family: str | N
     if None not in (family, model_type) and family != model_type:
         raise ValueError(f"family={family!r}: the config says that it is a {model_type!r}. Leave the family out")
     family = model_type or family
-    if family not in FAMILIES:
+    if family not in FAMILIES | TEXT_PARTS:
         near = did_you_mean(str(family), FAMILIES)
         raise ValueError(f"no family is called {family!r}.{near} There are: {', '.join(FAMILIES)}")
     if isinstance(config, dict):
-        config = library.AutoConfig.for_model(**config | {"model_type": family})
-    model_config = FAMILIES[family].config(config)  # may raise, before anything large is loaded
+        config = read(library.AutoConfig.for_model, family, **{name: config[name] for name in config if name != "model_type"})
+    is_quantised = getattr(config, "quantization_config", None)
+    require(not is_quantised, config, "quantization_config", "dequantise the weights and save them without it")
+    if family in TEXT_PARTS:
+        family, config = TEXT_PARTS[family], config.text_config
+    model_config = convert_config(family, config)  # may raise, before anything large is loaded
     if isinstance(original, str):
-        original = read("AutoModelForCausalLM", original, dtype=torch.float32)
+        original = read(library.AutoModelForCausalLM.from_pretrained, original, dtype=torch.float32)
     weights = original.state_dict() if isinstance(original, nn.Module) else original
     model = build_model(model_config, config.vocab_size)
     ours = convert(weights, family, config)
@@ -81,6 +88,13 @@ def load_original(original: str | nn.Module | dict[str, Tensor], family: str | N
             )
     model.load_state_dict(ours)
     return model.eval()
+
+
+def convert_config(family: str, theirs) -> ModelConfig:
+    """Convert a config of transformers. Raises ValueError for what our model does not have."""
+    require(theirs.num_hidden_layers > 0, theirs, "num_hidden_layers", "there is at least one")
+    require(not getattr(theirs, "is_heterogeneous", False), theirs, "per_layer_config", "layers differ by their kind alone")
+    return FAMILIES[family].config(theirs)
 
 
 def name_table(family: str, theirs) -> Table:
@@ -99,6 +113,8 @@ def convert(weights: dict[str, Tensor], family: str, theirs) -> dict[str, Tensor
 
     Linear but for Gemma's norms, so gradients convert, too. Raises ValueError for missing or unknown names.
     """
+    parts = {name.replace("model.language_model.", "model."): w for name, w in weights.items()}
+    weights = {name: weight for name, weight in parts.items() if not name.startswith(IMAGE_PARTS)}
     sources = {ours: (source,) if isinstance(source, str) else source for ours, source in name_table(family, theirs).items()}
     head = sources["head.weight"][0]
     if theirs.tie_word_embeddings:
@@ -132,11 +148,10 @@ def transformers():
     return transformers
 
 
-def read(kind: str, name: str, **options):
-    """Load a config or model by an auto class of transformers. Raises ValueError with the reason if that fails."""
-    auto = getattr(transformers(), kind)
+def read(reader, *arguments, **options):
+    """Load a config or model by a function of transformers. Raises ValueError with the reason if that fails."""
     try:
-        return auto.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"transformers cannot read {name!r}: {reason}") from error
+        return reader(*arguments, **options)
+    except Exception as error:  # a file of others: anything may be wrong in it
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"transformers cannot read {arguments[0]!r}: {reason}") from error

@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from config import ModelConfig
-from originals.attention import Family, Table, Transform, block, part, require, require_same
+from originals.attention import Family, Table, Transform, block, part, require, require_same, unless
 from originals.recurrent import short_conv
 
 MAMBA_ENDS: Table = {
@@ -55,11 +55,6 @@ def mamba2_config(theirs) -> ModelConfig:
 
 def common_options(theirs) -> dict[str, int | None]:
     return {"expand": unless(2, theirs.expand), "conv_width": unless(4, theirs.conv_kernel)}
-
-
-def unless(default: int, value: int) -> int | None:
-    """None if the value is our default, so that the step is written without it."""
-    return None if value == default else value
 
 
 def one_block_config(theirs, mixer: str, **differences) -> ModelConfig:

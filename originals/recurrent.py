@@ -26,14 +26,16 @@ def short_conv(weight: Tensor) -> Tensor:
 
 
 def rotated_channels(theirs) -> int:
-    rope = theirs.rope_parameters
-    attention.require(rope["rope_type"] == "default", theirs, "rope_parameters", "RoPE is not scaled")
-    return int(theirs.head_dim * rope.get("partial_rotary_factor", 1.0))
+    share = theirs.rope_parameters.get("partial_rotary_factor", 1.0)
+    rotated = int(theirs.head_dim * share)
+    cure = f"it makes {rotated} of {theirs.head_dim} channels rotate, but RoPE rotates pairs"
+    attention.require(0 <= share <= 1 and rotated % 2 == 0, theirs, "rope_parameters", cure)
+    return rotated
 
 
 def recurrent_gemma_config(theirs) -> ModelConfig:
     """Their config has no context length: 8192 is that of the published models' training (arXiv 2404.07839)."""
-    attention.require_same(theirs, attention_bias=False, attention_dropout=0.0)
+    attention.require_same(theirs, attention_bias=False, attention_dropout=0.0, hidden_activation="gelu_pytorch_tanh")
     dim, heads = theirs.hidden_size, theirs.num_attention_heads
     recurrent = block(
         "RGLRU", width=None if theirs.lru_width == dim else theirs.lru_width,
@@ -41,14 +43,16 @@ def recurrent_gemma_config(theirs) -> ModelConfig:
     )  # fmt: skip
     local_attention = block(
         "RopeAttn", window=theirs.attention_window_size, rope_share=rotated_channels(theirs) / theirs.head_dim, linear_bias=False,
-        out_bias=True,
+        out_bias=True, rope_scaling=attention.rope_scaling(theirs, theirs.rope_parameters),
     )  # fmt: skip
     mixers = {"linear_attention": recurrent, "sliding_attention": local_attention}
     return ModelConfig(
         dim=dim, num_layers=theirs.num_hidden_layers, num_heads=heads, num_kv_heads=theirs.num_key_value_heads,
-        max_seq_len=getattr(theirs, "max_position_embeddings", 8192), rope_theta=float(theirs.rope_parameters["rope_theta"]),
+        head_dim=theirs.head_dim,
+        max_seq_len=getattr(theirs, "max_position_embeddings", 8192),
+        rope_theta=attention.rope_theta(theirs, theirs.rope_parameters),
         norm_eps=theirs.rms_norm_eps, mlp_dim=theirs.intermediate_size // 2, linear_bias=True,
-        activation=attention.activation(theirs, "hidden_activation"), logit_soft_cap=theirs.logits_soft_cap,
+        activation="GELU", logit_soft_cap=theirs.logits_soft_cap,
         embedding_scale=torch.tensor(dim**0.5, dtype=torch.bfloat16).item(),  # rounded as theirs
         tied_embeddings=theirs.tie_word_embeddings,
         layers=attention.tiled([f"Norm->{mixers[kind]}->+->Norm->MLP->+" for kind in theirs.layers_block_type]),

@@ -4,6 +4,8 @@ folder.py        Run, run_names, group_members, default_name: what trained_model
 presets.py       preset, PRESETS, Preset: named architectures, and how they are trained
 experiments.py   experiment_names, experiment_preset: the folders in experiments/
 command_line.py  parse, command, Arguments: options into configs, and configs into a command
+execution.py     ExecutionPlan, different_execution: what the machine chose for a run, and what differs between runs
 code.py          code_digests: the code that a run was trained with
+looks.py         seeds_at_first_look: when groups of seeds were first compared
 moved.py         moved_to: where modules of earlier versions are now
 """

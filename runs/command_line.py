@@ -20,6 +20,7 @@ class Arguments:
     resume: bool = False  # go on with the stopped run --name
     continue_from: str | None = None  # start from the best weights of this run
     seeds: int = 1  # train this many seeds, from --train.seed up, as the runs NAME-seed0, NAME-seed1, …
+    seeds_until_decided: str | None = None  # train as many seeds as this group has; add one to both until compare decides
     same_data: bool = False  # with --seeds: the same order of the data for all seeds
     group: str | None = None  # group of seeds that the run belongs to; set by --seeds
     model: ModelConfig = ModelConfig()
@@ -59,11 +60,12 @@ def parse(words: list[str]) -> Arguments:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--continue_from", "--continue-from")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds_until_decided", "--seeds-until-decided")
     early, _ = parser.parse_known_args(words)
     defaults = preset(early.preset or Arguments.preset)
     if early.seeds < 1:
         raise ValueError(f"seeds={early.seeds}: give a whole number of at least 1")
-    resumes_one = early.resume and early.seeds == 1
+    resumes_one = early.resume and early.seeds == 1 and not early.seeds_until_decided
     if early.preset and (resumes_one or early.continue_from):
         raise ValueError("--resume and --continue_from keep the architecture of the run: leave --preset out")
     if early.resume and early.name is None:

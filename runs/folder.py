@@ -3,6 +3,7 @@
 README.md          results, a sample, how to reproduce it
 model_config.json  the architecture
 train_config.json  how it was trained
+execution.json     what the machine chose (number format, kernels, rows, threads, compile), and which machine it was
 log_data.csv       the training log, a row every few steps
 blocks.csv         metrics that blocks report at every evaluation, such as how evenly experts are used; if there are any
 model.pth          the best weights so far, and the size and fingerprint of the tokenizer
@@ -22,11 +23,12 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
 from config import ModelConfig, TrainConfig, did_you_mean, from_json, to_json
+from runs.execution import ExecutionPlan, Stage
 from runs.experiments import FOLDER as EXPERIMENTS
 from runs.experiments import check_experiment, experiment_names
 
@@ -153,6 +155,25 @@ class Run:
             raise ValueError(f"group.json of the run {self.name!r} is damaged: write {{\"group\": \"NAME\"}}") from error
 
     @property
+    def stages(self) -> list[Stage]:
+        """How machines executed the run; empty for a run of an older version. Raises ValueError if execution.json is damaged."""
+        if not (self.folder / "execution.json").exists():
+            return []
+        try:
+            stages = json.loads(self.path("execution.json").read_text(encoding="utf-8"))
+            return [Stage(stage["from_step"], ExecutionPlan(**stage["plan"]), dict(stage["machine"])) for stage in stages]
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"execution.json of the run {self.name!r} is damaged"
+            raise ValueError(f"{problem}: restore it, or train the model again") from error
+
+    def add_stage(self, stage: Stage):
+        """Record how the run is executed from a step on."""
+        stages = [earlier for earlier in self.stages if earlier.from_step < stage.from_step]
+        if not stages or (stages[-1].plan, stages[-1].machine) != (stage.plan, stage.machine):
+            stages.append(stage)
+        self.save_text("execution.json", json.dumps([asdict(each) for each in stages], indent=2) + "\n")
+
+    @property
     def diverged(self) -> str | None:
         """The message about the step at which the loss was no longer finite; None if it always was."""
         file = self.folder / "diverged.txt"
@@ -172,6 +193,11 @@ class Run:
             if len(log) and not pd.api.types.is_numeric_dtype(log[column]):
                 raise ValueError(f"log_data.csv of the run {self.name!r} is damaged: not all of {column!r} are numbers")
         return log
+
+    def seconds_include_overhead(self) -> bool:
+        """Whether the seconds of the log, and max_minutes, also count compiling and evaluating, as in older versions."""
+        log = self.log()
+        return "overhead_seconds" not in log or bool(log["overhead_seconds"].isna().any())
 
     def was_stopped(self) -> bool:
         """Whether the run was stopped before max_steps or max_minutes."""

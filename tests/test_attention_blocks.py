@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import fast
 from config import ModelConfig
 from fast import build as fast_build
-from metrics.cost import attention_flops
 from model import causal_mask, masked_attention, story_starts
 from modules.attention import masked_attention_with_sinks
+from modules.flops import attention_flops, mean_visible
 from modules.registry import accepted_kwargs, build_branch, build_model
-from modules.windows import attend_blocks, attend_spans, mean_visible, span_mask
+from modules.windows import attend_blocks, attend_spans, span_mask
 
 CONFIG = ModelConfig(dim=24, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=1200)
 WRITTEN_OUT = replace(CONFIG, attention_soft_cap=1e4)  # so large that it changes nothing
@@ -551,6 +551,10 @@ def test_compile_needs_no_graph_break(layer, swap):
     [
         ("Norm->RopeAttn(rope_share=1.5)->+", ["»RopeAttn(rope_share=1.5)«", "from 0 to 1"]),
         ("Norm->RopeAttn(rope_theta=-1.0)->+", ["rope_theta=-1.0", "positive"]),
+        ("Norm->RopeAttn(rope_scaling={'type': 'ntk'})->+", ["'ntk'", "linear, llama3, yarn"]),
+        ("Norm->RopeAttn(rope_scaling={'type': 'linear'})->+", ["a positive number as 'factor'"]),
+        ("Norm->RopeAttn(rope_scaling={'type': 'linear', 'factor': 2, 'by': 3})->+", ["no option 'by'", "factor"]),
+        ("Norm->LatentAttn(query_scale=0.0)->+", ["query_scale=0.0", "positive"]),
         ("Norm->GatedAttn(gate='layer')->+", ["gate='layer'", "'channel', 'head'"]),
         ("Norm->SinkAttn(keep=4)->+", ["»SinkAttn(keep=4)«", "Give a window"]),
         ("Norm->SinkAttn(keep=-1, window=4)->+", ["keep=-1", "0 for none"]),

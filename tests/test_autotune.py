@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import time
 from dataclasses import replace
 
@@ -19,8 +18,8 @@ from fast import blocks, build
 from fast.loss import chunked_cross_entropy
 from metrics.scores import MAX_LOGITS
 from model import GPT, Attention, causal_attention
-from training import autotune
-from training.autotune import ExecutionPlan
+from runs.execution import ExecutionPlan
+from training import autotune, compile_trial, plan
 from training.configure import configure_for_training
 
 CPU = torch.device("cpu")
@@ -44,7 +43,7 @@ def model():
 @pytest.fixture
 def measured(monkeypatch):
     """Measurements that are read from a table instead of the clock."""
-    monkeypatch.setattr(autotune, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(plan, "MEASURE_SECONDS", 0.01)
     monkeypatch.setattr(autotune, "SHORT_RUN", 0)
     monkeypatch.setattr(autotune, "MICRO_BATCH_TOKENS", range(1, 1000))
 
@@ -108,19 +107,19 @@ def test_compile_is_taken_where_the_run_is_long_enough(model, minutes, compiles,
 def test_compile_is_tried_where_there_is_time_and_something_to_gain(model):
     config = replace(LONG, compile="auto")
     slow, fast = FOUND, FOUND | {"seconds_per_token": 1e-9}
-    assert autotune.compile_is_worth_trying(slow, model, config, CPU)
-    assert not autotune.compile_is_worth_trying(fast, model, config, CPU)
-    assert not autotune.compile_is_worth_trying(slow, model, replace(config, max_minutes=1.0), CPU)
-    assert not autotune.compile_is_worth_trying(slow, model, replace(config, compile=False), CPU)
-    assert not autotune.compile_is_worth_trying(slow | {"compiled": COMPILED}, model, config, CPU)  # it is known already
+    assert compile_trial.compile_is_worth_trying(slow, model, config, CPU)
+    assert not compile_trial.compile_is_worth_trying(fast, model, config, CPU)
+    assert not compile_trial.compile_is_worth_trying(slow, model, replace(config, max_minutes=1.0), CPU)
+    assert not compile_trial.compile_is_worth_trying(slow, model, replace(config, compile=False), CPU)
+    assert not compile_trial.compile_is_worth_trying(slow | {"compiled": COMPILED}, model, config, CPU)  # it is known already
 
 
 def test_compile_that_was_given_up_is_tried_again_where_there_is_more_time(model):
     given_up, config = FOUND | {"compiled": {"failed": "given up", "limit": 100.0}}, replace(LONG, compile="auto")
-    assert not autotune.compile_is_worth_trying(given_up, model, config, CPU)
-    assert autotune.compile_is_worth_trying(given_up, model, replace(config, max_minutes=120.0), CPU)
+    assert not compile_trial.compile_is_worth_trying(given_up, model, config, CPU)
+    assert compile_trial.compile_is_worth_trying(given_up, model, replace(config, max_minutes=120.0), CPU)
     failed = FOUND | {"compiled": {"failed": "the disk was full"}}
-    assert autotune.compile_is_worth_trying(failed, model, config, CPU)
+    assert compile_trial.compile_is_worth_trying(failed, model, config, CPU)
 
 
 @pytest.mark.parametrize("compiled", [COMPILED, {"failed": "no"}, COMPILED | {"wrong": "logits are off by 3%"}])
@@ -144,12 +143,12 @@ def test_compile_that_computes_something_else_is_told_and_not_taken(model, capsy
 def test_compile_that_takes_too_long_or_fails_is_given_up(model, monkeypatch):
     config = replace(LONG, compile="auto", micro_batch_size=1)
     began = time.perf_counter()
-    given_up = autotune.measure_compiled(model, config, FOUND, 1.0, CPU)
+    given_up = compile_trial.measure_compiled(model, config, FOUND, 1.0, CPU)
     assert given_up == {"failed": "compile was given up after 1 s", "limit": 1.0}
     assert time.perf_counter() - began < 10
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-    failed = autotune.measure_compiled(model, config, FOUND, 120.0, CPU)["failed"]
+    failed = compile_trial.measure_compiled(model, config, FOUND, 120.0, CPU)["failed"]
     assert failed.startswith("compile failed: ") and "\n" not in failed
     broken = torch._inductor.config.patch({"cpp.cxx": ("false",), "force_disable_caches": True})
     with broken, pytest.raises(ValueError, match=r"torch\.compile fails here") as error:
@@ -281,4 +280,3 @@ def test_a_damaged_memory_is_measured_anew(model, measured):
     path.write_text("{", encoding="utf-8")
     assert autotune.choose_plan(model, LONG, CPU).threads == chosen.threads
     assert "eager" in json.loads(path.read_text(encoding="utf-8"))
-    assert not [name for name in os.listdir(path.parent) if name.endswith(str(os.getpid()))]

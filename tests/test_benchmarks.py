@@ -122,10 +122,10 @@ def test_time_to_loss_goes_on(terminal, results, corpus, monkeypatch):
     words = ["--preset", "1m", "--set", *TINY, *steps, "model.max_seq_len=48", "train.tokenizer=bpe_tokenizer_95",
              "--data", corpus, "--longest_story", "60", "--at", "20", "0.01", "--save", "runs"]  # fmt: skip
     first = rows(terminal(time_to_loss, *words, "--seeds", "0"))["0"]
-    assert first[0] == "6" and float(first[4]) >= 0 and first[5] == "–"
+    assert first[0] == "6" and float(first[5]) >= 0 and first[6] == "–"
     file = results / "runs.json"
     (run,) = json.loads(file.read_text())["raw"]["runs"]
-    assert [seconds > 0 for seconds, _ in run["curve"]] == [True, True]
+    assert [seconds > 0 for seconds, _ in run["curve"]] == [True, True] and 0 < run["training_seconds"] < run["seconds"]
 
     table = rows(terminal(time_to_loss, *words, "--seeds", "1"))
     assert table["0"] == first and "–" in table["median (range)"][0] and float(table["1"][-1]) != float(first[-1])

@@ -112,7 +112,7 @@ class TestPage:
         words = Page(text).words
         for said in (*result.verdicts, *result.notes, "one seed only: thin", COMMAND, "torch",
                      "200 whole validation stories of little.txt", "By steps", "By tokens", "By seconds", "By training FLOPs",
-                     "base (2 seeds, 95%)", "thin (one seed, no band)", "part by part", "temperature 0.8",
+                     "base (mean of 2 seeds)", "thin (one seed, no band)", "part by part", "temperature 0.8",
                      "Student's t of the differences between runs of the same seed", "other stories would give"):  # fmt: skip
             assert said in words
 
@@ -171,15 +171,17 @@ class TestPage:
         assert page.tags["script"] == 0 and nasty not in text and text.count("alert(") >= 3
         assert nasty in page.words
 
-    def test_data_that_are_not_here(self, groups, without_plots, result, corpus):
+    def test_data_that_are_not_here(self, groups, without_plots, result):
         for name in ("base-seed0", "base-seed1"):
             change(name, "train_config.json", data="moved/<tiny>")
         text = as_page(compare("base", "idea"), num_stories=5, prompts=("Tom",))
         words = Page(text).words
-        said = "the loss of base by position and kind of word was not measured, as its data are not here"
+        said = "the loss of base by position and kind of word was not measured: no file, folder or data source is called"
         assert said in words and "By position idea" not in words
         assert "Where the loss is" in words  # that of the other
-        assert "not measured" not in Page(as_page(compare("base", "idea"), num_stories=5, data_if_missing=corpus)).words
+        words = Page(as_page(compare("base", "idea"), num_stories=5, data_if_missing="storyworld:400")).words
+        assert "the loss of base by position and kind of word is measured on storyworld (not its own)" in words
+        assert "not measured" not in words
 
     def test_other_tokenizers_are_said(self, groups, without_plots, make_config):
         list(train(MODEL, make_config(max_steps=5, eval_every=2, tokenizer="bpe_tokenizer_95"), "letters"))

@@ -1,4 +1,4 @@
-"""Promises of cost.py: what is counted by hand, by torch's counter and by the blocks themselves is the same."""
+"""Promises of cost.py and counting.py: what is counted by hand, by torch's counter and by the blocks themselves is the same."""
 
 from dataclasses import replace
 
@@ -13,10 +13,8 @@ import fast
 from config import ModelConfig, format_step
 from conftest import MODEL
 from inference import load_model
-from metrics import cost
+from metrics import counting
 from metrics.cost import (
-    as_torch_does_it,
-    attention_flops,
     block_costs,
     config_of,
     cost_of,
@@ -26,9 +24,11 @@ from metrics.cost import (
     num_parameters,
     steps_with_signs,
 )
-from model import GPT, Attention
+from metrics.counting import as_torch_does_it
+from model import GPT, Attention, attention_scores, average
 from modules import attention, mamba
 from modules.contract import CONFIG, layers_to_try
+from modules.flops import attention_flops
 from modules.latent_attention import LatentAttention
 from modules.registry import all_blocks, build_model
 from runs.folder import Run
@@ -82,8 +82,8 @@ class TestByHand:
     def test_what_two_layers_keep_together_is_weighed_once(self):
         kept = torch.zeros(5)
         seen = set()
-        assert cost.num_bytes({"a": kept, "b": [kept, (torch.zeros(2, dtype=torch.int64), 7, "x")]}, seen) == 5 * 4 + 2 * 8
-        assert cost.num_bytes(kept, seen) == 0
+        assert counting.num_bytes({"a": kept, "b": [kept, (torch.zeros(2, dtype=torch.int64), 7, "x")]}, seen) == 5 * 4 + 2 * 8
+        assert counting.num_bytes(kept, seen) == 0
 
     def test_a_context_of_one_token(self):
         cost = model_cost(GPT(replace(HAND, max_seq_len=1), VOCAB_SIZE))
@@ -105,7 +105,7 @@ class TestModels:
         for block in all_blocks(CONFIG).values():
             if "flops_per_token" in vars(block):
                 monkeypatch.delattr(block, "flops_per_token")
-        monkeypatch.setattr("metrics.cost.Attention", type(None))
+        monkeypatch.setattr("metrics.counting.Attention", type(None))
         branches = ["Norm->Attn->+->Norm->MLP->+", "Norm->MLP(gated=False)->+"]
         config = replace(HAND, layers=(branches, "|->MLP->+", "Attn->+->Norm"))
         model = GPT(config, VOCAB_SIZE)
@@ -223,8 +223,8 @@ def said_by(block, length: int) -> float:
 
 
 def sinks_written_out(q, k, v, mask, sinks, soft_cap=None, dropout=0.0):
-    scores = attention.attention_scores(q, k, soft_cap).masked_fill(~mask, -torch.inf)
-    return attention.average(attention.softmax_with_sinks(scores, sinks), v)
+    scores = attention_scores(q, k, soft_cap).masked_fill(~mask, -torch.inf)
+    return average(attention.softmax_with_sinks(scores, sinks), v)
 
 
 @pytest.mark.parametrize("name", COUNTED)

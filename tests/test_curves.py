@@ -98,7 +98,8 @@ class TestPlot:
             seeds(f"group-seed{number}", [1, 10, 20], np.array([3.0, 1.5, 1.0]) + luck)
         seeds("alone", [1, 10, 20], [3.0, 1.4, 0.9], "another")
         axes = plot_curves("group", "alone")
-        assert axes.get_legend_handles_labels()[1] == ["group (2 seeds, 95%)", "alone (one seed, no band)"]
+        assert axes.get_legend_handles_labels()[1] == ["group (mean of 2 seeds)", "alone (one seed, no band)"]
+        assert axes.get_legend().get_title().get_text() == "band: 95% interval of the mean"
         group, alone = axes.get_lines()
         assert group.get_linewidth() > alone.get_linewidth() and alone.get_ydata().tolist() == [3.0, 1.4, 0.9]
         (band,) = axes.collections

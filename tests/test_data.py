@@ -39,6 +39,9 @@ class Characters:
     def encode_batch(self, texts, bos=False, eos=False):
         return [self.encode(text, bos, eos) for text in texts]
 
+    def lost_share(self, texts):
+        return 0.0
+
 
 class OneEnd(Characters):
     """bos and eos are the same token, as in GPT-2."""
@@ -235,6 +238,16 @@ def test_story_ids():
     assert story_ids(same, eos, eos).tolist() == story_ids(tokens, bos, eos).tolist()
 
 
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_the_share_of_targets_that_repeat_others(folder, tmp_path, capsys, packing):
+    """Against the targets of all rows, less those of each story that are not left out."""
+    opened = load_data(str(folder), Characters(), 128, packing=packing, cache_dir=tmp_path / "cache", progress=False)
+    num_targets = (opened.batch(0, opened.num_rows, seed=0).targets != IGNORE).sum().item()
+    distinct = opened.num_tokens * (1 - opened.left_out) - opened.num_stories  # no bos is a target
+    assert opened.repeated == pytest.approx(1 - distinct / num_targets) and (opened.repeated > 0) == (packing == "packed")
+    assert f"{opened.repeated:.1%} of the targets are repeated beginnings of stories" in capsys.readouterr().err
+
+
 def test_padded_rows_hold_one_cropped_story_each(folder, tmp_path):
     opened = load_data(str(folder), Characters(), 100, packing="padded", cache_dir=tmp_path / "cache", progress=False)
     assert sorted(all_rows(opened)) == sorted(Characters().encode(text, True, True)[:101] for text in read_stories(str(folder)))
@@ -417,6 +430,31 @@ def test_local_files_of_every_kind_give_the_same_stories(tmp_path):
     (tmp_path / "e.txt").write_bytes(("<|endoftext|>" + "<|endoftext|>".join(stories)).encode())
     for name in ("a.parquet", "b.jsonl", "c.txt", "d.txt", "e.txt"):
         assert list(read_stories(str(tmp_path / name))) == stories, name
+
+
+def test_a_copy_is_found_by_its_name_in_basegpt_data(folder, tmp_path, monkeypatch, capsys):
+    """The name is portable; the fingerprint is that of the files, wherever they are."""
+    folder.rename(tmp_path / "tinystories")
+    monkeypatch.setenv("BASEGPT_DATA", str(tmp_path))
+    by_path, by_name, by_auto = map(sources.open_source, (str(tmp_path / "tinystories"), "tinystories", "auto"))
+    assert by_path.name == by_name.name == by_auto.name == "tinystories"
+    assert by_path.fingerprint(tmp_path) == by_name.fingerprint(tmp_path) == by_auto.fingerprint(tmp_path)
+    assert list(read_stories("tinystories", "validation")) == list(by_path.stories("validation", collections.Counter()))
+    assert capsys.readouterr().err == "tinystories: the copy in BASEGPT_DATA is used\n"
+    (tmp_path / "storyworld").mkdir()
+    assert sources.open_source("storyworld").num_train == 50_000, "the built-in world cannot be replaced"
+    monkeypatch.setenv("BASEGPT_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"BASEGPT_DATA=.*nowhere: there is no such folder"):
+        sources.open_source("tinystories")
+
+
+@pytest.mark.parametrize(("source", "name"), [
+    ("tinystories", "tinystories"), ("storyworld:300", "storyworld:300"), ("hub:owner/name", "hub:owner/name"),
+    ("roneneldan/TinyStories", "roneneldan/TinyStories"), ("../data/mine.txt", "mine.txt"), ("/data/mine/", "mine"),
+    ("C:\\data\\mine.txt", "mine.txt"), ("hub:/data/mine", "mine"), ("hub:../mine", "mine"),
+])
+def test_portable_names(source, name):
+    assert sources.portable_name(source) == name
 
 
 def test_files_about_the_stories_are_not_read(tmp_path):

@@ -32,7 +32,7 @@ from runs.folder import Run, run_names
 from runs.presets import preset
 from tokenizer import load_tokenizer
 from train import train
-from training import autotune
+from training import autotune, plan
 from training.report import table
 
 REPOSITORY = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def test_a_model_that_does_not_count_its_parameters_is_counted():
 
 @pytest.mark.parametrize("name", OWN)
 def test_it_is_measured_how_an_own_model_trains_fastest(name, make_config, monkeypatch, capsys):
-    monkeypatch.setattr(autotune, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(plan, "MEASURE_SECONDS", 0.01)
     monkeypatch.setattr(autotune, "SHORT_RUN", 0)
     model = build_model(OWN[name], 50)
     config = make_config(**TRAINING[name], fast=False, max_steps=None, max_minutes=1.0)
@@ -104,8 +104,8 @@ def test_it_is_measured_how_an_own_model_trains_fastest(name, make_config, monke
     assert chosen.micro_batch_size in (1, 2, 4) and not chosen.compile
     assert "this machine: " in capsys.readouterr().err
     plain = replace(chosen, dtype="float32")
-    assert autotune.difference(model, config, plain, torch.device("cpu")) == ""
-    assert min(autotune.memory_needed(model, config, torch.device("cpu"))) > 0
+    assert plan.difference(model, config, plain, torch.device("cpu")) == ""
+    assert min(plan.memory_needed(model, config, torch.device("cpu"))) > 0
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -113,7 +113,7 @@ def test_an_own_model_may_be_compiled(name, monkeypatch):
     calls = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, dynamic: calls.append(module))
     model = build_model(OWN[name], 50)
-    autotune.compile_parts(model)
+    plan.compile_parts(model)
     assert calls == [model]
 
 

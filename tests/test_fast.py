@@ -19,9 +19,10 @@ from fast import build as fast_build
 from inference import load_model
 from metrics.scores import evaluate
 from model import IGNORE, Attention, Cache
+from runs.execution import ExecutionPlan
 from train import train
-from training import autotune
 from training.configure import configure_for_training
+from training.plan import compile_parts, difference
 
 needs_compiler = pytest.mark.skipif(fast_build.fingerprint() == "none", reason="there is no C++ compiler")
 each_kernels = pytest.mark.parametrize(
@@ -67,8 +68,8 @@ def test_a_fast_model_has_the_same_logits_loss_and_gradients(name, kernels):
                                   "gated_deltanet_like", "speedrun", "modules"])  # fmt: skip
 def test_a_fast_model_in_bfloat16_is_near_the_plain_one(name):
     model = build(replace(EVERY_MODEL[name], max_seq_len=96))
-    plan = autotune.ExecutionPlan("bfloat16", True, 2, torch.get_num_threads(), compile=False)
-    assert autotune.difference(model, TrainConfig(loss_chunk=16), plan, torch.device("cpu")) == ""
+    plan = ExecutionPlan("bfloat16", True, 2, torch.get_num_threads(), compile=False)
+    assert difference(model, TrainConfig(loss_chunk=16), plan, torch.device("cpu")) == ""
 
 
 @each_kernels
@@ -92,7 +93,7 @@ def test_fast_goes_with_checkpointing_chunks_compile_and_autocast(
     if is_compiled:  # traced, but without a compiler
         torch._dynamo.reset()
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
-        autotune.compile_parts(model)
+        compile_parts(model)
     assert_near(loss_and_gradients(model, dtype, window=6), expected, 1e-4 if dtype == "float32" else 0.03)
 
 

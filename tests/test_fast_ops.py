@@ -12,7 +12,7 @@ from errors import one_line_error
 
 import model
 from fast import build, loss, ops
-from modules import convolution, embeddings, norms
+from modules import convolution, embeddings
 
 needs_compiler = pytest.mark.skipif(build.fingerprint() == "none", reason="there is no C++ compiler")
 
@@ -148,7 +148,7 @@ def operations():
     torch.manual_seed(0)
     for x in (torch.randn(7, 3), torch.randn(2, 50, 129), as_projected(2, 3, 33, 40), torch.randn(5, 70, 31).mT):
         for weight in (None, torch.randn(x.shape[-1])):
-            kernel, formula = (lambda x, weight, f=f: f(x, weight, 1e-3) for f in (ops.rms_norm, norms.rms_norm))
+            kernel, formula = (lambda x, weight, f=f: f(x, weight, 1e-3) for f in (ops.rms_norm, model.rms_norm))
             yield "rms_norm", kernel, formula, (x, weight)
     for B, H, T, K in ((2, 3, 33, 40), (1, 1, 1, 2), (3, 2, 70, 6)):
         rope = torch.randn(1, T, K // 2), torch.randn(1, T, K // 2)

@@ -20,7 +20,7 @@ from conftest import MODEL
 from evaluation.judge import judging as judge
 from evaluation.judge.endpoint import Call, Endpoint
 from evaluation.judge.prompts import GRADES, Prompt, comparison_question, grade_question, read_prompts
-from evaluation.judge.verdict import Grading, Judgement, Pairing, cohens_kappa, mean_of, questions, share_of
+from evaluation.judge.verdict import Grading, Judgement, Pairing, cohens_kappa, mean_of, mean_share, questions
 from runs.folder import Run
 
 PROMPTS = [Prompt(f"Once there were {number} mice. They") for number in range(12)]
@@ -124,15 +124,15 @@ class TestVerdict:
         assert not failed
         found = judgement.preference("one", "other")
         assert (found.won, found.lost, found.tied) == (10, 1, 1)
-        wilson = stats.binomtest(10, 11).proportion_ci(method="wilson")
-        assert (found.share.value, found.share.low, found.share.high) == (10 / 11, *wilson)
+        exact = stats.binomtest(10, 11).proportion_ci(method="exact")
+        assert (found.share.value, found.share.low, found.share.high) == (10 / 11, *exact)
         assert found.p == stats.binomtest(10, 11).pvalue < 0.05
         turned = judgement.preference("other", "one")
         assert (turned.won, turned.lost, turned.tied) == (1, 10, 1)
         assert judgement.same_in_both_orders().value == 1 and judgement.shown_first().value == 0.5
-        told = "one is preferred to other on 10 of 11 decided prompts: 91% (62% to 98%), p = 0.012, 1 ties."
-        assert told in judge.report(judgement)
-        assert told in judge.report(Judgement(PROMPTS, {"other": BAD, "one": GOOD}, judgement.answers))  # the better one first
+        sentence = "one is preferred to other on 10 of 11 decided prompts: 91% (59% to 100%), p = 0.012; 1 tie."
+        assert sentence in judge.report(judgement)
+        assert sentence in judge.report(Judgement(PROMPTS, {"other": BAD, "one": GOOD}, judgement.answers))  # better one first
 
     def test_grades_and_their_difference_have_the_intervals_of_student(self):
         with serving(answer_by(quality)) as server:
@@ -155,8 +155,8 @@ class TestVerdict:
         assert (found.won, found.lost, found.tied, found.p) == (0, 0, 12, 1) and math.isnan(found.share.value)
         assert judgement.same_in_both_orders().value == 0 and judgement.shown_first().value == 1
         report = judge.report(judgement)
-        assert "one and other are not distinguishable: all 12 prompts are ties." in report
-        assert "the story shown first is picked: 100% (86% to 100%)" in report
+        assert "one and other are not distinguishable: 12 ties and no decided prompt." in report
+        assert "the story shown first is picked: 100% (74% to 100%)" in report  # 12 prompts, however many answers
 
     def test_no_question_tells_whose_a_story_is_and_both_orders_are_asked(self):
         with serving(answer_by(quality)) as server:
@@ -182,7 +182,10 @@ class TestVerdict:
     def test_three_models_are_compared_pair_by_pair_and_p_values_know_it(self):
         with serving(answer_by(quality)) as server:
             judgement, _ = judged(server, {"a": GOOD, "b": BAD, "c": told(*range(1, 11), 1, 1)}, repeat=0)
-        assert judgement.preference("a", "b").p == 3 * stats.binomtest(10, 11).pvalue
+        preference = judgement.preference("a", "b")
+        assert preference.p == 3 * stats.binomtest(10, 11).pvalue
+        assert preference.share.low == stats.binomtest(10, 11).proportion_ci(1 - 0.05 / 3).low
+        assert "p = 0.035, corrected for 3 comparisons; 1 tie." in judge.report(judgement)
         assert list(judgement.table()) == ["a", "b", "c", "a - b", "a - c", "b - c"]
 
     def test_what_is_missing_counts_nowhere(self):
@@ -221,13 +224,13 @@ class TestTrust:
 
         with serving(fickle) as server:
             judgement, _ = judged(server, {"one": GOOD, "other": BAD}, repeat=1.0)
-        first, second = judgement.verdicts_twice()
-        assert Counter(first) == {1: 10, -1: 1, 0: 1} and second == [-verdict for verdict in first]
+        _, first, second = judgement.verdicts_twice().T
+        assert Counter(first.tolist()) == {1: 10, -1: 1, 0: 1} and (second == -first).all()
         assert cohens_kappa(first, second) < 0
-        grades, again = judgement.grades_twice()
+        _, grades, again = judgement.grades_twice()
         assert grades.shape == (24, 4) and ((grades == again).mean(axis=1) == 0.5).all()
         report = judge.report(judgement)
-        assert "the same verdict: 8% (1% to 35%)" in report and "the same grade: 50% (50% to 50%), 0.50 apart" in report
+        assert "the same verdict: 8% (0% to 38%)" in report and "the same grade: 50% (21% to 79%), 0.50 apart" in report
 
     def test_a_share_is_asked_twice_always_the_same_one(self):
         stories = {"one": GOOD, "other": BAD}
@@ -243,7 +246,7 @@ class TestTrust:
             judgement, _ = judged(server, {"one": GOOD, "other": BAD})
         report = judge.report(judgement)
         assert "Cohen's kappa undefined" in report and "the same grade: 100%" in report
-        assert judgement.table().loc["plot"].tolist() == ["5.00 (5.00 to 5.00)"] * 2 + ["+0.00 (+0.00 to +0.00)"]
+        assert judgement.table().loc["plot"].tolist() == ["5.00", "5.00", "+0.00"]  # no interval without variance
 
     def test_kappa(self):
         first = [1] * 25 + [0] * 25  # both yes 20 times, both no 15 times: 0.7 agree, 0.5 would by chance
@@ -255,7 +258,8 @@ class TestTrust:
         assert cohens_kappa(one, other, squared=True) == pytest.approx(concordance)  # Lin 1989: the two are the same
 
     def test_estimates_of_little(self):
-        assert f"{share_of(0, 0):.0%} {mean_of([]):.2f} {mean_of([3, math.nan]):.2f}" == "– – 3.00"
+        assert f"{mean_share([]):.0%} {mean_of([]):.2f} {mean_of([3, math.nan]):.2f}" == "– – 3.00"
+        assert f"{mean_share([1, 1, 1]):.0%}" == "100% (29% to 100%)"
 
 
 class TestEndpoint:
@@ -494,7 +498,7 @@ class TestTerminal:
         with serving(answer_by(lambda story: 3)) as server:
             judge.main([two_runs[0], *two_runs[2:], "--base_url", server.url, "--yes"])
         shown = capsys.readouterr().out
-        assert "4 calls: 4 grade a story, 0 compare two" in shown and "3.00 (3.00 to 3.00)" in shown and "order" not in shown
+        assert "4 calls: 4 grade a story, 0 compare two" in shown and "3.00" in shown and "order" not in shown
 
     @pytest.mark.parametrize("words, told", [
         (["tiny", "tiny"], "named twice"),

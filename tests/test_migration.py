@@ -12,9 +12,9 @@ from config import PRE_NORM, VERSION, ModelConfig, TrainConfig, from_json, to_js
 from conftest import MODEL
 from metrics.story_losses import read_losses
 from modules.registry import build_model
+from runs.execution import ExecutionPlan
 from runs.folder import Run, run_names
 from train import train
-from training.autotune import ExecutionPlan
 from training.checkpoint import saved_plan
 
 OLD_RUNS = Path(__file__).with_name("old_runs")
@@ -31,10 +31,10 @@ MODELS = {  # the architecture of each run, and how many weights its model.pth h
     ),
 }  # fmt: skip
 TRAININGS = {
-    "0.5m_short_and_thick-seed0": TrainConfig(data="../shared/tinystories", max_minutes=6.0, threads=1),
+    "0.5m_short_and_thick-seed0": TrainConfig(data="tinystories", max_minutes=6.0, threads=1),
     "1m_storyworld": TrainConfig(data="storyworld", max_minutes=18.0, eval_every=500, grade_stories=64, threads=1),
     "2m_speedrun": TrainConfig(
-        data="../shared/tinystories", tokenizer="bpe_tokenizer_2048", batch_size=32, batch_size_start=8, max_minutes=10.0,
+        data="tinystories", tokenizer="bpe_tokenizer_2048", batch_size=32, batch_size_start=8, max_minutes=10.0,
         optimizer="Muon", muon_lr_scale=0.5, betas=(0.4, 0.99), weight_decay=0.5, embedding_decay=0.5, ema_decay=0.98,
         lr_max=0.009, warmup_steps=30,
     ),
@@ -168,13 +168,19 @@ def test_a_run_of_an_older_version_is_resumed(make_config):
     for file, changes in as_then.items():
         values = json.loads(run.path(file).read_text(encoding="utf-8")) | changes
         run.save_text(file, json.dumps({name: values[name] for name in values if name not in ("version", "ema_decay", "fast")}))
-    saved = run.load("checkpoint.pth", {"plan"})
-    plan = saved.pop("plan")
+    saved = run.load("checkpoint.pth", {"seconds", "overhead_seconds"})
+    plan = asdict(run.stages[-1].plan)
+    run.path("execution.json").unlink()
     saved["choices"] = plan | {"attention": "kernel" if plan.pop("fast") else "sdpa"}
+    saved["seconds"] += saved.pop("overhead_seconds")
+    for record in saved["unlogged"]:
+        del record["overhead_seconds"]
+    run.save_log(run.log().drop(columns="overhead_seconds").to_dict("records"), list(run.log())[:-1])
     run.save("checkpoint.pth", saved)
     assert (run.model_config, run.train_config) == (MODEL, config)
 
     assert [record.step for record in train(MODEL, config, "old", resume=True)] == list(range(10, 21))
+    assert run.seconds_include_overhead() and [stage.from_step for stage in run.stages] == [9]
     for column in ("train_loss", "validation_loss", "gradient_norm"):
         assert run.log()[column].equals(Run("whole").log()[column])
     weights, wanted = (Run(name).load("model.pth", {"model"})["model"] for name in ("old", "whole"))

@@ -57,7 +57,7 @@ def make(**options) -> MoE:
 def slow(moe: MoE, x, capacity=None):
     """Token by token and expert by expert, as in the papers."""
     y = torch.zeros_like(x)
-    E, k = len(moe.chosen), moe.top_k
+    E, k = len(moe.uses), moe.top_k
     for row in range(x.shape[0]):
         taken = [0] * E
         for t in range(x.shape[1]):
@@ -107,7 +107,7 @@ class TestFormula:
         if moe.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         if moe.capacity is not None:
-            weights = weights * (picked.cumsum(1) <= math.ceil(moe.capacity * moe.top_k * 9 / len(moe.chosen)))
+            weights = weights * (picked.cumsum(1) <= math.ceil(moe.capacity * moe.top_k * 9 / len(moe.uses)))
         experts = [dict(zip(moe.experts.state_dict(), parts, strict=True))
                    for parts in zip(*(weight.unbind() for weight in moe.experts.parameters()), strict=True)]  # fmt: skip
         outputs = [torch.func.functional_call(expert(moe, e), weights_of_e, x) for e, weights_of_e in enumerate(experts)]
@@ -283,7 +283,7 @@ class TestBalance:
         initial = moe.selection_bias.clone()
         moe(torch.randn(2, 9, D))
         moe.after_step()
-        assert moe.selection_bias.equal(initial) and not moe.chosen_in_step.any()
+        assert moe.selection_bias.equal(initial) and not moe.uses_in_step.any()
 
 
 class TestCapacity:
@@ -445,6 +445,10 @@ class TestInAModel:
         ("bias_rate=-1.0", "bias_rate=-1.0: give a number of at least 0"),
         ("shared_gate=True", "shared_gate=True: without shared experts there is nothing to gate: set shared_experts=1"),
         ("shared_experts=-1", "shared_experts=-1: give a number of at least 0"),
+        ("groups=3", "groups=3: it must divide num_experts=8 into groups of at least 2"),
+        ("groups=8", "groups=8"),
+        ("top_groups=2", "top_groups=2: give 1 to 1"),
+        ("groups=4, top_k=3", "top_groups=1: give 1 to 4, groups with at least top_k=3 experts"),
         ("scores='tanh'", "MoE(scores='tanh')"),
         ("experts=4", "MoE has no option 'experts'. Did you mean 'num_experts'?"),
     ],

@@ -1,120 +1,20 @@
 """Promises of originals.py: with their weights ours is theirs, in logits, gradients and stories; what does not fit is named."""
 
-import functools
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from errors import one_line_error
+from published import ORIGINALS, YARN, V, original, random_model, some_tokens, their_config
 from torch import nn
 
 from inference import Sampling, generate_tokens
-from originals.load import FAMILIES, convert, load_original
-
-V = 98
-SIZES = {
-    "vocab_size": V, "hidden_size": 36, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
-ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-DEEPSEEK = {name: size for name, size in SIZES.items() if name != "head_dim"} | {
-    **ROPE, "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_key_value_heads": 4,
-    "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8,
-    "moe_intermediate_size": 20, "n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 2,
-    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5,
-}  # fmt: skip
-RECURRENT_GEMMA = SIZES | {"hidden_size": 32, "attention_window_size": 7, "intermediate_size": 50}
-ROPE_OF_HALF = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
-QWEN_DELTA = SIZES | {
-    **ROPE_OF_HALF, "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 5,
-}  # fmt: skip
-MAMBA = {
-    "vocab_size": V, "hidden_size": 36, "num_hidden_layers": 3, "state_size": 5, "expand": 2, "conv_kernel": 3,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
-ORIGINALS = {
-    "llama": {**SIZES, **ROPE, "rms_norm_eps": 1e-5, "intermediate_size": 43},
-    "mistral": {**SIZES, **ROPE, "sliding_window": 7},
-    "gpt2": {
-        "vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 44, **NO_DROPOUT,
-        "bos_token_id": None, "eos_token_id": None,
-    },
-    "qwen3": {**SIZES, **ROPE, "tie_word_embeddings": True},
-    "qwen3_windows": {**SIZES, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
-    "gemma": {**SIZES, "num_key_value_heads": 1},
-    "gemma3_text": {
-        **SIZES, "num_hidden_layers": 6, "query_pre_attn_scalar": 8, "sliding_window": 6, "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-            "full_attention": {"rope_type": "default", "rope_theta": 4000.0},
-        },
-    },
-    "mixtral": {**SIZES, **ROPE, "num_local_experts": 5, "num_experts_per_tok": 2},
-    "mixtral_windows": {**SIZES, "num_hidden_layers": 2, "sliding_window": 7},
-    "deepseek_v3": DEEPSEEK,
-    "qwen3_5_text": {**QWEN_DELTA, "tie_word_embeddings": True},
-    "qwen3_next": {
-        **QWEN_DELTA, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1],
-        "shared_expert_intermediate_size": 32,
-    },
-    "qwen3_next_plain": {
-        **QWEN_DELTA, "num_experts": 0, "layer_types": ["full_attention", "linear_attention"] * 2, "linear_conv_kernel_dim": 3,
-    },
-    "mamba": MAMBA,
-    "mamba_wide": {
-        **MAMBA, "expand": 3, "time_step_rank": 7, "conv_kernel": 4, "use_bias": True, "layer_norm_epsilon": 1e-3,
-        "tie_word_embeddings": False,
-    },
-    "mamba2": {**MAMBA, "num_heads": 6, "head_dim": 12, "n_groups": 1, "chunk_size": 16, "tie_word_embeddings": True},
-    "mamba2_wide": {
-        **MAMBA, "num_heads": 6, "head_dim": 18, "n_groups": 3, "chunk_size": 16, "expand": 3, "layer_norm_epsilon": 1e-3,
-    },
-    "recurrent_gemma": {**RECURRENT_GEMMA, **ROPE_OF_HALF},
-    "recurrent_gemma_wide": {**RECURRENT_GEMMA, "lru_width": 48, "conv1d_width": 3, "tie_word_embeddings": False},
-    "deepseek_v3_plain": {
-        **DEEPSEEK, "rms_norm_eps": 1e-3, "q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False,
-    },
-    "gemma2": {
-        **SIZES, "query_pre_attn_scalar": 9, "sliding_window": 6, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0,
-    },
-}  # fmt: skip
-
-
-def their_config(name: str, **changes):
-    from transformers import AutoConfig
-
-    family = name.removesuffix("_windows").removesuffix("_plain").removesuffix("_wide")
-    return AutoConfig.for_model(family, **ORIGINALS[name] | changes)
-
-
-@functools.cache
-def original(name: str) -> nn.Module:
-    """A model of theirs with random weights: matrices large enough to matter, all else away from where it begins."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(their_config(name), attn_implementation="eager").eval()
-    tables = {theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight}
-    with torch.no_grad():
-        for weight in (*theirs.parameters(), *(buffer for name, buffer in theirs.named_buffers() if "bias" in name)):
-            if weight.dim() == 1:
-                weight.add_(torch.randn_like(weight) * 0.1)
-            elif weight not in tables:
-                weight.normal_(std=(3 * min(weight.shape[-2:])) ** -0.5)
-            else:
-                weight.normal_(std=0.1)
-    return theirs
+from originals.load import FAMILIES, convert, convert_config, load_original
 
 
 def num_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
-
-
-def some_tokens(*shape: int) -> torch.Tensor:
-    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
@@ -130,6 +30,29 @@ def test_a_batch_has_the_logits_of_the_original(name):
     stories = torch.tensor([[0] * 23 + [1] * 17])
     packed, _ = model(tokens[:1], story_ids=stories)
     torch.testing.assert_close(packed[:, 23:], theirs(tokens[:1, 23:]).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_of_a_model_that_reads_images_the_language_model_is_loaded(tmp_path):
+    from transformers import AutoConfig
+
+    tokens = some_tokens(1, 40)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    images = {"vision_config": {**vision, "patch_size": 14, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4}
+    for family, text, more in (("gemma3", "gemma3_text_scaled", images), ("qwen3_5", "qwen3_5_text", {})):
+        theirs = random_model(AutoConfig.for_model(family, text_config=ORIGINALS[text], tie_word_embeddings=True, **more))
+        theirs.save_pretrained(tmp_path / family)
+        for original_model in (theirs, str(tmp_path / family)):
+            model = load_original(original_model)
+            torch.testing.assert_close(model(tokens)[0], theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_the_old_names_of_scaled_rope_are_read():
+    new = {"rope_parameters": YARN | {"rope_theta": 1e4}}
+    old = {"rope_theta": 1e4, "rope_scaling": {"type" if name == "rope_type" else name: YARN[name] for name in YARN}}
+    del old["rope_scaling"]["rope_theta"]
+    one, other = (their_config("deepseek_v3_scaled", **{"rope_parameters": None} | names) for names in (old, new))
+    assert convert_config("deepseek_v3", one) == convert_config("deepseek_v3", other)
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
@@ -188,8 +111,8 @@ def test_a_tied_head_may_be_left_out_of_the_weights():
 def test_weights_that_do_not_fit_are_named():
     theirs = original("llama")
     weights, config = theirs.state_dict(), theirs.config
-    missing = {name: weight for name, weight in weights.items() if "layers.2" not in name}
-    one_line_error(lambda: load_original(missing, config=config), "lack 'model.layers.2.", "and 8 more", "llama")
+    missing = {name: weight for name, weight in weights.items() if "layers.1" not in name}
+    one_line_error(lambda: load_original(missing, config=config), "lack 'model.layers.1.", "and 8 more", "llama")
     unknown = weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}
     one_line_error(lambda: load_original(unknown, config=config), "unknown 'model.layers.0.self_attn.q_proj.bias'")
     one_line_error(lambda: load_original(original("gpt2").state_dict(), config=config), "lack 'model.embed_tokens.weight'")
@@ -206,7 +129,8 @@ def test_a_model_that_cannot_be_read_or_is_of_no_family_is_named(tmp_path):
     one_line_error(lambda: load_original({}, "llama", their_config("mistral")), "family='llama'", "'mistral'")
 
 
-LONGER = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+ODD = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.7}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -216,13 +140,22 @@ LONGER = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
         ("llama", {"attention_bias": True}, "attention_bias=True"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
-        ("llama", {"rope_parameters": LONGER}, "rope_parameters="),
+        ("llama", {"rope_parameters": DYNAMIC}, "rope_type may be default, linear, llama3, yarn"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
+        ("llama", {"per_layer_config": {1: {"num_key_value_heads": 4}}}, "per_layer_config="),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ("qwen3_scaled", {"rope_parameters": YARN | {"truncate": False}}, "truncate=True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
         ("gpt2", {"attn_pdrop": 0.1}, "attn_pdrop=0.1"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
-        ("deepseek_v3", {"n_group": 3}, "topk_group=1"),
+        ("deepseek_v3", {"n_shared_experts": 0}, "n_shared_experts=0"),
+        ("deepseek_v3", {"head_dim": 8}, "head_dim=8"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ("recurrent_gemma", {"hidden_activation": "silu"}, "hidden_activation='silu'"),
+        ("recurrent_gemma", {"rope_parameters": ODD}, "5 of 8 channels"),
+        ("qwen3_next", {"rope_parameters": ODD}, "11 of 16 channels"),
         ("qwen3_next", {"shared_expert_intermediate_size": 24}, "shared_expert_intermediate_size=24"),
         ("qwen3_5_text", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("mamba", {"hidden_act": "gelu"}, "hidden_act='gelu'"),

@@ -123,7 +123,7 @@ PUBLISHED = {  # what the config.json of the published model says, where that is
         "deepseek_v3",
         scaled("deepseek_like", qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, q_lora_rank=48, kv_lora_rank=32)
         | {"moe_intermediate_size": 48, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
-        | {"first_k_dense_replace": 1},
+        | {"first_k_dense_replace": 1, "head_dim": 8},
     ),
     "mamba_like": ("mamba", scaled("mamba_like")),
     "mamba2_like": ("mamba2", scaled("mamba2_like", num_heads=5, state_size=32, n_groups=1, tie_word_embeddings=True)),

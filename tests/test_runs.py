@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import pickle
 import signal
@@ -13,11 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from errors import one_line_error
 
 from config import TrainConfig
 from conftest import MODEL
+from data.dataset import keys
+from data.sources import open_source
 from inference import load_model
-from runs.command_line import Arguments
+from metrics.story_losses import data_of, read_losses
+from runs.command_line import Arguments, command
+from runs.execution import Stage
 from runs.folder import Run, run_names
 from tokenizer import load_tokenizer, train_tokenizer
 from train import train
@@ -69,12 +75,33 @@ class TestNames:
         assert run_names() == ["tiny"]
 
 
-def test_every_run_that_is_shipped_loads(monkeypatch):
-    monkeypatch.delenv("BASEGPT_RUNS")
-    assert "2m_speedrun" in run_names()
-    for name in run_names():
-        model, tokenizer = load_model(name)
-        assert model.vocab_size == tokenizer.vocab_size
+class TestShippedRuns:
+    @pytest.fixture(autouse=True)
+    def shipped(self, monkeypatch):
+        monkeypatch.delenv("BASEGPT_RUNS")
+        assert "2m_speedrun" in run_names()
+
+    def test_they_load(self):
+        for name in run_names():
+            model, tokenizer = load_model(name)
+            assert model.vocab_size == tokenizer.vocab_size
+
+    def test_they_name_no_path_and_their_readme_says_their_score(self):
+        for name in run_names():
+            (losses, scored), config = read_losses(name), Run(name).train_config
+            readme = Run(name).path("README.md").read_text(encoding="utf-8")
+            assert config.data == scored.data in ("tinystories", "storyworld")
+            assert f"- trained on {data_of(losses, scored)} with {config.tokenizer}: " in readme
+            bits = losses["nats"].sum() / losses["bytes"].sum() / math.log(2)
+            assert f"- {bits:.4f} bits per byte, " in readme and f"on all {len(losses):,} validation stories" in readme
+            assert f"`{command(Run(name).model_config, config)}`" in readme
+
+    def test_the_storyworld_of_today_is_the_one_it_learned_from(self, tmp_path):
+        run, (_, scored) = Run("1m_storyworld"), read_losses("1m_storyworld")
+        config, tokenizer = run.train_config, load_tokenizer(run.train_config.tokenizer)
+        world = open_source(config.data)
+        options = (run.model_config.max_seq_len, config.packing, config.max_stories, tmp_path)
+        assert scored.data_fingerprint == keys(world, tokenizer, *options)[1] == run.load("model.pth", set())["data_fingerprint"]
 
 
 class TestRoundTrip:
@@ -84,6 +111,18 @@ class TestRoundTrip:
         config = make_config(betas=(0.5, 0.75), grad_clip=None)
         Run("mine").create(model, config)
         assert (Run("mine").model_config, Run("mine").train_config) == (model, config)
+
+    def test_a_run_records_every_plan_and_machine(self, tiny_run):
+        run = Run(tiny_run)
+        (first,) = run.stages
+        assert first.from_step == 0 and first.plan.dtype == "float32" and first.machine["torch"] == torch.__version__
+        assert first.machine.keys() == {"device", "processor", "cores", "torch"} and ":" not in first.machine["processor"]
+        run.add_stage(replace(first, from_step=8))
+        assert run.stages == [first]
+        second = Stage(8, replace(first.plan, threads=7), first.machine)
+        for stage, stages in ((second, [first, second]), (second, [first, second]), (replace(first, from_step=8), [first])):
+            run.add_stage(stage)  # killed before its next checkpoint, and resumed again
+            assert run.stages == stages
 
     def test_a_loaded_model_is_ready_to_use(self, tiny_run):
         model, tokenizer = load_model(tiny_run)
@@ -187,6 +226,11 @@ class TestDamage:
             with pytest.raises((ValueError, FileNotFoundError), match=r"log_data\.csv") as error:
                 read()
             assert one_line(error) and "'tiny'" in str(error.value)
+
+    @pytest.mark.parametrize("content", [b"{", b"[{}]", b"\xff", b'[{"from_step": 0, "plan": {"dtype": 1}, "machine": {}}]'])
+    def test_execution_json(self, tiny_run, content):
+        (Run(tiny_run).folder / "execution.json").write_bytes(content)
+        one_line_error(lambda: Run(tiny_run).stages, "execution.json of the run 'tiny' is damaged: restore it")
 
     def test_the_tokenizer_is_missing_or_has_changed(self, make_config, stories, tmp_path):
         path = tmp_path / "mine.model"

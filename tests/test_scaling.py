@@ -15,7 +15,7 @@ from config import TrainConfig
 from conftest import MODEL
 from evaluation import __main__ as evaluation
 from evaluation import ladder, scaling
-from evaluation.ladder import Budget, at_width, kept_widths, plan, read_size, resumed, train_all
+from evaluation.ladder import Budget, at_width, fixed_widths, format_size, plan, read_size, resumed, train_all
 from evaluation.loss_law import fit, race
 from metrics.cost import cost_of
 from metrics.story_losses import COLUMNS, read_losses
@@ -62,7 +62,7 @@ class TestSizes:
             made, values, old = rung.config, rung.config.block_values(), config.block_values()
             kept = {"dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"}
             assert all(getattr(made, field) == getattr(config, field) for field in vars(config) if field not in kept)
-            assert abs(rung.parameters / rung.wanted - 1) < 0.1
+            assert abs(rung.parameters / rung.target - 1) < 0.1
             share = made.dim / config.dim
             assert values["mlp_dim"] == pytest.approx(old["mlp_dim"] * share, abs=8) and values["mlp_dim"] % 8 == 0
             if config.num_heads > 1:
@@ -94,8 +94,8 @@ class TestSizes:
         one_line_error(lambda: ladder.ladder("1m", PRESETS["1m"].model, 1024, [500_000, 501_000]), "the same at 0.5m and 0.501m")
 
     def test_widths_in_the_layer_string_are_told(self):
-        assert kept_widths("Norm->Attn(window=64, num_heads=2)->+->Norm->MLP(mlp_dim=72)->+") == ["num_heads=2", "mlp_dim=72"]
-        assert kept_widths((["Norm->MLP->+", "Attn(head_dim=8)"], "Attn(head_dim=8)")) == ["head_dim=8"]
+        assert fixed_widths("Norm->Attn(window=64, num_heads=2)->+->Norm->MLP(mlp_dim=72)->+") == ["num_heads=2", "mlp_dim=72"]
+        assert fixed_widths((["Norm->MLP->+", "Attn(head_dim=8)"], "Attn(head_dim=8)")) == ["head_dim=8"]
 
 
 class TestPlan:
@@ -122,8 +122,8 @@ class TestPlan:
         own = replace(presets, lr_max=1e-4, optimizer="Muon", threads="auto", max_steps=99)
         monkeypatch.setitem(PRESETS, "plain", Preset(replace(PRESETS["plain"].model, max_seq_len=32), own))
         notes = plan(("small", "plain"), SIZES, budget=FEW).notes
-        assert notes == ["plain is trained as small is, though by itself it has optimizer='Muon', lr_max=0.0001",
-                         "plain reads 48 tokens at once as small does, though by itself 32"]  # fmt: skip
+        assert notes == ["plain is trained with the options of small, not its own optimizer='Muon', lr_max=0.0001",
+                         "plain has the context of small, 48 tokens, not its own 32"]  # fmt: skip
 
     def test_runs_and_groups_lend_their_architecture(self, presets, tiny_run):
         assert ladder.architecture("tiny") == (MODEL, Run("tiny").train_config)
@@ -149,7 +149,7 @@ class TestPlan:
 
 class TestTraining:
     def test_a_ladder_in_the_terminal_goes_on_where_it_was_stopped(self, presets, capsys, tmp_path, monkeypatch):
-        words = ["scaling", "small", "plain", "--sizes", *SIZES, "--steps", "6", "--save", str(tmp_path / "out")]
+        words = ["scaling", "small", "plain", "--sizes", *SIZES, "--seeds", "1", "--steps", "6", "--save", str(tmp_path / "out")]
         save_model, saved = Run.save, itertools.count()
 
         def save_and_press_ctrl_c(run, file, content):
@@ -160,7 +160,7 @@ class TestTraining:
         monkeypatch.setattr(Run, "save", save_and_press_ctrl_c)
         with pytest.raises(SystemExit) as stopped:
             evaluation.main([*words, "--train.eval_every", "3"])
-        assert stopped.value.code == 130 and "The same command goes on" in capsys.readouterr().err
+        assert stopped.value.code == 130 and "the same command continues" in capsys.readouterr().err
         finished = [name for name in run_names() if (Run(name).folder / "story_losses.json").exists()]
         assert 0 < len(finished) < len(run_names()) < 6
         before = {name: weights_of(name) for name in finished}
@@ -169,8 +169,11 @@ class TestTraining:
         evaluation.main([*words, "--train.eval_every", "3"])
         printed = capsys.readouterr().out
         assert len(run_names()) == 6 and before == {name: weights_of(name) for name in finished}
-        for said in ("small at 0.006m: ", "small: held out, 0.01", "plain: held out, 0.01", "L(N) = E + A N^-alpha"):
-            assert said in printed
+        for sentence in ("small at 0.006m: ", "--seeds 1: a single seed gives estimates", "parameters, held out, measured",
+                         "one seed of each size, so there is no interval", "L(N) = E + A N^-alpha",
+                         "no verdict on small and plain from one seed of each size of small and plain"):
+            assert sentence in printed
+        assert not any(word in printed for word in ("95%", "better", "inside", "outside", "nan"))
         assert (tmp_path / "out/scaling.png").stat().st_size > 10_000
         runs = pd.read_csv(tmp_path / "out/runs.csv")
         assert len(runs) == 6 and runs["tokens"].nunique() == 1 and (tmp_path / "out/verdict.txt").read_text() in printed
@@ -180,7 +183,7 @@ class TestTraining:
             assert row[5] == pytest.approx(losses["nats"].sum() / losses["bytes"].sum() / math.log(2))
 
         times = {name: weights_of(name) for name in run_names()}
-        again = scaling.scaling("small", "plain", sizes=SIZES, budget=FEW, train=replace(presets, eval_every=3))
+        again = scaling.scaling("small", "plain", sizes=SIZES, seeds=1, budget=FEW, train=replace(presets, eval_every=3))
         assert times == {name: weights_of(name) for name in run_names()} and str(again) in printed
         with pytest.raises(SystemExit, match=r"error: the run 'scaling-small-.*-seed0' has other configs.* another --name"):
             evaluation.main([*words, "--train.eval_every", "2"])
@@ -197,16 +200,16 @@ class TestTraining:
         result = scaling.measure(planned)
         assert [note.split(" diverged")[0] for note in result.notes] == [
             "scaling-small-0.006m-6steps-seed1", f"{largest}-seed0", f"{largest}-seed1"]  # fmt: skip
-        assert result.table["seeds"].tolist() == [1, 2, 2] and result.laws["small"].noise == "seeds"
-        assert any(f"held out, {scaling.size_told(planned.rungs[2].parameters)}" in line for line in result.verdicts)
+        assert result.table["seeds"].tolist() == [1, 2, 2] and result.laws["small"].has_noise
+        assert any(f"{format_size(planned.rungs[2].parameters)} parameters, held out" in line for line in result.verdicts)
         Run("scaling-small-0.006m-6steps-seed0").save_text("diverged.txt", "the loss is no longer finite at step 2\n")
         few = scaling.measure(planned)
-        assert few.verdicts == ["small: a law needs three sizes, but runs of only 2 are left"] and not few.laws
+        assert few.verdicts == ["small: a law needs three sizes, but only 2 have usable runs"] and not few.laws
         plt.close(scaling.plot(few))
 
     def test_runs_on_other_data_are_one_line(self, presets):
-        planned = plan(("small",), SIZES, budget=FEW)
-        one_line_error(lambda: scaling.measure(planned), "'scaling-small-0.006m-6steps-seed0' is not trained to its end")
+        planned = plan(("small",), SIZES, seeds=1, budget=FEW)
+        one_line_error(lambda: scaling.measure(planned), "'scaling-small-0.006m-6steps-seed0' is not finished")
         train_all(planned)
         name = "scaling-small-0.018m-6steps-seed0"
         losses, scored = read_losses(name)
@@ -235,45 +238,77 @@ class TestTraining:
 
 
 class TestSentences:
-    """What is said of laws that are known."""
+    """What is reported of laws that are known."""
 
     sizes = np.repeat([0.25e6, 0.5e6, 1e6, 2e6], 3)
 
+    def losses(self, alpha, middle=0.85):
+        return 0.5 + (middle - 0.5) * (self.sizes / 1e6) ** -alpha + 0.002 * np.tile([-1, 0, 1], 4)
+
     def law(self, alpha, middle=0.85):
-        losses = 0.5 + (middle - 0.5) * (self.sizes / 1e6) ** -alpha
-        return fit(self.sizes, losses + 0.002 * np.tile([-1, 0, 1], 4))
+        return fit(self.sizes, self.losses(alpha, middle))
 
-    def told(self, one, other, noise="seeds"):
-        return scaling.told_race("A", "B", race(one, other), {noise})
+    def verdict(self, one, other):
+        return scaling.describe_race("A", "B", race(one, other), one, other)
 
-    def test_who_overtakes_whom(self):
-        told = self.told(self.law(0.15), self.law(0.35))
-        assert told.startswith("B is better than A from about 1m parameters on (95% interval 0.") and told.endswith("below that")
-        assert self.told(self.law(0.35), self.law(0.15), "stories").startswith("A is better than B from about 1m")
-        assert self.told(self.law(0.35), self.law(0.15), "stories").endswith("another seed may say otherwise)")
-        assert self.told(self.law(0.2), self.law(0.2, 0.8)) == (
-            "B is better than A at all sizes from 0.25m to 2m parameters")  # fmt: skip
-        assert self.told(self.law(0.2), self.law(0.2)).startswith(
-            "can't tell which of A and B is better from 0.25m to 2m parameters: at the largest B - A is -0.0")  # fmt: skip
+    def test_which_overtakes_which(self):
+        verdict = self.verdict(self.law(0.15), self.law(0.35))
+        assert verdict.startswith("B is better than A from about 1m parameters on (95% interval 0.")
+        assert verdict.endswith("and worse below that")
+        assert self.verdict(self.law(0.35), self.law(0.15)).startswith("A is better than B from about 1m")
+        assert self.verdict(self.law(0.2), self.law(0.2, 0.8)) == "B is better than A from 0.25m to 2m parameters"
+        assert self.verdict(self.law(0.2), self.law(0.2)).startswith(
+            "A and B are not distinguishable from 0.25m to 2m parameters: at the largest B - A is -0.0")  # fmt: skip
 
-    def test_what_was_not_measured_is_a_guess(self):
+    def test_a_crossing_outside_of_the_sizes_is_a_guess(self):
         meet_at_8 = 0.35 * 8**-0.2
-        told = self.told(self.law(0.2), self.law(0.4, 0.5 + meet_at_8 * 8**0.4))
-        assert told.startswith("A is better than B at all sizes")
-        assert "cross at about 8" in told and "no more than a guess" in told
+        verdict = self.verdict(self.law(0.2), self.law(0.4, 0.5 + meet_at_8 * 8**0.4))
+        assert verdict.startswith("A is better than B from 0.25m to 2m")
+        assert "cross at about 8" in verdict and "no more than a guess" in verdict
 
     def test_the_forecast(self):
-        losses = 0.5 + 0.35 * (self.sizes / 1e6) ** -0.2 + 0.002 * np.tile([-1, 0, 1], 4)
-        told = scaling.told_forecast("A", fit(self.sizes, losses, held_out=2e6))
-        assert "held out, 2m parameters measured 0.80" in told and "inside of the 95% interval" in told and "over seeds" in told
+        losses = self.losses(0.2)
+        sentence = scaling.describe_forecast("A", fit(self.sizes, losses, held_out=2e6))
+        assert sentence.startswith("A: 2m parameters, held out, measured 0.80") and "; inside the 95% interval" in sentence
         losses[-3:] += 0.1
-        assert "outside of the 95% interval" in scaling.told_forecast("A", fit(self.sizes, losses, held_out=2e6))
-        two = fit(self.sizes[:9], losses[:9], held_out=1e6)
-        assert "do not determine a law" in scaling.told_forecast("A", two)
+        assert "; outside the 95% interval" in scaling.describe_forecast("A", fit(self.sizes, losses, held_out=2e6))
+        assert "do not determine a forecast" in scaling.describe_forecast("A", fit(self.sizes[:9], losses[:9], held_out=1e6))
+
+    def test_one_seed_gets_no_interval_and_no_verdict(self):
+        one, other = (fit(self.sizes[::3], self.losses(0.2, middle)[::3]) for middle in (0.85, 0.75))
+        verdict = self.verdict(one, other)
+        assert verdict.startswith("no verdict on A and B from one seed of each size of A and B") and "better" not in verdict
+        assert self.verdict(one, self.law(0.2)).startswith("no verdict on A and B from one seed of each size of A (")
+        held_out = fit(self.sizes[::3], self.losses(0.2)[::3], held_out=2e6)
+        sentence = scaling.describe_forecast("A", held_out)
+        assert sentence.endswith("one seed of each size, so there is no interval") and "side the" not in sentence
+
+    def test_a_law_that_does_not_fit_gets_no_parameters(self):
+        bent = fit(self.sizes, np.repeat([0.95, 0.80, 0.79, 0.70], 3) + 0.002 * np.tile([-1, 0, 1], 4))
+        assert scaling.describe_law("A", bent)[0].startswith("A: no such law fits (p = ")
+        assert self.verdict(bent, self.law(0.2)).startswith("no verdict on A and B across sizes, as no law fits A")
+        result = scaling.Scaling(pd.DataFrame(), {"A": bent, "B": self.law(0.2)}, {}, {}, [], [])
+        assert list(result.parameters.index) == ["B"]
+
+    def test_three_races_are_corrected_together(self, monkeypatch):
+        runs = pd.DataFrame([
+            [name, format_size(size), int(size), number % 3, loss, 1000, 1.0, f"{name}-{number}"]
+            for name, middle in (("A", 0.85), ("B", 0.85), ("C", 0.75))
+            for number, (size, loss) in enumerate(zip(self.sizes, self.losses(0.2, middle), strict=True))
+        ], columns=scaling.COLUMNS)  # fmt: skip
+        monkeypatch.setattr(scaling, "gather", lambda planned: (runs, []))
+        rungs = [ladder.Rung(name, 250_000, 250_000, MODEL) for name in "ABC"]
+        result = scaling.measure(ladder.Plan(rungs, [], FEW, []))
+        alone = race(result.laws["A"], result.laws["C"]).simultaneous
+        assert (result.races["A", "C"].simultaneous.high > alone.high).all()
+        assert "the 3 comparisons of two architectures are corrected for their number" in str(result)
+        assert "C is better than A from 0.25m to 2m parameters" in result.verdicts
+        assert len(result.parameters) == 3 and "95% of the law" in result.table
+        plt.close(scaling.plot(result))
 
     def test_what_a_law_leaves_open(self):
-        assert scaling.told_law("A", fit(self.sizes, 0.8 + 0.01 * np.log(self.sizes / 1e6))) == [
+        assert scaling.describe_law("A", fit(self.sizes, 0.8 + 0.01 * np.log(self.sizes / 1e6))) == [
             "A: the loss does not fall with the size, so there is no law"]  # fmt: skip
         open_law = fit(self.sizes, 0.85 * (self.sizes / 1e6) ** -0.1 + 0.004 * np.tile([-1, 0, 1], 4))
-        assert scaling.told_law("A", open_law)[0].startswith("A: these sizes do not determine E: E = 0 to 0.")
-        assert scaling.told_law("A", self.law(0.9)) == []
+        assert scaling.describe_law("A", open_law)[0].startswith("A: these sizes do not determine E: E = 0 to 0.")
+        assert scaling.describe_law("A", self.law(0.9)) == []

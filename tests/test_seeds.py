@@ -100,6 +100,33 @@ class TestInTurn:
         assert "seeds=0: give a whole number" in script("--seeds", "0")[1]
 
 
+class TestUntilDecided:
+    def test_both_groups_grow_until_the_verdict(self, make_run, quick, monkeypatch):
+        make_run("base-seed0", seed=0, group="base"), make_run("base-seed1", seed=1, group="base")
+        trained, looks = [], iter([False, False, True])
+        monkeypatch.setattr(seeds, "train_group", lambda one, *_: trained.append((one.name, one.seeds, one.resume)) or True)
+        monkeypatch.setattr(seeds, "is_decided", lambda *_: next(looks))
+        idea = Arguments(name="idea", seeds_until_decided="base", model=MODEL, train=quick)
+        seeds.train_until_decided(idea, None, "python")
+        assert trained == [("base", 2, True), ("idea", 2, False), ("base", 3, True), ("idea", 3, True), ("base", 4, True),
+                           ("idea", 4, True)]  # fmt: skip
+
+    def test_a_single_run_is_no_baseline(self, make_run, script):
+        make_run("alone")
+        code, printed = script("--name", "idea", "--seeds_until_decided", "alone")
+        assert code == 1 and "that is a single run. Name a group of seeds" in printed
+
+    @pytest.mark.parametrize("code, decided", [(0, True), (3, False)])
+    def test_the_exit_code_of_compare_decides(self, monkeypatch, code, decided):
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=code))
+        assert seeds.is_decided("group", "idea") is decided
+
+    def test_groups_that_do_not_compare_end_it(self, monkeypatch):
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
+        with pytest.raises(ChildProcessError, match="group and idea could not be compared"):
+            seeds.is_decided("group", "idea")
+
+
 class TestSideBySide:
     @pytest.mark.parametrize("one, both, wanted", [(0.2, 0.15, True), (0.2, 0.09, False)])
     def test_by_measured_speeds(self, quick, monkeypatch, capsys, one, both, wanted):

@@ -285,6 +285,18 @@ def test_byte_level_tokenizers_keep_every_text(hugging_face):
     assert "".join(gpt2.tokens("The 😀 ran  “away”\n")) == "The 😀 ran  “away”\n"
 
 
+@pytest.mark.parametrize(("name", "text", "kept"), [
+    ("bpe_tokenizer_95", "Tom ran.", "Tom ran."), ("bpe_tokenizer_95", "“Да”, Zoë", ", Zo"),
+    ("bpe_tokenizer_95", f"a {REPLACEMENT} 漢", f"a {REPLACEMENT} "), ("gpt2", "“Да”, Zoë 😀", "“Да”, Zoë 😀"),
+    ("gpt2", "half \ud83d", "half "), ("bert", "Tom's cat\nran.", "om's catran."),
+])  # fmt: skip
+def test_bytes_that_are_changed_or_dropped_are_lost(hugging_face, name, text, kept):
+    tokenizer = load_tokenizer(name if name.startswith("bpe_") else hugging_face / name)
+    assert tokenizer.kept_bytes(text) == len(kept.encode())
+    assert tokenizer.lost_share([text, text]) == pytest.approx(1 - len(kept.encode()) / len(text.encode("utf-8", "replace")))
+    assert tokenizer.bytes_per_token([text]) == len(kept.encode()) / len(tokenizer.encode(text))
+
+
 def test_unknown_names_get_the_nearest_match(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Did you mean 'bpe_tokenizer_1024'\? There are: bpe_tokenizer_95, bpe_tok"):
         load_tokenizer("bpe_tokenizer_1000")

@@ -32,12 +32,12 @@ from runs.folder import Run, default_name
 from runs.presets import PRESETS, preset
 from tokenizer import load_tokenizer
 from train import train
-from training import checkpoint, setup
+from training import checkpoint, setup, stopwatch
 from training.checkpoint import Record
 from training.report import command, plot_losses, write_report
 
 ROOT = Path(__file__).parent.parent
-CLOCK = ["seconds", "tokens_per_second", "peak_memory_mb"]  # what two equal runs differ in
+CLOCK = ["seconds", "tokens_per_second", "peak_memory_mb", "overhead_seconds"]  # what two equal runs differ in
 CHECKPOINT = {"model", "optimizers", "step", "tokens", "best_loss"}
 
 
@@ -142,11 +142,67 @@ class TestLearning:
         assert record.train_loss == pytest.approx(sum(nats) / len(nats), rel=1e-5)
 
 
+class FakeClock:
+    """A clock on which a second passes whenever it is read, so that every step takes one."""
+
+    now = 0.0
+
+    def __call__(self):
+        self.now += 1
+        return self.now
+
+
 class TestBudget:
-    def test_minutes_end_a_run_with_a_last_validation(self, make_config):
-        records = list(train(MODEL, make_config(max_steps=None, max_minutes=0.01), "minutes"))
-        assert records[-1].seconds >= 0.6 > records[-2].seconds
-        assert records[-1].validation_loss is not None
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        clock = FakeClock()
+        monkeypatch.setattr(stopwatch, "perf_counter", clock)
+        return clock
+
+    def test_minutes_count_training_and_the_rest_is_overhead(self, make_config, clock, monkeypatch):
+        """Neither the caller nor evaluations nor saving shorten a run, and its schedule is that of as many steps."""
+        score = checkpoint.evaluate
+
+        def slow_evaluate(*arguments):
+            clock.now += 1000
+            return score(*arguments)
+
+        monkeypatch.setattr(checkpoint, "evaluate", slow_evaluate)
+        records = []
+        for record in train(MODEL, make_config(max_steps=None, max_minutes=0.3), "minutes"):
+            clock.now += 100  # a plot
+            records.append(record)
+        assert [record.seconds for record in records] == list(range(1, 19)) and records[-1].validation_loss is not None
+        assert records[-1].overhead_seconds > 17 * 100 + 2 * 1000
+        assert records[-1].seconds + records[-1].overhead_seconds <= clock.now
+        by_steps = list(train(MODEL, make_config(max_steps=18), "steps"))
+        for record, other in zip(records, by_steps, strict=True):
+            assert (record.train_loss, record.learning_rate) == pytest.approx((other.train_loss, other.learning_rate))
+
+    def test_compiling_in_a_step_is_overhead(self, make_config, clock, monkeypatch):
+        def slow_compiler(graph, inputs):
+            clock.now += 1000
+            return graph.forward
+
+        monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=slow_compiler))
+        torch._dynamo.reset()
+        records = list(train(MODEL, make_config(compile=True, max_steps=3), "compiled"))
+        assert records[-1].seconds < 20 and records[-1].overhead_seconds > 1000
+
+    def test_a_resumed_run_goes_on_with_both_counts(self, make_config, clock):
+        before = take(9, train(MODEL, make_config(max_steps=None, max_minutes=0.3), "resumed"))[-1]
+        clock.now += 10**6  # while it was stopped
+        after = list(train(MODEL, make_config(max_steps=None, max_minutes=0.3), "resumed", resume=True))
+        assert [record.seconds for record in after] == list(range(10, 19))
+        assert before.overhead_seconds < after[0].overhead_seconds < 1000
+        assert not Run("resumed").seconds_include_overhead()
+
+    def test_a_run_of_few_steps_says_so(self, make_config, capsys):
+        cure = "only 3 steps, too few to learn much: raise --train.max_minutes or --train.max_steps"
+        list(train(MODEL, make_config(max_steps=3), "few"))
+        assert cure in capsys.readouterr().err
+        list(train(MODEL, make_config(max_steps=50, eval_every=50), "enough"))
+        assert "too few" not in capsys.readouterr().err
 
     def test_whichever_comes_first(self, make_config):
         assert len(list(train(MODEL, make_config(max_steps=5, max_minutes=60.0), "steps"))) == 5
@@ -158,7 +214,7 @@ class TestLog:
         log = pd.read_csv(folders / "runs" / tiny_run / "log_data.csv")
         assert list(log) == [field.name for field in fields(Record) if field.name != "grades"] == [
             "step", "tokens", "seconds", "train_loss", "validation_loss", "perplexity", "bits_per_byte", "learning_rate",
-            "gradient_norm", "tokens_per_second", "peak_memory_mb", "flops",
+            "gradient_norm", "tokens_per_second", "peak_memory_mb", "flops", "overhead_seconds",
         ]  # fmt: skip
         assert log["step"].tolist() == [10, 20]
         assert all(kind.kind in "if" for kind in log.dtypes)
@@ -594,13 +650,13 @@ class TestTerminal:
 
     def test_a_run_from_the_terminal_ends_with_stories(self, make_config, script):
         code, printed = script(*words_of(make_config(max_steps=5), "mine"))
-        assert code == 0
+        assert code == 0 and re.search(r"after 5 steps: \d+\.\d minutes of training, \d+\.\d minutes of preparing", printed)
         said_last = 'python inference.py mine "Once upon a time"'
-        for said in ("bits per byte after 5 steps", "loss.png", said_last, "model_evaluation.ipynb"):
+        for said in ("loss.png", said_last, "model_evaluation.ipynb"):
             assert said in printed
         assert all(story in printed for story in generate(*load_model("mine"), [""] * 3))
         present = {path.name for path in Run("mine").folder.iterdir()}
         assert present == {
-            "README.md", "model_config.json", "train_config.json", "log_data.csv", "model.pth", "checkpoint.pth", "loss.png",
-            "story_losses.csv", "story_losses.json",
+            "README.md", "model_config.json", "train_config.json", "execution.json", "log_data.csv", "model.pth",
+            "checkpoint.pth", "loss.png", "story_losses.csv", "story_losses.json",
         }  # fmt: skip

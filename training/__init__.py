@@ -4,8 +4,11 @@ optim.py       build_optimizers, scheduled_learning_rate, average_of_weights: op
 checkpoint.py  Training, Record: the training state, saving and resuming
 setup.py       prepare: model, data, optimizers and run folder before the first step
 configure.py   configure_for_training: activation checkpointing, and what a model must support
-autotune.py    choose_plan, ExecutionPlan: the fastest number format, kernels, micro-batch and threads on this machine
-machine.py     choose_device, available_memory, cpu_name: device, compiler, memory
+autotune.py    choose_plan: the fastest number format, kernels, micro-batch and threads on this machine
+plan.py        apply_plan: set a model up by a plan; its speed, memory and agreement with the plain model
+compile_trial.py  measure_compiled: try torch.compile in a subprocess
+machine.py     choose_device, available_memory, describe_machine: device, compiler, memory
+stopwatch.py   Stopwatch: training time apart from all other time
 seeds.py       train_group: the same training with several seeds
 report.py      write_report, table, plot_losses, samples, LivePlot: reports of runs for the run folder and notebooks
 """

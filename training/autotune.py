@@ -2,63 +2,32 @@
 
 A few seconds of training steps on random tokens decide. The result is cached, one file per machine, architecture and batch size.
 Every plan, measured or prescribed by the config, is first compared with the plain model.
-
-B batch, T time, V vocabulary.
 """
 
 import copy
 import hashlib
 import json
-import math
 import os
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-import fast
-from config import ModelConfig, TrainConfig, divisors, from_json, to_json
+from config import TrainConfig, divisors, to_json
 from data.cache import default_cache_dir, say
 from fast import build
-from metrics.scores import MAX_LOGITS as EVALUATION_LOGITS
 from model import GPT
-from modules.registry import accepted_kwargs, build_model
-from training.configure import CheckpointedLayer, configure_for_training
-from training.machine import available_memory, check_compiler, cpu_name, is_out_of_memory, keep_freed_memory
+from runs.execution import ExecutionPlan
+from training.compile_trial import COMPILE_TAKES, compile_is_worth_trying, expected_seconds, measure_compiled, trial_seconds
+from training.machine import available_memory, check_compiler, describe_machine, is_out_of_memory
+from training.plan import difference, memory_needed, seconds_per_token
 
-MEASURE_SECONDS = 0.2  # for one plan, after a warm-up step
 MICRO_BATCH_TOKENS = range(512, 4096 + 1)  # fewer do not fill a CPU's cores, more do not fit its caches
 SHORT_RUN = 20  # seconds: autotuning does not pay for shorter runs
-COMPILE_TAKES = 30  # seconds, at least, on a CPU
-COMPILE_SHARE = 0.04  # of a run that a trial of torch.compile may take
-COMPILE_MFU_LIMIT = 0.5  # above this share of the machine's matmul peak torch.compile cannot help much
-STORY_TOKENS = 200  # length of the random stories, about that of TinyStories
-
-
-@dataclass(frozen=True)
-class ExecutionPlan:
-    """How this machine trains a model."""
-
-    dtype: str  # of matrix products: float32 or bfloat16
-    fast: bool  # use the C++ kernels of fast/
-    micro_batch_size: int  # sequences per forward pass
-    threads: int  # of the CPU
-    compile: bool  # torch.compile each layer
-
-    def __str__(self):
-        kernels = "our C++ kernels" if self.fast else "PyTorch alone"
-        return (
-            f"{self.dtype}, {kernels}, {self.micro_batch_size} rows at a time, "
-            f"{self.threads} thread{'s' * (self.threads > 1)}, {'compiled' if self.compile else 'not compiled'}"
-        )
 
 
 def choose_plan(model: GPT, config: TrainConfig, device: torch.device) -> ExecutionPlan:
@@ -92,9 +61,7 @@ def choose_plan(model: GPT, config: TrainConfig, device: torch.device) -> Execut
             plan = verified(plan, model, config, device)
     if not measured["notes"] or build.fingerprint() == "none":  # a failed build, perhaps on a full disk, is tried again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(measured), encoding="utf-8")
-        os.replace(partial, path)
+        path.write_text(json.dumps(measured), encoding="utf-8")
     return plan
 
 
@@ -132,10 +99,9 @@ def read_measurements(path: Path) -> dict[str, Any]:
 
 def cache_key(model: GPT, config: TrainConfig, device: torch.device) -> str:
     """Hash everything that the measurements depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     prescribed = [getattr(config, field) for field in ("batch_size", "mask_stories", "loss_chunk", "gradient_checkpointing",
                                                        "dtype", "micro_batch_size", "threads", "fast")]  # fmt: skip
-    machine = [torch.__version__, device.type, name, most_threads(), build.fingerprint(), os.environ.get("CXX")]
+    machine = [describe_machine(device), most_threads(), build.fingerprint(), os.environ.get("CXX")]
     text = json.dumps([machine, to_json(model.config), model.vocab_size, prescribed])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -154,22 +120,6 @@ def preserve_random_state_and_threads():
             yield
         finally:
             torch.set_num_threads(threads)
-
-
-def apply_plan(plan: ExecutionPlan, model: GPT, config: TrainConfig):
-    """Set up the model and the process to train by this plan."""
-    torch.set_num_threads(plan.threads)
-    keep_freed_memory()
-    fast.use(model, plan.fast, config.loss_chunk)
-    if plan.compile:
-        compile_parts(model)
-
-
-def compile_parts(model: nn.Module):
-    """Compile GPT layer by layer, since equal layers share compiled code; compile any other model as a whole."""
-    for layer in model.layers if isinstance(model, GPT) else [model]:
-        for part in layer.branches if type(layer) is CheckpointedLayer else [layer]:  # checkpointing stays outside
-            part.compile(dynamic=False)
 
 
 def first_guess(config: TrainConfig, sizes: list[int], device: torch.device) -> ExecutionPlan:
@@ -239,49 +189,6 @@ def fastest_threads(model: GPT, config: TrainConfig, plan: ExecutionPlan, device
     return {"eager": asdict(best), "seconds_per_token": timed[best]}
 
 
-def make_step(model: GPT, config: TrainConfig, rows: int, device: torch.device):
-    """Make a function that runs one forward and backward pass over `rows` sequences of random tokens."""
-    T = model.config.max_seq_len
-    tokens = torch.randint(model.vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
-    stories = (torch.arange(T, device=device) // STORY_TOKENS).expand(rows, T) if config.mask_stories else None
-
-    def step(dtype: str) -> float:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            _, loss = model(tokens[:, :-1], tokens[:, 1:], **accepted_kwargs(model, story_ids=stories))
-        loss.backward()
-        return loss.item()  # waits for the device
-
-    return step
-
-
-def seconds_per_token(model: GPT, config: TrainConfig, plan: ExecutionPlan, device: torch.device) -> float:
-    """Time forward and backward passes of a micro-batch: the best of up to three."""
-    apply_plan(replace(plan, compile=False), model, config)
-    step = make_step(model, config, plan.micro_batch_size, device)
-    times, deadline = [], time.perf_counter() + 1.5 * MEASURE_SECONDS
-    while not times or (len(times) < 3 and time.perf_counter() < deadline):
-        began = time.perf_counter()
-        step(plan.dtype)
-        times.append(time.perf_counter() - began)
-    return min(times) / (plan.micro_batch_size * model.config.max_seq_len)
-
-
-def memory_needed(model: GPT, config: TrainConfig, device: torch.device) -> tuple[float, float]:
-    """Bytes needed: fixed (weights, gradients, AdamW moments, evaluation logits), and per sequence (activations, times 1.5)."""
-    activations: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        activations[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    fast.use(model, kernels=False, loss_chunk=config.loss_chunk)
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        make_step(model, config, 1, device)("float32")
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    return 4 * weights + 4 * EVALUATION_LOGITS, 1.5 * sum(activations.values())
-
-
 def verified(plan: ExecutionPlan, model: GPT, config: TrainConfig, device: torch.device) -> ExecutionPlan:
     """The plan if it agrees with the plain model; otherwise warn and drop compile, or else fall back to the plain model.
 
@@ -300,122 +207,6 @@ def verified(plan: ExecutionPlan, model: GPT, config: TrainConfig, device: torch
     outcome = "so it is not used" if simpler != plan else "but there is no simpler plan"
     say(f"{plan}: gives other numbers than the plain model ({mismatch}), {outcome}. Please report it")
     return verified(simpler, model, config, device) if plan.compile else simpler
-
-
-def difference(model: GPT, config: TrainConfig, plan: ExecutionPlan, device: torch.device) -> str:
-    """Compare logits, loss and gradients with the plain model in float32 on a CPU; return "" if they agree within rounding.
-
-    A compiled model is compared at its training shapes, to compile only once, and with a model that has the same kernels.
-    """
-    rows, T = 2, min(model.config.max_seq_len, 2 * STORY_TOKENS)
-    if plan.compile:
-        rows, T = plan.micro_batch_size, model.config.max_seq_len
-    tokens = torch.randint(model.vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(1))
-    stories = (torch.arange(T) // (T // 2)).expand(rows, T) if config.mask_stories else None
-
-    def run(trial: GPT, dtype: str) -> dict[str, Tensor]:
-        trial.load_state_dict(model.state_dict())
-        with torch.no_grad():
-            for weight in trial.parameters():  # no weight may be zero, so that every block contributes
-                noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-                weight.add_(noise.to(weight.device), alpha=0.02)
-        trial.zero_grad()
-        device = next(trial.parameters()).device
-        inputs, ids = tokens.to(device), None if stories is None else stories.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            logits, loss = trial(inputs[:, :-1], inputs[:, 1:], **accepted_kwargs(trial, story_ids=ids))
-        loss.backward()
-        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in trial.parameters()]
-        results = {"the loss": loss, "gradients": torch.cat([gradient.flatten() for gradient in gradients])}
-        if logits is not None:
-            results = {"logits": logits} | results
-        return {name: tensor.detach().flatten().float().cpu() for name, tensor in results.items()}
-
-    plain = without_dropout(copy.deepcopy(model)).train().to("cpu")
-    fast.use(plain, plan.fast) if plan.compile else fast.undo(plain)
-    reference = run(plain, "float32")
-    trial = without_dropout(copy.deepcopy(model)).train()
-    for loss_chunk in dict.fromkeys((None, config.loss_chunk)):
-        fast.use(trial, plan.fast, loss_chunk)
-        if plan.compile and loss_chunk is None:
-            compile_parts(trial)
-        for name, tensor in run(trial, plan.dtype).items():
-            error = ((tensor - reference[name]).norm() / reference[name].norm()).item()
-            if not error < (1e-3 if plan.dtype == "float32" else 0.1):
-                return f"{name} {'is' if name == 'the loss' else 'are'} off by {error:.1%}"
-    return ""
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def expected_seconds(seconds_per_token: float, model: GPT, config: TrainConfig) -> float:
-    """Duration of the run without compile."""
-    tokens = (config.max_steps or math.inf) * config.batch_size * model.config.max_seq_len
-    return min(tokens * seconds_per_token, 60 * (config.max_minutes or math.inf))
-
-
-def trial_seconds(measured: dict, model: GPT, config: TrainConfig) -> float:
-    """Time limit of a trial of torch.compile."""
-    return COMPILE_SHARE * expected_seconds(measured["seconds_per_token"], model, config)
-
-
-def compile_is_worth_trying(measured: dict, model: GPT, config: TrainConfig, device: torch.device) -> bool:
-    """Whether the run is long enough for a trial, the last trial had a lower limit, and utilization leaves room for a gain."""
-    limit, trial = trial_seconds(measured, model, config), measured.get("compiled", {})
-    if config.compile != "auto" or limit < COMPILE_TAKES or "gain" in trial or limit < 1.5 * trial.get("limit", 0.0):
-        return False
-    flops = 6 * sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
-    peak = max(measured["peaks"].values()) if config.dtype == "auto" else measured["peaks"][config.dtype]
-    if flops / measured["seconds_per_token"] > COMPILE_MFU_LIMIT * peak:
-        return False
-    try:
-        check_compiler(device)
-    except ValueError:
-        return False
-    return True
-
-
-def measure_compiled(model: GPT, config: TrainConfig, measured: dict, limit: float, device: torch.device) -> dict[str, Any]:
-    """Try torch.compile in a subprocess, which can neither hang nor crash the training; give up after `limit` seconds."""
-    dtype = max(measured["peaks"], key=measured["peaks"].get) if config.dtype == "auto" else config.dtype
-    request = {
-        "model": to_json(model.config), "train": to_json(config), "vocab_size": model.vocab_size, "device": str(device),
-        "eager": measured["eager"], "plan": measured["eager"] | {"compile": True, "dtype": dtype},
-    }  # fmt: skip
-    began = time.perf_counter()
-    try:
-        process = subprocess.run(
-            [sys.executable, "-m", "training.autotune"], input=json.dumps(request), capture_output=True, text=True, timeout=limit,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"failed": f"compile was given up after {limit:.0f} s", "limit": limit}
-    if process.returncode:
-        return {"failed": f"compile failed: {(process.stderr.strip().splitlines() or ['no message'])[-1]}"}
-    return json.loads(process.stdout.splitlines()[-1]) | {"compile_seconds": time.perf_counter() - began}
-
-
-def run_compile_trial():
-    """The subprocess of measure_compiled: compile, time compiled and eager steps in turns, compare their results."""
-    request = json.loads(sys.stdin.read())
-    config = from_json(TrainConfig, request["train"])
-    plan, eager = ExecutionPlan(**request["plan"]), ExecutionPlan(**request["eager"])
-    device = torch.device(request["device"])
-    model = build_model(from_json(ModelConfig, request["model"]), request["vocab_size"]).to(device)
-    configure_for_training(model, config)
-    plain = copy.deepcopy(model)
-    apply_plan(plan, model, config)
-    make_step(model, config, plan.micro_batch_size, device)(plan.dtype)  # compiles
-    gains = [seconds_per_token(plain, config, eager, device) / seconds_per_token(model, config, plan, device) for _ in range(3)]
-    mismatch = difference(plain, config, plan, device)
-    print(json.dumps({"plan": asdict(plan), "gain": median(gains), "wrong": mismatch}))
 
 
 def matmul_peaks(device: torch.device, sizes: tuple[int, ...] = (1024,), seconds: float = 0.05) -> dict[str, float]:
@@ -451,7 +242,3 @@ def decide(measured: dict, model: GPT, config: TrainConfig) -> ExecutionPlan:
             reasons[-1] += ", does not pay"
     say(f"this machine: {plan}, about {speed:,.0f} tokens/s" + (f" ({'; '.join(reasons)})" if reasons else ""))
     return plan
-
-
-if __name__ == "__main__":
-    run_compile_trial()

@@ -17,9 +17,11 @@ from metrics.scores import Evaluation, evaluate
 from metrics.world_grades import COLUMNS as GRADES
 from metrics.world_grades import grade_model
 from model import GPT
+from runs.execution import ExecutionPlan, Stage
 from runs.folder import Run
 from tokenizer import Tokenizer
-from training.autotune import ExecutionPlan
+from training.machine import describe_machine
+from training.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,17 @@ class Record:
 
     step: int  # steps done
     tokens: int  # tokens predicted so far
-    seconds: float  # of training so far, including autotuning, compilation and evaluations
+    seconds: float  # of training so far: forward, backward, optimizer and data
     train_loss: float  # nats per token
     validation_loss: float | None  # nats per token; like the next two None between evaluations
     perplexity: float | None  # exp(validation_loss)
     bits_per_byte: float | None  # of the validation stories
     learning_rate: float
     gradient_norm: float  # before clipping
-    tokens_per_second: float  # without evaluations
+    tokens_per_second: float  # of training time
     peak_memory_mb: float  # resident memory of the process so far; of the GPU on CUDA
     flops: float | None = None  # of training so far, forward and backward; None in old checkpoints
+    overhead_seconds: float | None = None  # all other time so far: compiling, evaluating, saving …; None in old checkpoints
     grades: dict[str, float] | None = None  # storyworld grades, a column of the log each; None if no samples are graded
 
 
@@ -60,7 +63,7 @@ class Training:
     rows: int = 0  # rows of the stream consumed so far, including those of continued_from
     step: int = 0
     tokens: int = 0
-    seconds: float = 0.0
+    clock: Stopwatch = field(default_factory=Stopwatch)
     best_loss: float = math.inf
     unlogged: list[Record] = field(default_factory=list)  # steps since the last row of the log
     log: list[dict] = field(default_factory=list)
@@ -79,6 +82,10 @@ class Training:
             self.average.module.load_state_dict(model.state_dict())
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def best_model(self) -> GPT:
         """The model to evaluate and save: the weight EMA if there is one."""
         return self.model if self.average is None else self.average.module
@@ -94,7 +101,8 @@ class Training:
             self.best_loss = score.loss
             self.save_model()
         scores = {"validation_loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
-        return replace(record, **scores, grades=self.grade() if self.grade_stories else None)
+        grades = self.grade() if self.grade_stories else None
+        return replace(record, **scores, grades=grades, overhead_seconds=self.clock.overhead)
 
     def grade(self) -> dict[str, float]:
         """Grade samples of the model, drawn with the same seeds every time."""
@@ -130,7 +138,8 @@ class Training:
         self.run.save("model.pth", {
             "model": self.best_model.state_dict(), "step": self.step, "loss": self.best_loss,
             "vocab_size": self.tokenizer.vocab_size, "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "data": self.data.name, "data_fingerprint": self.data.fingerprint, "rows_read": self.rows, "code": self.code,
+            "data": self.data.name, "data_fingerprint": self.data.fingerprint, "training_stories": self.data.num_stories,
+            "rows_read": self.rows, "code": self.code,
             "validation_stories": len(self.validation), "validation_fingerprint": fingerprint(self.validation),
             "continued_from": self.continued_from,
         })  # fmt: skip
@@ -146,23 +155,31 @@ class Training:
             self.run.save_log(self.block_log, ["step", "block", "name", "value"], "blocks.csv")
         self.run.save("checkpoint.pth", {
             "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "best_loss": self.best_loss,
+            "step": self.step, "tokens": self.tokens, "seconds": self.clock.training, "overhead_seconds": self.clock.overhead,
+            "best_loss": self.best_loss,
             "unlogged": [asdict(record) for record in self.unlogged], "data": self.data.fingerprint,
-            "average": self.average and self.average.state_dict(), "plan": self.plan and asdict(self.plan),
+            "average": self.average and self.average.state_dict(),
             "continued_from": self.continued_from, "rows": self.rows, "random_state": random_state(), "block_log": self.block_log,
             "counts": {path: dict(block.named_buffers()) for path, block in self.reporting_blocks.items()},
         })  # fmt: skip
 
+    def record_execution(self):
+        """Write the plan and the machine to execution.json."""
+        self.run.add_stage(Stage(self.step, self.plan, describe_machine(self.device)))
+
     def restore(self):
-        """Restore what `save` wrote. Raises ValueError if it is damaged or the data have changed."""
+        """Restore what `save` wrote, and the plan. Raises ValueError if it is damaged or the data have changed."""
         saved = self.run.load("checkpoint.pth", {"model", "optimizers", "step", "random_state"})
         if saved["data"] != self.data.fingerprint:
             raise ValueError(f"the data of the run {self.run.name!r} have changed since: restore them, or train from scratch")
         load_weights(self.model, saved["model"], "checkpoint.pth", self.run.name)
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        self.step, self.tokens, self.seconds, self.best_loss = (saved[key] for key in ("step", "tokens", "seconds", "best_loss"))
-        self.continued_from, self.rows, self.plan = saved["continued_from"], saved["rows"], saved_plan(saved)
+        self.step, self.tokens, self.best_loss = saved["step"], saved["tokens"], saved["best_loss"]
+        self.clock.restore(saved["seconds"], saved.get("overhead_seconds", math.nan))  # old checkpoints count all as training
+        self.continued_from, self.rows = saved["continued_from"], saved["rows"]
+        stages = [stage for stage in self.run.stages if stage.from_step < self.step] or self.run.stages[:1]
+        self.plan = stages[-1].plan if stages else saved_plan(saved)
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
         self.unlogged = [Record(**values) for values in saved["unlogged"]]
@@ -184,7 +201,7 @@ class Training:
 
 
 def saved_plan(saved: dict) -> ExecutionPlan:
-    """Read the plan of a checkpoint; old ones have "choices", with an "attention" in place of "fast"."""
+    """Read the plan of an old checkpoint; the oldest have "choices", with an "attention" in place of "fast"."""
     if "plan" in saved:
         return ExecutionPlan(**saved["plan"])
     choices = dict(saved["choices"])

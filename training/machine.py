@@ -27,10 +27,16 @@ def choose_device(device: str) -> torch.device:
 
 
 def cpu_name() -> str:
-    """Model name of the CPU: a line of /proc/cpuinfo if that exists."""
+    """Model name of the CPU, from /proc/cpuinfo if that has one."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else f"{platform.processor()} {platform.machine()}"
+    return names[0].partition(":")[2].strip() if names else f"{platform.processor()} {platform.machine()}".strip()
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int]:
+    """What a run records of the machine that trains it."""
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {"device": device.type, "processor": processor, "cores": os.cpu_count(), "torch": torch.__version__}
 
 
 def check_compiler(device: torch.device):

@@ -1,11 +1,14 @@
 """Reports of runs: loss curves, tables, samples, and the README.md of a run folder."""
 
+import math
 import time
+from dataclasses import replace
 
+from data.sources import portable_name
 from inference import generate, load_model
 from metrics.cost import cost_of, model_cost, num_parameters
 from metrics.scores import evaluate
-from metrics.story_losses import save_losses, validation_stories
+from metrics.story_losses import data_of, label, read_losses, save_losses, validation_stories
 from metrics.world_floor import floor_of, world_floor
 from metrics.world_grades import is_world
 from metrics.world_report import draw_floors, lines_of_the_world, plot_grades
@@ -120,7 +123,7 @@ class LivePlot:
         last = self.records[-1]
         self.axes.set(xlabel="steps", ylabel="loss (nats per token)")
         speed = f"{last.tokens_per_second:,.0f} tokens/s"
-        self.axes.set_title(f"{self.data}: {last.seconds:.0f} s, {speed}, learning rate {last.learning_rate:.2g}")
+        self.axes.set_title(f"{self.data}: {last.seconds:.0f} s of training, {speed}, learning rate {last.learning_rate:.2g}")
         self.axes.grid(alpha=0.3)
         self.axes.legend()
         self.display.update(self.figure)
@@ -167,6 +170,7 @@ def table(
         if source not in validation:
             validation[source] = validation_stories(source, data_if_missing)
         data, stories = validation[source]
+        data = label(Run(name), data, stories)
         score = evaluate(model, tokenizer, stories[:num_stories], top_k=top_k)
         rows[name] = {
             "data": data,
@@ -264,13 +268,18 @@ def write_report(name: str) -> list[str]:
     plt.close(axes.figure)  # otherwise a notebook shows it
     log, config = run.log(), run.train_config
     last, best = log.iloc[-1], log.loc[log["validation_loss"].idxmin()]
-    saved = run.load("model.pth", {"data", "validation_stories", "continued_from"})
+    saved = run.load("model.pth", {"validation_stories", "continued_from"})
+    losses, scored = read_losses(name)
+    nats = losses["nats"].sum()
+    loss = nats / losses["tokens"].sum()
     numbers = [
         f"- {num_parameters(model):,} parameters, {num_parameters(model, embeddings=False):,} without embeddings",
-        f"- trained on {saved['data']} with {config.tokenizer}: {int(last.step):,} steps, {int(last.tokens):,} tokens, "
-        f"{last.seconds / 60:.1f} minutes",
+        f"- trained on {data_of(losses, scored)} with {config.tokenizer}: {int(last.step):,} steps, {int(last.tokens):,} tokens, "
+        f"{time_spent(run)}",
+        f"- {nats / math.log(2) / losses['bytes'].sum():.4f} bits per byte, loss {loss:.4f} nats per token, perplexity "
+        f"{math.exp(loss):.2f}, on all {len(losses):,} validation stories",
         f"- best at step {int(best.step):,}: {best.bits_per_byte:.4f} bits per byte, loss {best.validation_loss:.4f} nats per "
-        f"token, perplexity {best.perplexity:.2f}, on {saved['validation_stories']} validation stories",
+        f"token, perplexity {best.perplexity:.2f}, on the first {saved['validation_stories']} of them",
     ]
     numbers += [f"- {line}" for line in lines_of_the_world(name)]
     if dead := dead_experts(name):
@@ -281,9 +290,19 @@ def write_report(name: str) -> list[str]:
         pictures += "\n\n![samples that the world accepts, by loss](grades.png)"
     quoted = "\n\n".join("> " + story.replace("\n", "\n>\n> ") for story in stories)
     values = {"name": name, "numbers": "\n".join(numbers), "pictures": pictures, "stories": quoted}
-    values["command"] = command(run.model_config, config, continued_from=saved["continued_from"])
+    portable = replace(config, data=portable_name(config.data))
+    values["command"] = command(run.model_config, portable, continued_from=saved["continued_from"])
     run.save_text("README.md", README.format(**values))
     return stories
+
+
+def time_spent(run: Run) -> str:
+    """What a run spent its time on, from its log."""
+    last = run.log().iloc[-1]
+    if run.seconds_include_overhead():
+        return f"{last.seconds / 60:.1f} minutes, compiling and evaluating included"
+    training, overhead = last.seconds / 60, last.overhead_seconds / 60
+    return f"{training:.1f} minutes of training, {overhead:.1f} minutes of preparing, compiling, evaluating, saving and drawing"
 
 
 def dead_experts(name: str) -> str | None:

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from data.cache import say
 from modules.registry import build_model
 from runs.command_line import Arguments, command
-from runs.folder import Run
+from runs.folder import Run, group_members
+from runs.looks import MAX_SEEDS
 from tokenizer import load_tokenizer
 from training import autotune
 from training.machine import choose_device
@@ -88,8 +89,8 @@ def side_by_side(arguments: Arguments, count: int) -> bool:
     return faster
 
 
-def train_group(arguments: Arguments, train_one: Callable[[Arguments], bool], python: str):
-    """Train every seed that is not finished. train_one trains one run and returns False if it was stopped before its end.
+def train_group(arguments: Arguments, train_one: Callable[[Arguments], bool], python: str) -> bool:
+    """Train every seed that is not finished; return False on Ctrl-C. train_one trains one run and returns False if stopped.
 
     If a seed fails, the others still train; then ChildProcessError is raised with the names and reasons.
     """
@@ -102,13 +103,47 @@ def train_group(arguments: Arguments, train_one: Callable[[Arguments], bool], py
     if stopped:
         any_saved = any(Run(name).folder.exists() for name in member_names(arguments))
         print(f"stopped; what was begun is saved. To go on: {again}" if any_saved else "stopped before anything was begun")
-        return
+        return False
     if failed:
         lines = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise ChildProcessError(f"{len(failed)} of {arguments.seeds} seeds failed, the others are finished ({lines})")
     print(f"""
 {arguments.seeds} seeds are finished: {", ".join(member_names(arguments))}
 Compare with others:  {python} -m evaluation compare {arguments.name} ANOTHER""")
+    return True
+
+
+def train_until_decided(arguments: Arguments, train_one: Callable[[Arguments], bool], python: str):
+    """Train as many seeds as the baseline group has, then one more of both at a time, until compare decides between the groups.
+
+    Its test stays valid however often it looks, up to MAX_SEEDS (evaluation/statistics.py). Raises ValueError if the baseline is
+    a single run or has more seeds.
+    """
+    baseline, names = arguments.seeds_until_decided, group_members(arguments.seeds_until_decided)
+    if names == [baseline]:
+        raise ValueError(f"--seeds_until_decided {baseline}: that is a single run. Name a group of seeds, trained by --seeds 3")
+    first = min(map(Run, names), key=lambda run: run.train_config.seed)
+    base = Arguments(name=baseline, model=first.model_config, train=first.train_config, resume=True)
+    fewest = max(2, len(names), arguments.seeds)
+    if fewest > MAX_SEEDS:
+        raise ValueError(f"{fewest} seeds: the test is valid up to {MAX_SEEDS}. Train {fewest} of both by --seeds instead")
+    for seeds in range(fewest, MAX_SEEDS + 1):
+        for group in (base, replace(arguments, resume=arguments.resume or seeds > fewest)):
+            if not train_group(replace(group, seeds=seeds), train_one, python):
+                return
+        print()
+        if is_decided(baseline, arguments.name):
+            return
+    print(f"not decided with {MAX_SEEDS} seeds of each: the difference is too small")
+
+
+def is_decided(baseline: str, name: str) -> bool:
+    """Print the comparison, and return whether one of the groups is better. Raises ChildProcessError if they do not compare."""
+    words = [sys.executable, "-m", "evaluation", "compare", baseline, name, "--exit_code"]
+    code = subprocess.run(words, cwd=Path(__file__).parents[1]).returncode
+    if code not in (0, 3):
+        raise ChildProcessError(f"{baseline} and {name} could not be compared; the lines above say why")
+    return code == 0
 
 
 def train_members(

@@ -3,7 +3,6 @@
 import shutil
 import signal
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -23,6 +22,7 @@ from training.checkpoint import Training
 from training.configure import configure_for_training
 from training.machine import available_memory, choose_device, is_out_of_memory
 from training.optim import average_of_weights, build_optimizers
+from training.stopwatch import Stopwatch
 
 
 def prepare(
@@ -32,7 +32,7 @@ def prepare(
 
     Raises ValueError or OSError with the cure, MemoryError if the model does not fit.
     """
-    run = Run(name)
+    clock, run = Stopwatch(), Run(name)
     if not resume:
         run.check_is_new()
     elif train_config.data == "auto":  # the run folder records what "auto" resolved to
@@ -55,25 +55,25 @@ def prepare(
     optimizers = build_optimizers(model, train_config)
     validation = data.validation[: train_config.eval_stories]
     average = average_of_weights(model, train_config.ema_decay) if train_config.ema_decay else None
-    training = Training(run, model, optimizers, tokenizer, data, validation, train_config.grade_stories, average)
+    training = Training(run, model, optimizers, tokenizer, data, validation, train_config.grade_stories, average, clock=clock)
     training.flops_per_token, training.code = model_cost(model).training_flops, code_digests(model_config.plugins)
     if resume:
         training.restore()
         training.plan = resumed_plan(training.plan, model, train_config, device)
-        if train_config.progress(training.step, training.seconds) >= 1:
+        if train_config.progress(training.step, training.clock.training) >= 1:
             raise ValueError(
                 f"the run {name!r} is finished after {training.step:,} steps. To train it further: --continue_from {name}"
             )
+        training.record_execution()
         return training
     if continue_from is not None:
         training.start_from(continue_from)
-    began = time.perf_counter()
     training.plan = choose_plan(model, train_config, device)
-    training.seconds = time.perf_counter() - began
     if train_config.data == "auto":
         train_config = replace(train_config, data=data.name)
     run.create(model_config, train_config, group)
     try:
+        training.record_execution()
         training.save()
     except BaseException:  # a full disk or Ctrl-C: a folder without a checkpoint would block both resuming and restarting
         shutil.rmtree(run.folder)

@@ -1,4 +1,4 @@
-"""Ask a judge: any server with OpenAI's chat completions, through the client of the package openai, with a cache on disk.
+"""Ask a judge: any server with OpenAI's chat completions API, through the openai client, with a cache on disk.
 
 Every valid answer is cached at once, keyed by server, model and everything that was sent: a stopped run continues where it was,
 and no answer is paid for twice. Invalid answers are not cached.
@@ -138,26 +138,26 @@ class Endpoint:
         return answer
 
     def _complete(self, call: Call) -> Any:
-        """The JSON that the server sends, or None if it is not JSON. Options that it refuses are left out from then on."""
+        """The JSON that the server sends, or None if it is not JSON. Options that it refuses are not sent again."""
         form = {"name": call.question.name, "schema": call.question.schema, "strict": True}
-        wanted = {"response_format": {"type": "json_schema", "json_schema": form}, "seed": call.seed,
-                  "max_completion_tokens": self.max_answer_tokens}  # fmt: skip
+        requested = {"response_format": {"type": "json_schema", "json_schema": form}, "seed": call.seed,
+                     "max_completion_tokens": self.max_answer_tokens}  # fmt: skip
         if self.temperature is not None:
-            wanted["temperature"] = self.temperature
+            requested["temperature"] = self.temperature
         while True:
             refused = self._refused.copy()
-            options = {name: value for name, value in wanted.items() if name not in refused}
-            options |= {instead: wanted[name] for name, instead in refused.items() if instead}
+            options = {name: value for name, value in requested.items() if name not in refused}
+            options |= {instead: requested[name] for name, instead in refused.items() if instead}
             try:
                 create = self._client.chat.completions.with_raw_response.create
                 return create(model=self.model, messages=call.question.messages, **options).http_response.json()
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                self._leave_out(options, error)
+                self._drop_option(options, error)
             except ValueError:
                 return None
 
-    def _leave_out(self, options: dict, error: openai.APIStatusError):
-        """Leave out the option that the server refuses, and report it once. Raises the error if it refuses none of them."""
+    def _drop_option(self, options: dict, error: openai.APIStatusError):
+        """Stop sending the option that the server refuses, and report it once. Raises the error if it refuses none of them."""
         message = str(error).lower()
         for name, (words, instead, consequence) in OPTIONAL.items():
             if name in options and any(word in message for word in words):

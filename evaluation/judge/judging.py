@@ -16,7 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 from evaluation.judge.prompts import Prompt, read_prompts
-from evaluation.judge.verdict import Judgement, Preference, cohens_kappa, mean_of, questions, share_of
+from evaluation.judge.verdict import Judgement, Preference, cohens_kappa, questions
+from evaluation.statistics import SIGNIFICANCE
 from inference import generate, load_model
 
 
@@ -55,30 +56,33 @@ def plan(calls: dict, missing: list, endpoint, prices: list[float] | None) -> st
 
 
 def report(judgement: Judgement) -> str:
-    """A Judgement as text for the terminal."""
-    heading = f"Grades from 1 to 10: the mean over {len(judgement.prompts)} prompts (95% interval)"
-    parts = [f"{heading}\n{judgement.table().to_string()}"]
+    """Format a Judgement for the terminal."""
+    heading = f"Grades from 1 to 10: the mean over {len(judgement.prompts)} prompts"
+    parts = [f"{heading} (95% interval of each alone; none if all are equal)\n{judgement.table().to_string()}"]
     for first, second in judgement.pairs:
         preference = judgement.preference(first, second)
         if preference and preference.lost > preference.won:
             preference = judgement.preference(second, first)
         parts.append(format_preference(preference) if preference else f"{first} and {second}: no comparison was answered.")
     if reliability := reliability_of(judgement):
-        parts.append("\n".join(["How reliable the judge is (95% intervals)", *reliability]))
+        parts.append("\n".join(["How reliable the judge is (means over prompts, 95% intervals)", *reliability]))
     return "\n\n".join(parts)
 
 
 def format_preference(preference: Preference) -> str:
     first, second, decided = preference.first, preference.second, preference.won + preference.lost
+    ties = f"{preference.tied} tie{'s' * (preference.tied != 1)}"
     if decided == 0:
-        return f"{first} and {second} are not distinguishable: all {preference.tied} prompts are ties."
-    chance = "" if preference.p < 0.05 else " That may be chance."
-    return (f"{first} is preferred to {second} on {preference.won} of {decided} decided prompts: {preference.share:.0%}, "
-            f"p = {preference.p:.2g}, {preference.tied} ties.{chance}")  # fmt: skip
+        return f"{first} and {second} are not distinguishable: {ties} and no decided prompt."
+    corrected = f", corrected for {preference.pairs} comparisons" * (preference.pairs > 1)
+    numbers = f"{preference.won} of {decided} decided prompts: {preference.share:.0%}, p = {preference.p:.2g}{corrected}; {ties}."
+    if preference.p > SIGNIFICANCE:
+        return f"{first} and {second} are not distinguishable: {first} wins {numbers}"
+    return f"{first} is preferred to {second} on {numbers}"
 
 
 def reliability_of(judgement: Judgement) -> list[str]:
-    """How often the judge agrees with itself, a line each: in both orders, and when asked twice."""
+    """Report how often the judge agrees with itself, a line each: in both orders, and when asked twice."""
 
     def kappa(*ratings, **options) -> str:
         value = cohens_kappa(*ratings, **options)
@@ -90,20 +94,20 @@ def reliability_of(judgement: Judgement) -> list[str]:
             f"the same verdict in both orders: {judgement.same_in_both_orders():.0%}",
             f"the story shown first is picked: {judgement.shown_first():.0%}; 50% if the order did not matter",
         ]
-    verdicts, again = judgement.verdicts_twice()
-    if verdicts:
-        same = share_of(sum(one == two for one, two in zip(verdicts, again, strict=True)), len(verdicts))
+    numbers, verdicts, again = judgement.verdicts_twice().T
+    if len(numbers):
+        same = judgement.share_over_prompts(zip(numbers, verdicts == again, strict=True))
         lines.append(f"asked twice, the same verdict: {same:.0%}, Cohen's kappa {kappa(verdicts, again)}")
-    grades, again = judgement.grades_twice()
-    if len(grades):
-        same = mean_of((grades == again).mean(axis=1))
+    numbers, grades, again = judgement.grades_twice()
+    if len(numbers):
+        same = judgement.share_over_prompts(zip(numbers, (grades == again).mean(axis=1), strict=True))
         lines.append(f"asked twice, the same grade: {same:.0%}, {abs(grades - again).mean():.2f} apart on average, "
                      f"Cohen's kappa with squared weights {kappa(grades.ravel(), again.ravel(), squared=True)}")  # fmt: skip
     return lines
 
 
 def failures(failed: dict, asked: int) -> str:
-    """How many calls failed, and why."""
+    """Report how many calls failed, and why."""
     reasons = ", ".join(f"{count:,} x {reason}" for reason, count in Counter(failed.values()).most_common(5))
     return f"{len(failed):,} of {asked:,} calls failed and are not counted; the same command repeats them: {reasons}"
 

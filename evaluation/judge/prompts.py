@@ -67,7 +67,7 @@ class Prompt:
 
     @property
     def task(self) -> str:
-        """What the judge is told of the task."""
+        """The task, as the judge reads it."""
         words = f", using all of these words: {', '.join(self.words)}" if self.words else ""
         return f"A pupil was given the beginning of a story and had to go on from there{words}."
 

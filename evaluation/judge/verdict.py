@@ -1,13 +1,13 @@
-"""The questions for a judge about the stories of several models, and what its answers say: grades, preferences, reliability.
+"""The questions for a judge about the stories of several models, and its verdict: grades, preferences, reliability.
 
-Story n of each model continues prompt n % len(prompts), so that models are compared prompt by prompt. All intervals are 95% and
-over prompts: several stories of a prompt count as one.
+Story n of each model continues prompt n % len(prompts), so that models are compared prompt by prompt. All intervals are over
+prompts: several stories of a prompt, or several answers about them, count as one.
 """
 
 import math
 import random
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -16,6 +16,7 @@ from scipy import stats
 
 from evaluation.judge.prompts import CRITERIA, WORDS, Prompt, comparison_question, grade_question
 from evaluation.statistics import CONFIDENCE
+from metrics.proportion import proportion_interval
 
 SCORES = {"1": 1, "2": -1, "tie": 0}  # of the story shown first, by the judge's answer
 
@@ -41,7 +42,7 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean or a share with its 95% interval; NaN if there is none."""
+    """A mean or a share with its interval; NaN if there is none."""
 
     value: float
     low: float
@@ -65,14 +66,15 @@ class Preference:
     lost: int
     tied: int
     share: Estimate  # won / (won + lost)
-    p: float  # of the sign test, with Bonferroni's correction for all pairs of models
+    p: float  # of the sign test
+    pairs: int  # of models, for which p and the interval of the share are corrected (Bonferroni)
 
 
 def questions(prompts: list[Prompt], stories: dict[str, list[str]], repeat: float, seed: int):
-    """All questions to ask: {Grading or Pairing: (question, seed)}.
+    """List the questions to ask: {Grading or Pairing: (question, seed)}.
 
     stories: completions by model.  repeat: share of the stories that are judged a second time, with another seed. Every pair of
-    models is shown in both orders; two equal stories are not shown.
+    models is shown in both orders; two equal stories are not compared.
     """
     count = len(next(iter(stories.values())))
     repeated = set(random.Random(seed).sample(range(count), math.ceil(repeat * count)))
@@ -91,7 +93,7 @@ def questions(prompts: list[Prompt], stories: dict[str, list[str]], repeat: floa
 
 
 class Judgement:
-    """What the answers to `questions` say. Missing answers are left out of every number."""
+    """The verdict of the answers to `questions`. Missing answers are ignored."""
 
     def __init__(self, prompts: list[Prompt], stories: dict[str, list[str]], answers: dict):
         self.prompts, self.stories, self.answers = prompts, stories, answers
@@ -145,72 +147,70 @@ class Judgement:
     def preference(self, first: str, second: str) -> Preference | None:
         """Which of two models the judge prefers; None if it compared none of their stories.
 
-        A prompt is won by the model that wins more of its stories. The interval is Wilson's, the p-value the sign test's.
+        A prompt is won by the model that wins more of its stories. The p-value is that of the sign test.
         """
-        balance: dict[int, int] = {}
+        balance: dict[int, int] = defaultdict(int)
         for number in self.numbers:
             if (verdict := self.verdict(first, second, number)) is not None:
-                prompt = number % len(self.prompts)
-                balance[prompt] = balance.get(prompt, 0) + verdict
+                balance[number % len(self.prompts)] += verdict
         if not balance:
             return None
         outcomes = Counter(np.sign(list(balance.values())).tolist())
-        decided = outcomes[1] + outcomes[-1]
-        p = stats.binomtest(outcomes[1], decided).pvalue if decided else 1.0
-        p = min(1.0, p * len(self.pairs))
-        return Preference(first, second, outcomes[1], outcomes[-1], outcomes[0], share_of(outcomes[1], decided), p)
+        won, lost, pairs = outcomes[1], outcomes[-1], len(self.pairs)
+        share = mean_share([1] * won + [0] * lost, 1 - (1 - CONFIDENCE) / pairs)
+        p = stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
+        return Preference(first, second, won, lost, outcomes[0], share, min(1.0, p * pairs), pairs)
+
+    def share_over_prompts(self, hits: Iterable[tuple[int, float]]) -> Estimate:
+        """The mean over prompts of the share of hits, given as (story number, hit or share of hits)."""
+        groups = defaultdict(list)
+        for number, hit in hits:
+            groups[number % len(self.prompts)].append(hit)
+        return mean_share([np.mean(group) for group in groups.values()])
 
     def shown_first(self) -> Estimate:
         """How often the judge picks the story that is shown first, if it picks one: half of the time if order does not matter."""
-        compared = [asked for asked in self.answers if isinstance(asked, Pairing) and not asked.again]
-        picked = Counter(self.answers[asked]["better"] for asked in compared)
-        return share_of(picked["1"], picked["1"] + picked["2"])
+        picks = ((asked.number, answer["better"]) for asked, answer in self.answers.items()
+                 if isinstance(asked, Pairing) and not asked.again)  # fmt: skip
+        return self.share_over_prompts((number, better == "1") for number, better in picks if better != "tie")
 
     def same_in_both_orders(self) -> Estimate:
-        """How often the judge says the same of two stories in both orders."""
-        scores = [scores for pair in self.pairs for number in self.numbers if (scores := self.scores(*pair, number)) is not None]
-        return share_of(sum(forward == backward for forward, backward in scores), len(scores))
+        """How often the judge gives the same verdict on two stories in both orders."""
+        scores = ((number, self.scores(*pair, number)) for pair in self.pairs for number in self.numbers)
+        return self.share_over_prompts((number, both[0] == both[1]) for number, both in scores if both is not None)
 
-    def verdicts_twice(self) -> tuple[list[int], list[int]]:
-        """The verdicts on pairs that were compared twice: the first and the second ones."""
-        first, second = [], []
-        for one, other in self.pairs:
-            for number in self.numbers:
-                verdicts = self.verdict(one, other, number), self.verdict(one, other, number, again=True)
-                if self.stories[one][number] != self.stories[other][number] and None not in verdicts:
-                    first.append(verdicts[0])
-                    second.append(verdicts[1])
-        return first, second
+    def verdicts_twice(self) -> np.ndarray:
+        """(pairs of stories compared twice, 3): story number, first and second verdict."""
+        rows = [(number, self.verdict(*pair, number), self.verdict(*pair, number, again=True))
+                for pair in self.pairs for number in self.numbers
+                if self.stories[pair[0]][number] != self.stories[pair[1]][number]]  # fmt: skip
+        return np.array([row for row in rows if None not in row], dtype=int).reshape(-1, 3)
 
-    def grades_twice(self) -> tuple[np.ndarray, np.ndarray]:
-        """(stories graded twice, 4) each: the first and the second grades."""
-        first, second = [], []
-        for asked, answer in self.answers.items():
-            if isinstance(asked, Grading) and asked.again and (before := self.answers.get(Grading(asked.name, asked.number))):
-                first.append([before[criterion] for criterion in CRITERIA])
-                second.append([answer[criterion] for criterion in CRITERIA])
-        return np.array(first).reshape(-1, len(CRITERIA)), np.array(second).reshape(-1, len(CRITERIA))
+    def grades_twice(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the stories graded twice the numbers (stories,), and the first and the second grades (stories, 4) each."""
+        rows = [(asked.number, *([given[criterion] for criterion in CRITERIA] for given in (before, answer)))
+                for asked, answer in self.answers.items() if isinstance(asked, Grading) and asked.again
+                and (before := self.answers.get(Grading(asked.name, asked.number)))]  # fmt: skip
+        numbers, first, second = zip(*rows, strict=True) if rows else ((), (), ())
+        return np.array(numbers, int), *(np.array(grades).reshape(-1, len(CRITERIA)) for grades in (first, second))
 
 
 def mean_of(values: Sequence[float]) -> Estimate:
-    """The mean of the values that are not NaN, with Student's interval if there are two."""
+    """The mean of the values that are not NaN, with Student's interval unless all are equal."""
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
     mean = values.mean().item() if len(values) else math.nan
-    if len(values) < 2:
+    if len(values) < 2 or np.ptp(values) == 0:
         return Estimate(mean, math.nan, math.nan)
-    if np.ptp(values) == 0:
-        return Estimate(mean, mean, mean)  # scipy has no interval without variance
     low, high = stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
     return Estimate(mean, low.item(), high.item())
 
 
-def share_of(hits: int, count: int) -> Estimate:
-    """hits / count with Wilson's interval."""
-    if count == 0:
+def mean_share(shares: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """The mean of shares, one of each prompt, with its Clopper-Pearson interval."""
+    if not len(shares):
         return Estimate(math.nan, math.nan, math.nan)
-    low, high = stats.binomtest(hits, count).proportion_ci(CONFIDENCE, method="wilson")
-    return Estimate(hits / count, low, high)
+    return Estimate(float(np.mean(shares)), *proportion_interval(sum(shares), len(shares), confidence))
 
 
 def cohens_kappa(first: Sequence, second: Sequence, squared: bool = False) -> float:
