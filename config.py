@@ -184,7 +184,7 @@ class TrainConfig:
         require(0 <= self.muon_momentum < 1, self, "muon_momentum", "give a number from 0 to below 1")
         require(self.eval_stories >= 200, self, "eval_stories", "give at least 200, as fewer cannot tell models apart")
         require(
-            self.grade_stories == 0 or self.data.split(":")[0] == "storyworld", self, "grade_stories",
+            self.grade_stories == 0 or self.data.split(":")[0] in ("storyworld", "storyworld_small"), self, "grade_stories",
             f"only storyworld can grade stories, and not data={self.data!r}: give data='storyworld', or 0",
         )  # fmt: skip
         require(self.max_steps or self.max_minutes, self, "max_steps", "give max_steps or max_minutes")
