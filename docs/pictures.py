@@ -44,8 +44,8 @@ SHOWN = {  # words of the cell whose output is the thumbnail of a notebook
 
 def shipped() -> list[str]:
     """The runs and groups of seeds that git knows."""
-    files = subprocess.run(["git", "ls-files", "trained_models/*/model.pth"], cwd=ROOT, check=True, capture_output=True, text=True)
-    runs = [Path(file).parent.name for file in files.stdout.split()]
+    files = subprocess.check_output(["git", "ls-files", "trained_models/*/model.pth"], cwd=ROOT, text=True)
+    runs = [Path(file).parent.name for file in files.split()]
     return list(dict.fromkeys(group_of(name) or name for name in runs))
 
 
