@@ -109,8 +109,8 @@ def change(page, **parameters):
     """Add assignments to the cell of parameters."""
     number = next(number for number, cell in enumerate(shown(page).cells) if is_parameters(cell))
     lines = "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
-    page.evaluate("lines => { const cell = %s.content.model.cells.get(%d).sharedModel;"
-                  "cell.setSource(cell.getSource() + lines) }" % (NOTEBOOK, number), lines)  # fmt: skip
+    page.evaluate("([number, lines]) => { const cell = " + NOTEBOOK + ".content.model.cells.get(number).sharedModel;"
+                  "cell.setSource(cell.getSource() + lines) }", [number, lines])  # fmt: skip
 
 
 def shown(page):
