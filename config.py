@@ -133,7 +133,7 @@ class TrainConfig:
     window_start: int | None = None  # attention window at first, growing to the whole context by half of the run; None is off
     micro_batch_size: int | Literal["auto"] | None = "auto"  # rows per forward pass; None is batch_size, auto is the fastest
     loss_chunk: int | None = 256  # compute the loss in chunks of this many tokens, to save memory and time; None is all at once
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 1/3 slower
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, one more forward pass
     max_steps: int | None = None  # stop after this many steps, or after max_minutes, whichever comes first
     max_minutes: float | None = 3.5  # stop after this many minutes of training, without compiling, evaluating and saving
     eval_every: int = 250  # steps between evaluations on validation stories

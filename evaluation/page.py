@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import sys
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import datetime
@@ -171,9 +172,7 @@ def where_the_loss_is(
     --------
     >>> sections = where_the_loss_is(result.groups, 200, "auto", result.notes)  # doctest: +SKIP
     """
-    by_position, by_class, manner, stories_of = {}, {}, {}, {}
-    output = sys.stdout if "ipykernel" in sys.modules else sys.stderr  # a notebook shows stderr as if it were an error
-    bar = tqdm(desc="where the loss is", total=sum(len(group.members) for group in groups), unit="run", file=output)
+    stories_of, available = {}, []
     for group in groups:
         data = Run(group.members[0].name).train_config.data
         try:
@@ -185,16 +184,17 @@ def where_the_loss_is(
         source, stories = stories_of[data]
         if (source := label(Run(group.members[0].name), source, stories)).endswith(NOT_ITS_OWN):
             notes.append(f"the loss of {group.name} by position and kind of word is measured on {source}")
-        measured = []
-        for member in group.members:
-            measured.append(measures_of(member, stories[:num_stories]))
-            bar.update()
-        by_position[group.name], by_class[group.name], manner[group.name] = (
-            pd.concat(columns, axis=1).mean(axis=1) for columns in zip(*measured, strict=True)
-        )
-    bar.close()
-    if not by_position:
+        available += [(group.name, member, stories[:num_stories]) for member in group.members]
+    if not available:
         return []
+    output = sys.stdout if "ipykernel" in sys.modules else sys.stderr  # a notebook shows stderr as if it were an error
+    measured = defaultdict(list)
+    for name, member, stories in tqdm(available, "where the loss is", unit="run", file=output):
+        measured[name].append(measures_of(member, stories))
+    by_position, by_class, manner = (
+        {name: pd.concat([run[kind] for run in runs], axis=1).mean(axis=1) for name, runs in measured.items()}
+        for kind in range(3)
+    )
     if len({group.members[0].scored.tokenizer for group in groups}) > 1:
         notes.append("losses by position are in nats per token, which do not compare between tokenizers")
     positions = pd.DataFrame(by_position)

@@ -1,4 +1,4 @@
-"""Every notebook runs in a real JupyterLab in Chromium. Slow: python -m pytest -m slow -n 0 tests/test_jupyterlab.py
+"""Every notebook runs in a real JupyterLab in Chromium. Slow: python -m pytest -m slow tests/test_jupyterlab.py
 
 Screenshots are left in pytest's temporary folder, which --basetemp names.
 """
@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import nbformat
+import pandas as pd
 import pytest
-from test_notebooks import EXAMPLE, NOTEBOOKS, REPOSITORY, code_cells, is_parameters
+from test_notebooks import EXAMPLE, NOTEBOOKS, REPOSITORY, code_cells, is_parameters, read
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")]
@@ -28,7 +30,7 @@ SMALL = {  # parameters with which a notebook is done in seconds
     "train": {"data": "storyworld:300", "max_steps": 3, "eval_every": 2},
     EXAMPLE: {"data": "storyworld:300", "max_steps": 2, "eval_every": 1},
 }  # fmt: skip
-NOTEBOOK = "window.jupyterapp.shell.currentWidget"
+NOTEBOOK = "window.jupyterapp?.shell?.currentWidget"
 RUN_ALL = "window.jupyterapp.commands.execute('notebook:run-all-cells')"
 
 
@@ -78,41 +80,78 @@ def browser():
 
 @pytest.fixture
 def open_notebook(lab, browser, tmp_path):
-    """Open a notebook in a new window, with other parameters; the window is saved as a picture at the end."""
+    """Open a copy of a notebook in a folder of the repository, with other parameters; a picture of it is saved at the end."""
     address, root = lab
-    windows = []
+    pages = []
 
-    def open_it(path: str, **parameters):
-        notebook = nbformat.read(root / path, as_version=4)
-        assignments = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-        next(cell for cell in notebook.cells if is_parameters(cell)).source += f"\n{assignments}\n"
+    def open_it(name: str, folder: Path, **parameters):
+        path = folder / f"{Path(name).name}.ipynb"
+        notebook = read(name)
         for cell in code_cells(notebook):
             cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, root / path)
-        page = browser.new_page(viewport={"width": 1200, "height": 2400})
+        page = browser.new_page(viewport={"width": 1200, "height": 4000})
         page.set_default_timeout(5 * MINUTES)
-        page.goto(f"{address}/lab/tree/{path}?reset")
+        page.goto(f"{address}/lab/tree/{path.as_posix()}?reset")
         page.wait_for_function(f"{NOTEBOOK}?.context?.sessionContext?.session?.kernel?.status == 'idle'")
-        windows.append(page)
+        pages.append(page)
+        change(page, **parameters)
         return page
 
     yield open_it
-    for number, page in enumerate(windows):
+    for number, page in enumerate(pages):
         page.screenshot(path=tmp_path / f"{number}.png")
         page.evaluate(f"{NOTEBOOK}.context.sessionContext.shutdown()")
         page.close()
 
 
-def as_shown(page):
-    """The notebook in a window; an error, or text on pink, is a failure."""
-    notebook = nbformat.from_dict(page.evaluate(f"{NOTEBOOK}.content.model.toJSON()"))
-    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+def change(page, **parameters):
+    """Add assignments to the cell of parameters."""
+    number = next(number for number, cell in enumerate(shown(page).cells) if is_parameters(cell))
+    lines = "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    page.evaluate("([number, lines]) => { const cell = " + NOTEBOOK + ".content.model.cells.get(number).sharedModel;"
+                  "cell.setSource(cell.getSource() + lines) }", [number, lines])  # fmt: skip
+
+
+def shown(page):
+    return nbformat.from_dict(page.evaluate(f"{NOTEBOOK}.content.model.toJSON()"))
+
+
+def check(page) -> str:
+    """All cells were run, without an error or text on pink; returns what was printed."""
+    cells = code_cells(shown(page))
+    outputs = [output for cell in cells for output in cell.outputs]
     assert [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"] == []
-    return notebook
+    assert all(cell.execution_count for cell in cells)
+    return "".join(output.get("text", "") for output in outputs)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_it_runs_to_its_end(open_notebook, name):
-    page = open_notebook(f"repository/{name}.ipynb", **SMALL[name])
+def test_it_runs_to_its_end_in_another_folder(open_notebook, name):
+    folder = Path("repository", EXAMPLE).parent if name == EXAMPLE else Path("repository/docs")
+    page = open_notebook(name, folder, **SMALL[name])
     page.evaluate(RUN_ALL)
-    assert all(cell.execution_count for cell in code_cells(as_shown(page)))
+    check(page)
+
+
+def test_training_is_stopped_resumed_and_run_again(open_notebook, lab):
+    runs = lab[1] / "repository" / "trained_models"
+    page = open_notebook("train", Path("repository"), **SMALL["train"] | {"max_steps": None, "max_minutes": 0.5, "name": "one"})
+    page.evaluate(f"window.running = {RUN_ALL}; 0")
+    page.wait_for_function(f"JSON.stringify({NOTEBOOK}.content.model.toJSON()).split('image/png').length > 4")  # and metadata
+    page.click('[data-command="notebook:interrupt-kernel"]')
+    page.evaluate("window.running")
+    assert "stopped after step" in check(page)
+    stopped = last_step(runs / "one")
+    change(page, resume=True)
+    page.evaluate(RUN_ALL)
+    assert "stopped after step" not in check(page)
+    assert last_step(runs / "one") > stopped
+    change(page, resume=False, name="two", max_minutes=0.05)
+    page.evaluate(RUN_ALL)
+    check(page)
+    assert last_step(runs / "two") > 0
+
+
+def last_step(run: Path) -> int:
+    return pd.read_csv(run / "log_data.csv")["step"].iloc[-1]
