@@ -27,7 +27,7 @@ SMALL = {  # parameters with which a notebook is done in seconds
     "model_evaluation": {"groups": ("0.5m_short_and_thick-seed0", "0.5m_tall_and_skinny-seed0"), "num_stories": 5,
                          "data_if_missing": "storyworld:300"},
     "testing_modules": {"num_layers": 2},
-    "train": {"data": "storyworld:300", "max_steps": 3, "eval_every": 2},
+    "train": {"data": "storyworld:300", "max_minutes": 0.01, "eval_every": 2},
     EXAMPLE: {"data": "storyworld:300", "max_steps": 2, "eval_every": 1},
 }  # fmt: skip
 NOTEBOOK = "window.jupyterapp?.shell?.currentWidget"

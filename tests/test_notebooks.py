@@ -69,8 +69,8 @@ def run(copy, monkeypatch):
 
 
 def test_train_leaves_a_run_and_runs_again(run, corpus, folders):
-    again = {"data": corpus, "max_steps": 1}
-    shown = printed(run("train", again, data=corpus, max_steps=4, eval_every=2))
+    again = {"data": corpus, "max_minutes": 0.001}
+    shown = printed(run("train", again, data=corpus, max_minutes=0.02, eval_every=10))
     first, second = sorted((folders / "runs").iterdir(), key=lambda folder: (folder / "model_config.json").stat().st_mtime_ns)
     for folder in (first, second):
         assert folder.name.startswith("quick_")
