@@ -77,7 +77,7 @@ def test_presets_are_a_table_that_unfolds():
     table = preset_table().data
     assert table.startswith(f"<details><summary>All {len(PRESETS)} presets</summary>")
     assert all(f"<th>{name}</th>" in table for name in PRESETS)
-    assert what_is_special(PRESETS["mixtral_like"].model) == "MoE, rope_theta 1000000.0, tied_embeddings False"
+    assert what_is_special(PRESETS["mixtral_like"].model) == "MoE, rope_theta 1e+06, no tied_embeddings"
 
 
 def test_messages_go_to_stdout_in_a_notebook(monkeypatch, capsys):

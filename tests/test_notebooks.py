@@ -79,8 +79,8 @@ def test_train_leaves_a_run_and_runs_again(run, corpus, folders):
     assert shown.count("bits per byte on little.txt") == 2 and shown.count("**Story 3**") == 2
 
 
-def test_inference(run, tiny_run):
-    shown = printed(run("inference", run=tiny_run, prompts=["Tom had", "Lily saw a red"], max_new_tokens=4))
+def test_inference_in_another_folder(run, tiny_run):
+    shown = printed(run("inference", folder="docs", run=tiny_run, prompts=["Tom had", "Lily saw a red"], max_new_tokens=4))
     assert "the same seed gives the same story: True" in shown and "greedy stories of three seeds are equal: True" in shown
     assert "**Lily saw a red**" in shown
 

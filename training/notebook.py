@@ -18,7 +18,9 @@ from training.checkpoint import Record
 from training.report import draw_losses, time_left
 from training.stories import Stories
 
-SIZES = {"dim", "num_layers", "mlp_dim", "num_heads", "num_kv_heads", "head_dim", "max_seq_len", "layers", "plugins"}
+ORDINARY = {  # fields of ModelConfig that make nothing special
+    "dim", "num_layers", "layers", "mlp_dim", "num_heads", "num_kv_heads", "head_dim", "max_seq_len", "norm_eps", "plugins",
+}  # fmt: skip
 
 
 class NotebookError(Exception):
@@ -143,10 +145,12 @@ def preset_table():
 
 
 def what_is_special(config: ModelConfig) -> str:
-    """Name the blocks other than those of the base model, and the settings other than sizes that differ from it."""
-    base = ModelConfig()
+    """Name the blocks that the base model does not have, and the settings other than sizes that differ from it."""
     blocks = [name for layer in config.layer_strings for name, _ in layer_steps(layer) if name not in "+|"]
     new = [name for name in dict.fromkeys(blocks) if name not in ("Norm", "Attn", "MLP")]
-    names = [field.name for field in fields(config) if field.name not in SIZES]
-    changed = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) != getattr(base, name)]
-    return ", ".join(new + changed)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in ORDINARY and value != field.default:
+            number = f"{value:.4g}" if isinstance(value, float) else value
+            new.append(f"{'' if value else 'no '}{field.name}" if isinstance(value, bool) else f"{field.name} {number}")
+    return ", ".join(new)
