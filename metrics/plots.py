@@ -62,7 +62,7 @@ def alt_text(figure) -> str:
         lines = []
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             line = handle[0] if isinstance(handle, ErrorbarContainer) else handle
-            ends = np.take(line.get_ydata(), [0, -1]) if isinstance(line, Line2D) else []
+            ends = np.take(line.get_ydata(), [0, -1]) if isinstance(line, Line2D) and len(line.get_ydata()) else []
             ends = dict.fromkeys(f"{end:.3g}" for end in ends)
             lines.append(f"{label} from {' to '.join(ends)}" if len(ends) == 2 else label)
         title = f"{axes.get_title()}: " if axes.get_title() else ""

@@ -7,6 +7,7 @@ import pytest
 
 from conftest import MODEL
 from data.cache import say
+from metrics.plots import alt_text
 from runs.folder import Run
 from runs.presets import PRESETS
 from train import train
@@ -33,6 +34,14 @@ def test_two_runs_share_a_plot_with_readable_names(make_config, screen):
     assert f"little.txt: {last.bits_per_byte:.3f} bits per byte, finished, " in axes.get_title()
     assert stories.texts == {"wide after 20 steps": last.story} and options["update"]
     assert not screen[0][1]["update"] and len(screen) == 4  # drawn once a run, as each took less than some seconds
+
+
+def test_it_is_drawn_before_the_first_evaluation(make_config, screen):
+    LivePlot(seconds_between=0).follow("mine", train(MODEL, make_config(max_steps=5, eval_every=4), "mine"))
+    figures = [figure for figure, options in screen if options["display_id"].startswith("plot")]
+    first, *_, last = (figure.axes[0].get_title() for figure in figures)
+    assert len(figures) == 6 and "bits per byte" not in first and "of training left" in first and "finished" in last
+    assert alt_text(figures[0]).endswith(": mine")  # which has no point yet
 
 
 def test_a_stopped_run_says_how_to_go_on_and_its_curve_is_whole(make_config, screen, capsys):
