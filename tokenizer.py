@@ -175,12 +175,12 @@ class Tokenizer:
     def to_html(self, text: str) -> str:
         """The text as HTML for a notebook: a background colour for each token, or bars between them where styles are stripped."""
         colours = ("#cde7ff", "#ffe3b8", "#d5f0c9", "#f5d0e2", "#e3d9fb")
+        pieces = [html.escape(piece).replace("\n", "<br>") for piece in self.tokens(text)]
         spans = [
-            f'<span style="background:{colours[i % len(colours)]}; color:black">{html.escape(piece)}</span>'
-            for i, piece in enumerate(self.tokens(text))
+            f'<span style="background:{colours[i % len(colours)]}; color:black">{piece}</span>' for i, piece in enumerate(pieces)
         ]
         bar = '<span style="display:none">│</span>'
-        return f'<pre style="white-space:pre-wrap; line-height:1.6">{bar.join(spans)}</pre>'
+        return f'<div style="white-space:pre-wrap; font-family:monospace; line-height:1.6">{bar.join(spans)}</div>'
 
 
 class CharacterPairTokenizer(Tokenizer):
