@@ -25,11 +25,13 @@ bench: $(VENV)/installed-dev  ## run short versions of the benchmarks
 	$(RUN) benchmarks/train_speed.py --short
 	$(RUN) benchmarks/time_to_loss.py --minutes 1 --seeds 0 --data auto --longest_story 1000
 
-# Two of the notebooks train runs that are not for git: BASEGPT_RUNS puts them elsewhere.
+# Two of the notebooks train runs that are not for git: BASEGPT_RUNS puts them elsewhere. Outputs with the tag
+# local_link, which lead to files that git ignores, are not saved.
 notebooks: $(VENV)/installed-dev  ## run the notebooks and save their outputs, as they are read on the web
 	BASEGPT_RUNS=$(abspath $(VENV))/notebook_runs $(EXECUTE) train.ipynb experiments/example/example.ipynb
 	$(EXECUTE) $(filter-out train.ipynb,$(wildcard *.ipynb))
-	$(RUN) -m nbconvert --coalesce-streams --log-level WARN *.ipynb experiments/example/example.ipynb
+	$(RUN) -m nbconvert --coalesce-streams --TagRemovePreprocessor.enabled=True \
+		--TagRemovePreprocessor.remove_single_output_tags=local_link --log-level WARN *.ipynb experiments/example/example.ipynb
 	$(RUN) -m pytest tests/test_notebooks.py -k committed
 
 clean:  ## remove the virtual environment

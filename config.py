@@ -133,7 +133,7 @@ class TrainConfig:
     window_start: int | None = None  # attention window at first, growing to the whole context by half of the run; None is off
     micro_batch_size: int | Literal["auto"] | None = "auto"  # rows per forward pass; None is batch_size, auto is the fastest
     loss_chunk: int | None = 256  # compute the loss in chunks of this many tokens, to save memory and time; None is all at once
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 1/3 slower
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, one more forward pass
     max_steps: int | None = None  # stop after this many steps, or after max_minutes, whichever comes first
     max_minutes: float | None = 3.5  # stop after this many minutes of training, without compiling, evaluating and saving
     eval_every: int = 250  # steps between evaluations on validation stories
@@ -184,7 +184,7 @@ class TrainConfig:
         require(0 <= self.muon_momentum < 1, self, "muon_momentum", "give a number from 0 to below 1")
         require(self.eval_stories >= 200, self, "eval_stories", "give at least 200, as fewer cannot tell models apart")
         require(
-            self.grade_stories == 0 or self.data.split(":")[0] == "storyworld", self, "grade_stories",
+            self.grade_stories == 0 or self.data.split(":")[0] in ("storyworld", "storyworld_small"), self, "grade_stories",
             f"only storyworld can grade stories, and not data={self.data!r}: give data='storyworld', or 0",
         )  # fmt: skip
         require(self.max_steps or self.max_minutes, self, "max_steps", "give max_steps or max_minutes")

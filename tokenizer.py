@@ -408,7 +408,7 @@ def main(
         data: Source of the stories, as in training: tinystories, storyworld, hub:owner/name, a file or a folder.
         vocab_size: Number of characters (95) and merges; bos, eos and pad come on top.
         name: Name of the new tokenizer, for --train.tokenizer NAME.
-        num_stories: Learn from at most this many stories; more hardly change the merges.
+        num_stories: Learn from at most this many stories.
         overwrite: Replace a tokenizer of this name.
     """
     from data.dataset import read_stories

@@ -4,15 +4,20 @@ While `with show_shapes(model):` runs, temporary hooks record every call of a su
 own source files. Afterwards both are removed, so that a model costs nothing extra while nobody looks at it.
 """
 
+import os
+import shutil
+import sys
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from torch import nn
 
+from shapes.drawing import WIDE, as_html, as_page, as_text
 from shapes.recording import Recording
-from shapes.tree import as_html, as_text
+from shapes.tree import Call
 
 
 class LoggingModule(nn.Module):
@@ -55,6 +60,8 @@ def show_shapes(model: nn.Module, *, values: bool = False, tensors: bool = False
                 html: str | Path | None = None, file: TextIO | None = None):
     """Print the shapes of all tensors when `model`, or a part of it, is called inside the `with` block.
 
+    A notebook shows them as a tree that folds.
+
     Parameters
     ----------
     model : nn.Module
@@ -95,10 +102,31 @@ def show_shapes(model: nn.Module, *, values: bool = False, tensors: bool = False
         finished = True
     finally:
         if recording.calls:
-            if html is None:
-                print(as_text(recording.calls), file=file)
-            else:
-                Path(html).write_text(as_html(recording.calls), encoding="utf-8")
-                print(f"the shapes are in {html}", file=file)
+            draw(recording.calls, html, file)
         elif finished:
             raise RuntimeError("the model was not called inside show_shapes: write  with show_shapes(model): model(x)")
+
+
+def draw(calls: list[Call], html: str | Path | None, file: TextIO | None):
+    """Write a page if html names one; else display the calls in a notebook, or print them, in color on a terminal."""
+    ipython = sys.modules.get("IPython")
+    is_notebook = file is None and ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+    is_terminal = (file or sys.stdout).isatty()
+
+    # the tree, or a page and a link to it, which is not for saved notebooks
+    if html is None:
+        is_known = not is_notebook and (is_terminal or "COLUMNS" in os.environ)
+        width = min(shutil.get_terminal_size((WIDE, 24)).columns, 160) if is_known else WIDE
+        text = as_text(calls, width, color=is_terminal and "NO_COLOR" not in os.environ)
+        rich = as_html(calls, WIDE) if is_notebook else ""
+    else:
+        Path(html).write_text(as_page(calls), encoding="utf-8")
+        text = f"the shapes are in {html}"
+        rich = f'the shapes are in <a href="{escape(str(html))}">{escape(str(html))}</a>'
+
+    # a notebook keeps both forms, and each viewer of it shows the one that it can
+    if is_notebook:
+        metadata = {"tags": ["local_link"]} if html else {}
+        ipython.display.display({"text/plain": text, "text/html": rich}, raw=True, metadata=metadata)
+    else:
+        print(text, file=file)

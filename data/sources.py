@@ -21,6 +21,7 @@ HUB_NAMES = {
     "tinystories_v2": "noanabeshima/TinyStoriesV2",
     "tinystories_gpt4_clean": "karpathy/tinystories-gpt4-clean",
 }
+SIZES = {"storyworld": (50_000, 3000), "storyworld_small": (20_000, 1000)}  # stories for training and for validation
 HUB_SECONDS = 6  # without an answer in this time, the hub is unreachable
 SEPARATOR = "<|endoftext|>"
 SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
@@ -62,10 +63,10 @@ def read_stories(source: str, split: str = "train") -> Iterator[str]:
     source : str
         "tinystories", "tinystories_v2", "tinystories_gpt4_clean" or their names on the hub;
         "hub:owner/name", any data set of the hub with a text column, or a local folder as `datasets.load_dataset` reads it;
-        "storyworld" or "storyworld:COUNT";
+        "storyworld", or "storyworld_small" with fewer plots and words; or either with ":COUNT";
         a file or folder of .parquet, .jsonl or .txt (stories separated by <|endoftext|>, or else by blank lines);
         the name of a file or folder in the folder $BASEGPT_DATA, also for a copy of tinystories;
-        "auto" is tinystories if it is here or the hub can be reached, else storyworld, and a line says so.
+        "auto" is tinystories if it is here or the hub can be reached, else storyworld_small, and a line says so.
     split : str, default "train"
         Which split to read.
 
@@ -98,11 +99,12 @@ def open_source(source: str) -> Source:
         try:
             return open_source("tinystories")
         except ConnectionError:
-            say("TinyStories is not cached and the Hugging Face hub can't be reached: using the built-in storyworld instead")
-            return _storyworld_source("storyworld")
+            say("TinyStories is not cached and the Hugging Face hub can't be reached: using storyworld_small instead, "
+                "a built-in world of simple stories")
+            return _storyworld_source("storyworld_small")
     if source in ("", "hub:"):
         return _unknown_source(source)
-    if source.split(":")[0] == "storyworld":
+    if source.split(":")[0] in SIZES:
         return _storyworld_source(source)
     if copy := _local_copy(source):
         return copy
@@ -143,7 +145,7 @@ def _local_copy(name: str) -> Source | None:
 
 
 def _unknown_source(source: str) -> Source:
-    names = ["auto", *HUB_NAMES, "storyworld"]
+    names = ["auto", *HUB_NAMES, *SIZES]
     is_path = "/" in source or "\\" in source
     if not is_path and (close := difflib.get_close_matches(source, names, n=1)):
         raise ValueError(f"no data source is called {source!r}. Did you mean {close[0]!r}? There are: {', '.join(names)}, "
@@ -156,17 +158,19 @@ def _unknown_source(source: str) -> Source:
 def _storyworld_source(source: str) -> Source:
     from data.storyworld import world as storyworld
 
-    count = source.partition(":")[2] or "50000"
+    name, _, count = source.partition(":")
+    most_train, most_validation = SIZES[name]
+    count = count or str(most_train)
     if not count.isdigit() or int(count) < 2:
-        raise ValueError(f"{source!r} should be storyworld:COUNT with a COUNT of at least 2, such as storyworld:50000")
-    counts = {"train": int(count), "validation": min(int(count), 3000)}
-    splits = {split: lambda split=split: storyworld.stories(split, counts[split]) for split in counts}
+        raise ValueError(f"{source!r} should be {name}:COUNT with a COUNT of at least 2, such as {name}:{most_train}")
+    counts = {"train": int(count), "validation": min(int(count), most_validation)}
+    splits = {split: lambda split=split: storyworld.stories(split, counts[split], name) for split in counts}
 
     def fingerprint(cache_dir: Path) -> str:
         """Digest the first stories of both splits, not the code, so that it changes only with the stories."""
-        return digest("storyworld", count, *(story for split in counts for story in storyworld.stories(split, 100)))
+        return digest(name, count, *(story for split in counts for story in storyworld.stories(split, 100, name)))
 
-    return Source("storyworld", splits, fingerprint, counts["train"])
+    return Source(name, splits, fingerprint, counts["train"])
 
 
 def _hub_source(name: str, repo: str) -> Source:

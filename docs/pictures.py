@@ -34,13 +34,13 @@ def shapes(page: Path) -> str:
     attention = model.layers[0].branches[0].blocks[1]
     with torch.no_grad(), show_shapes(attention, html=page):
         model(torch.zeros(2, 100, dtype=torch.long))
-    return "h1, p { display: none } body { margin: 0 } .shapes { width: 25em } .count { width: 6em }"
+    return "h1 { display: none } body { margin: 0 }"
 
 
 def diff(page: Path) -> str:
     """What the example experiment changes in the base model; the weights of equal parts are hidden."""
     run("evaluation", "diff", "0.5m_short_and_thick", "example/forgetting", "--html", str(page))
-    return "h1, p, .same br, .same .details { display: none } body { margin: 0 }"
+    return "h1, p, .same :is(br, small) { display: none } body { margin: 0 }"
 
 
 def compare(page: Path) -> str:

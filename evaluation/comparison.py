@@ -44,7 +44,7 @@ class Comparison:
     def __rich_console__(self, console, options) -> Iterator:
         formats = dict.fromkeys(("p", "p (corrected)"), format_p)
         tables = [[FrameTable(frame, formats=formats)] for frame in (self.candidates, self.differences) if len(frame)]
-        notes, verdicts = ([Text(line, style) for line in lines] for lines, style in ((self.notes, "yellow"), (self.verdicts, "bold")))
+        notes, verdicts = [Text(note, "yellow") for note in self.notes], [Text(verdict, "bold") for verdict in self.verdicts]
         yield from paragraphs(notes, *tables, verdicts)
 
     def __str__(self) -> str:

@@ -1,25 +1,23 @@
 """A Diff as text for the terminal, and as HTML (diff.jinja) for a notebook or a page."""
 
+import itertools
 import re
 from collections.abc import Iterator
-from html import escape
-from pathlib import Path
 from textwrap import wrap
 from typing import NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
 from evaluation.alignment import CHANGED, LEFT, RIGHT, SAME, Diff, Group
 from metrics.cost import Part
+from pages import render
 from runs.tables import new_table, plain
 from shapes.tree import joined_name
 
 NUMBERS = {"parameters": "parameters", "flops": "FLOPs", "cache_per_token": "cache"}
 CLASSES = {SAME: "same", CHANGED: "changed", LEFT: "left", RIGHT: "right"}
-TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-                        trim_blocks=True, lstrip_blocks=True)  # fmt: skip
 
 
 class DiffView(Diff):
@@ -30,12 +28,12 @@ class DiffView(Diff):
         yield from (Text(title, style="bold"), "", *wrap(self.legend, options.max_width), "")
         yield from (table_of_config(self), "", table_of_parts(self), "", table_of_totals(self))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return plain(self)
 
     def _repr_html_(self) -> str:
-        template = TEMPLATES.get_template("diff.jinja")
-        return template.render(diff=self, lines=list(lines_of(self)), labels=NUMBERS.values(), classes=CLASSES, ratio=ratio)
+        return render("evaluation/diff.jinja", diff=self, groups=[list(lines_of(group)) for group in self.groups],
+                      labels=list(NUMBERS.values()), classes=CLASSES, changed=CHANGED, ratio=ratio)  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -54,15 +52,14 @@ class Line(NamedTuple):
     is_inside: bool = False  # a part of a layer
 
 
-def lines_of(diff: Diff) -> Iterator[Line]:
-    """A line for each layer and each part; the parts of equal layers are left out."""
-    for group in diff.groups:
-        several = len(group.rows) > 1
-        if several:
-            yield Line(group.mark, group_cell(group, "left"), group_cell(group, "right"), is_group=True)
-        if not several or group.mark != SAME:
-            for row in group.rows:
-                yield Line(row.mark, part_cell(row.left, row.right), part_cell(row.right, row.left), is_inside=several)
+def lines_of(group: Group) -> Iterator[Line]:
+    """A line for a layer, and for each of its parts, unless it is the same in both."""
+    several = len(group.rows) > 1
+    if several:
+        yield Line(group.mark, group_cell(group, "left"), group_cell(group, "right"), is_group=True)
+    if not several or group.mark != SAME:
+        for row in group.rows:
+            yield Line(row.mark, part_cell(row.left, row.right), part_cell(row.right, row.left), is_inside=several)
 
 
 def group_cell(group: Group, side: str) -> Cell:
@@ -123,7 +120,7 @@ def table_of_parts(diff: Diff) -> Table:
     table.add_column("", overflow="fold", ratio=1)
     for heading in NUMBERS.values():
         table.add_column(heading, justify="right", no_wrap=True)
-    for line in lines_of(diff):
+    for line in itertools.chain(*map(lines_of, diff.groups)):
         indent = "  " * line.is_inside
         if line.left == line.right:
             table.add_row(line.mark, indent + line.left.title, *line.left.numbers)
@@ -150,12 +147,5 @@ def table_of_totals(diff: Diff) -> Table:
 
 def as_page(diff: DiffView) -> str:
     """One self-contained HTML page, in the reader's light or dark mode."""
-    title = escape(f"{diff.left.title} {CHANGED} {diff.right.title}")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>:root {{ color-scheme: light dark }} body {{ margin: 2em auto; max-width: 1400px; padding: 0 1em }}</style></head>
-<body><h1>{title}</h1>
-{diff._repr_html_()}
-</body></html>
-"""
+    title = f"{diff.left.title} {CHANGED} {diff.right.title}"
+    return render("pages/base.jinja", title=title, content=Markup(diff._repr_html_()))

@@ -24,11 +24,11 @@ from evaluation.alignment import format_field
 from evaluation.comparison import Candidate, Comparison, Member, format_p
 from evaluation.curves import AXES, plot_curves
 from evaluation.diff import diff
-from evaluation.diff_view import TEMPLATES
 from evaluation.statistics import BITS
 from inference import generate, load_model
 from metrics.measures import calibration, distinct, loss_by_position, loss_by_word_class, repetition, token_scores
 from metrics.story_losses import NOT_ITS_OWN, label, validation_stories
+from pages import render
 from runs.command_line import command as training_command
 from runs.folder import Run
 from training.machine import cpu_name
@@ -94,11 +94,12 @@ def as_page(
     if measured is None:
         measured = where_the_loss_is(groups, num_stories, data_if_missing, notes)
     first, *others = (group.members[0] for group in groups)
-    return TEMPLATES.get_template("page.jinja").render(
+    return render(
+        "evaluation/page.jinja",
         title=" and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:]),
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
         verdicts=comparison.verdicts,
-        notes=notes,
+        notes=[without_folders(note) for note in notes],
         names=names,
         summary=html_table(comparison.candidates),
         differences=html_table(comparison.differences),
@@ -113,16 +114,25 @@ def as_page(
                   ("Training", changed_settings(names, [group.members[0].config for group in groups]))],
         architectures=[(f"{names[0]} and {name}, part by part", Markup(diff(first.name, other.name)._repr_html_()))
                        for name, other in zip(names[1:], others, strict=True) if other.architecture != first.architecture],
-        runs=[(training_command(Run(group.members[0].name).model_config, group.members[0].config), runs_table(group))
-              for group in groups],
+        runs=[(without_folders(training_command(Run(members[0].name).model_config, members[0].config)), runs_table(group))
+              for group in groups for members in [group.members]],
         scored={"data": first.scored.data, "stories": len(first.losses), "bytes": first.losses["bytes"].sum()},
         over=set(comparison.differences.get("over", [])),
         at=comparison.at,
-        command=command,
+        command=without_folders(command or ""),
         machine=f"{platform.platform()}, {cpu_name().rpartition(':')[2].strip()}, {os.cpu_count()} cores; "
                 f"Python {platform.python_version()}, "
                 + ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scipy", "pandas")),
     )  # fmt: skip
+
+
+def without_folders(text: str) -> str:
+    """Reduce paths to their last name, as pages are mailed.
+
+    >>> without_folders("--data /home/me/stories.txt at 900 tokens/s, or ../of_mine/stories.txt")
+    '--data stories.txt at 900 tokens/s, or stories.txt'
+    """
+    return re.sub(r"(?<![\w.:/\\])(?:[A-Za-z]:|~|\.\.?)?[/\\](?:[^\s/\\'\"]+[/\\])+", "", text)
 
 
 def html_table(frame: pd.DataFrame, kind: str = "numbers") -> Markup:
@@ -208,7 +218,7 @@ def measures_of(member: Member, stories: list[str]) -> tuple[pd.Series, pd.Serie
 
 def changed_settings(names: list[str], configs: list) -> Markup | None:
     """The fields in which the configs differ, apart from seeds; None if they do not."""
-    rows = {field.name: [format_field(config, field.name) for config in configs] for field in fields(configs[0])}
+    rows = {field.name: [without_folders(format_field(config, field.name)) for config in configs] for field in fields(configs[0])}
     rows = {name: row for name, row in rows.items() if len(set(row)) > 1 and name not in ("seed", "data_seed")}
     return html_table(pd.DataFrame.from_dict(rows, orient="index", columns=names), "text") if rows else None
 

@@ -176,7 +176,7 @@ def undone(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def for_evaluation(model: nn.Module, num_stories: int) -> Iterator[None]:
-    """Evaluate with the kernels, a third faster, if they are compiled already or there are many stories.
+    """Evaluate with the kernels, if they are compiled already or there are many stories.
 
     A model that has been configured for training is left as it is. What fails is said, and the plain model evaluates.
     """

@@ -1,7 +1,7 @@
 """The C++ kernels as PyTorch functions with gradients.
 
-Attention is about twice as fast as PyTorch's, more for packed stories; norms, rotations, convolutions, activations and the loss
-take one pass over memory.  B batch, H query heads, G key/value heads, T time, K head dim, D model dim, V vocabulary.
+Attention skips what a query may not see, such as other stories of its row; norms, rotations, convolutions, activations and the
+loss take one pass over memory.  B batch, H query heads, G key/value heads, T time, K head dim, D model dim, V vocabulary.
 """
 
 import math

@@ -4,7 +4,6 @@ B batch, T time, M tokens of memory, D model dim.
 """
 
 import inspect
-import io
 import sys
 from dataclasses import dataclass, replace
 from html import escape
@@ -18,7 +17,9 @@ from model import Cache
 from modules.contract import layers_to_try
 from modules.registry import all_blocks, build_model
 from shapes.comments import tensors_in
-from tools import show_shapes
+from shapes.drawing import as_text
+from shapes.recording import Recording
+from shapes.tree import fold, without_repeats
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Exhibit:
     name: str
     layer: str
     summary: str  # first line of its docstring
-    shapes: str  # output of show_shapes
+    shapes: str  # of all tensors inside, as a tree
     cache: dict[str, tuple[int, ...]]  # shapes of its cache
     part: Part  # its cost
 
@@ -49,14 +50,15 @@ def show_blocks(config: ModelConfig, tokens: Tensor, vocab_size: int):
     --------
     >>> show_blocks(ModelConfig(), torch.randint(100, (2, 16)), vocab_size=100)  # doctest: +SKIP
     """
-    from IPython.display import HTML, Markdown, display
+    from IPython.display import display
 
+    visited: set[tuple] = set()
     for module, names in families(config).items():
         family = inspect.getdoc(sys.modules[module]).splitlines()[0]
-        display(Markdown(f"### {module.replace('.', '/')}.py\n\n{family}"))
+        display({"text/markdown": f"### {module.replace('.', '/')}.py\n\n{family}"}, raw=True)
         for name in names:
-            exhibit = run_block(name, layers_to_try(name, all_blocks(config)[name])[0], config, tokens, vocab_size)
-            display(Markdown(f"#### {name}\n\n{exhibit.summary}"), HTML(as_html(exhibit)))
+            exhibit = run_block(name, layers_to_try(name, all_blocks(config)[name])[0], config, tokens, vocab_size, visited)
+            display({"text/markdown": f"#### {name}\n\n{exhibit.summary}"}, {"text/html": as_html(exhibit)}, raw=True)
 
 
 def families(config: ModelConfig) -> dict[str, list[str]]:
@@ -68,20 +70,24 @@ def families(config: ModelConfig) -> dict[str, list[str]]:
     return names
 
 
-def run_block(name: str, layer: str, config: ModelConfig, tokens: Tensor, vocab_size: int) -> Exhibit:
-    """Run a layer on tokens (B, T) and a memory (B, M, D), and record the last block of that name."""
+def run_block(name: str, layer: str, config: ModelConfig, tokens: Tensor, vocab_size: int, visited: set[tuple]) -> Exhibit:
+    """Run a layer on tokens (B, T) and a memory (B, M, D), and record the last block of that name.
+
+    Calls that look like visited ones are shown without their inside.
+    """
     B, T = tokens.shape
     model = build_model(replace(config, layers=layer, num_layers=1), vocab_size).eval()
     part = last_part(name, model_cost(model, T))
-    block, cache, page = model.get_submodule(part.place), Cache(), io.StringIO()
+    block, cache = model.get_submodule(part.place), Cache()
     memory = torch.randn(B, T + 1, getattr(block, "memory_dim", config.dim))  # (B, M, D)
     with torch.no_grad():
-        with show_shapes(block, file=page):
+        with Recording(block, values=False, tensors=False, lines=True) as recording:
             model(tokens, memory=memory)
         model(tokens, memory=memory, cache=cache)
     state = dict(pair for key, value in cache.blocks.get(block, {}).items() for pair in tensors_in(key, value))
     summary = inspect.getdoc(block).splitlines()[0]
-    return Exhibit(name, layer, summary, page.getvalue(), {key: tuple(value.shape) for key, value in state.items()}, part)
+    shapes = as_text(without_repeats(fold(recording.calls), visited), width=96)
+    return Exhibit(name, layer, summary, shapes, {key: tuple(value.shape) for key, value in state.items()}, part)
 
 
 def as_html(exhibit: Exhibit) -> str:

@@ -182,7 +182,7 @@ def main(arguments):
              FrameTable(loss_by_word_class(scores, tokenizer, stories), ",.3f"), f"\ncalibration error {error:.4f}",
              f"{len(samples)} samples: {repetition(samples):.1%} of 4-grams repeated, "
              + ", ".join(f"distinct-{n} {distinct(samples, n):.3f}" for n in (1, 2, 3)))  # fmt: skip
-        if is_world(data) and (floor := floor_of(stories, tokenizer)):
+        if is_world(data) and (floor := floor_of(stories, tokenizer, data)):
             loss, num_bytes = scores.nats.mean(), sum(len(story.encode()) for story in stories)
             bits = scores.nats.sum() / num_bytes / math.log(2)
             show(f"loss {loss:.4f} nats per token, {loss - floor.nats_per_token:.4f} over the entropy of the world, "

@@ -155,7 +155,7 @@ def evaluate(model: GPT, tokenizer, stories: list[str], batch_size: int = 32, to
 
 
 def ranks_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Rank of each target: how many other tokens are at least as likely. Twice as fast as topk.  (B, T, V), (B, T) -> (B, T)
+    """Rank of each target: how many other tokens are at least as likely.  (B, T, V), (B, T) -> (B, T)
 
     The rank is V if the target is IGNORE or its logit is NaN.
     """

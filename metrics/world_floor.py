@@ -36,32 +36,32 @@ def world_floor(name: str) -> Floor | None:
     saved = run.load("model.pth", {"data", "validation_stories", "validation_fingerprint"})
     if not is_world(saved["data"]):
         return None
-    stories = validation_of("storyworld" if source == "auto" else source)[: saved["validation_stories"]]
+    stories = validation_of(saved["data"] if source == "auto" else source)[: saved["validation_stories"]]
     if fingerprint(stories) != saved["validation_fingerprint"]:
         say(f"the storyworld has changed since the run {name!r} was trained: the entropy of its stories is not known any more")
         return None
-    return floor_of(stories, load_tokenizer(run.train_config.tokenizer))
+    return floor_of(stories, load_tokenizer(run.train_config.tokenizer), saved["data"])
 
 
-def floor_of(stories: list[str], tokenizer) -> Floor | None:
-    """Entropy of stories of the world; None, with a printed reason, if the tokenizer does not preserve them.
+def floor_of(stories: list[str], tokenizer, data: str) -> Floor | None:
+    """Entropy of stories of a world; None, with a printed reason, if the tokenizer does not preserve them.
 
     Raises ValueError for a story that is not of the world.
     """
     if not keeps_stories(tokenizer):
         say(f"{tokenizer.name} does not keep the stories of the world as they are: their entropy in its tokens is not known")
         return None
-    nats = sum(nats_of(story) for story in stories)
+    nats = sum(nats_of(story, data.split(":")[0]) for story in stories)
     num_tokens = sum(map(len, tokenizer.encode_batch(stories, eos=True)))
     return Floor(nats / num_tokens, nats / math.log(2) / sum(len(story.encode()) for story in stories))
 
 
 @functools.cache
-def nats_of(story: str) -> float:
-    return code_length([story])
+def nats_of(story: str, world: str) -> float:
+    return code_length([story], world)
 
 
 @functools.cache
 def validation_of(source: str) -> list[str]:
-    """The validation stories of storyworld or storyworld:COUNT, which take two seconds to generate."""
+    """The validation stories of a world, which take two seconds to generate."""
     return choose_validation(open_source(source), Counter())

@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from data.cache import say
-from data.storyworld.world import score, sentence_spans, stories
+from data.storyworld.world import WORLDS, score, sentence_spans, stories
 from inference import generate, load_model
 from metrics.proportion import proportion_interval
 from runs.folder import Run, group_members
 from runs.tables import FrameTable, show
 from tokenizer import normalise
 
-WORLD = "storyworld"
 KINDS = ("who", "what", "where", "why", "end", "grammar")
 BROKEN = tuple(f"broken_{kind}" for kind in KINDS)
 COLUMNS = ("accepted", "sentences_right", *BROKEN)  # of log_data.csv
@@ -58,8 +57,8 @@ class Grades:
 
 
 def is_world(data: str) -> bool:
-    """Whether the name of a source is storyworld or storyworld:COUNT."""
-    return data.split(":")[0] == WORLD
+    """Whether a source is one of the worlds, with or without :COUNT."""
+    return data.split(":")[0] in WORLDS
 
 
 def as_told(text: str) -> str:
@@ -119,7 +118,7 @@ def grade_run(name: str, num_samples: int = 200, temperature: float = 1.0, seed:
     data = Run(name).load("model.pth", {"data"})["data"]
     if not is_world(data):
         raise ValueError(f"the run {name!r} was trained on {data}: the world can only grade models of its own stories. "
-                         f"Train one with --train.data {WORLD}")  # fmt: skip
+                         f"Train one with --train.data storyworld")  # fmt: skip
     model, tokenizer = load_model(name)
     check_tokenizer(tokenizer)
     return grade_model(model, tokenizer, num_samples, temperature, seed)

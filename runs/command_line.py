@@ -15,7 +15,7 @@ LEAST_MEMORY = 1500 * 2**20  # bytes of address space that training the default 
 
 @dataclass(frozen=True)
 class Arguments:
-    preset: str = "0.5m_short_and_thick"  # a named architecture, or EXPERIMENT/PRESET; other options change it
+    preset: str = "quick"  # a named architecture, or EXPERIMENT/PRESET; other options change it
     name: str | None = None  # name of the run in trained_models/, or EXPERIMENT/RUN; None is the preset and the time
     resume: bool = False  # go on with the stopped run --name
     continue_from: str | None = None  # start from the best weights of this run

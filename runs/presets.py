@@ -5,6 +5,7 @@ they depend on the size, and about the same proportions, from the source that it
 are ours.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from config import PRE_NORM, SANDWICH_NORM, TWO_HOP, ModelConfig, TrainConfig, look_up
@@ -19,8 +20,21 @@ class Preset(NamedTuple):
 LATENT = "LatentAttn(q_rank=48, kv_rank=32, rope_dim=8, v_dim=16)"
 DELTA = "GatedDeltaNet(num_heads=2, head_dim=32, v_heads=4, v_dim=32)"
 VALUES = "Shortcut->|->Norm->ValueAttn(residual=False, embedding=True)->+->Norm->MLP->+"
+SPEEDRUN = ModelConfig(
+    dim=160, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=64, max_seq_len=256, activation="ReLU2", gated=False,
+    qk_norm=True, zero_init=True, tied_embeddings=False,
+    layers=(f"Bigram(size=1536)->Norm->ShortConv(width=2)->|->{VALUES}", f"Shortcut->|->{PRE_NORM}", VALUES),
+)  # fmt: skip
 
 PRESETS: dict[str, Preset] = {
+    # The default of train.py: speedrun, made smaller for the few minutes of a first run on an old laptop.
+    "quick": Preset(
+        replace(SPEEDRUN, dim=112, max_seq_len=512),
+        TrainConfig(
+            eval_every=150, optimizer="Muon", lr_max=0.015, muon_lr_scale=0.5, betas=(0.4, 0.99), warmup_steps=30,
+            ema_decay=0.98,
+        ),
+    ),
     "0.5m_short_and_thick": Preset(ModelConfig(dim=128, num_layers=2, mlp_dim=352)),
     "0.5m_5foot11_and_skinnyfat": Preset(ModelConfig(dim=96, num_layers=4)),
     "0.5m_tall_and_skinny": Preset(ModelConfig(dim=64, num_layers=10, num_heads=2, num_kv_heads=1, mlp_dim=160)),
@@ -177,13 +191,7 @@ PRESETS: dict[str, Preset] = {
         )
     ),
     "speedrun": Preset(
-        ModelConfig(
-            dim=160, num_layers=3, layers=(
-                f"Bigram(size=1536)->Norm->ShortConv(width=2)->|->{VALUES}", f"Shortcut->|->{PRE_NORM}", VALUES,
-            ),
-            num_heads=2, num_kv_heads=1, head_dim=64, max_seq_len=256, activation="ReLU2", gated=False, qk_norm=True,
-            zero_init=True, tied_embeddings=False,
-        ),
+        SPEEDRUN,
         TrainConfig(
             tokenizer="bpe_tokenizer_2048", batch_size=32, batch_size_start=8, optimizer="Muon", lr_max=0.009, muon_lr_scale=0.5,
             betas=(0.4, 0.99), weight_decay=0.5, embedding_decay=0.5, warmup_steps=30, ema_decay=0.98,

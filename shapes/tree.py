@@ -1,14 +1,10 @@
-"""The tree of calls and lines that show_shapes records, and how to draw it as text or as an HTML page."""
+"""The tree of calls and lines that show_shapes records: folding of repetitions, and the labels of a row."""
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from html import escape
 
 from torch import nn
-
-from shapes.comments import shapes_in
 
 FAILED_INSIDE = "failed"  # the problem of a call in which an inner call or line has reported the error
 NUMBERS = r"\d+(?:(?:–|, )\d+)*"  # in a name: 3, or 0–2, 5 for merged calls
@@ -94,6 +90,19 @@ def look(node: Call | Line) -> tuple:
     return name, node.kind, node.inputs, node.kwargs, node.outputs, size, node.problem, node.times, children
 
 
+def without_repeats(nodes: list[Call | Line], visited: set[tuple]) -> list[Call | Line]:
+    """Leave out what is inside calls that look like visited ones, and add the other calls to these."""
+    shorter = []
+    for node in nodes:
+        if isinstance(node, Call) and len(node.children) > 1 and look(node) in visited:
+            node = replace(node, children=[Line("as above", ())])
+        elif isinstance(node, Call):
+            visited.add(look(node))
+            node = replace(node, children=without_repeats(node.children, visited))
+        shorter.append(node)
+    return shorter
+
+
 def merge(nodes: list[Call | Line]) -> Call | Line:
     times = sum(node.times for node in nodes)
     if isinstance(nodes[0], Line):
@@ -142,13 +151,14 @@ def shapes_label(node: Call | Line) -> str:
 
 
 def given_lines(call: Call) -> list[Line]:
-    """A line for each keyword argument, except those that are passed on to a call inside, where they are shown."""
+    """A line for the keyword arguments, except those that are passed on to a call inside, where they are shown."""
     passed_on, calls = set(), [child for child in call.children if isinstance(child, Call)]
     while calls:
         inner = calls.pop()
         passed_on.update(inner.kwargs)
         calls += [child for child in inner.children if isinstance(child, Call)]
-    return [Line("given", (value,)) for value in call.kwargs if value not in passed_on]
+    given = tuple(value for value in call.kwargs if value not in passed_on)
+    return [Line("given", given)] if given else []
 
 
 def value_notes(node: Call | Line) -> list[str]:
@@ -170,122 +180,3 @@ def long_notes(node: Call | Line) -> Iterator[str]:
                 yield label + value.content.replace("\n", "\n" + " " * len(label))
     if node.problem and node.problem != FAILED_INSIDE:
         yield f"✗ {node.problem}"
-
-
-def as_text(calls: list[Call]) -> str:
-    """Draw the calls as a tree with aligned columns, as wide as the terminal."""
-    rows = [Row("", "shapes", right="parameters"), *text_rows(fold(calls), indent=None)]
-    width = min(shutil.get_terminal_size((104, 24)).columns, 160)
-    columns = [row for row in rows if not row.whole]
-    right_width = max(len(row.right) for row in columns)
-    widths = [len(row.middle) if row.right else min(len(row.middle + row.meaning) - right_width - 2, 38) for row in columns]
-    middle_width = min(max(widths), width // 2)
-    left_width = min(max(len(row.left + row.times) for row in columns), max(30, width - middle_width - right_width - 4))
-    lines = []
-    for row in rows:
-        if row.whole:
-            lines.append(row.left)
-            continue
-        left = (shorten(row.left, left_width - len(row.times)) + row.times).ljust(left_width)
-        room = width - left_width - 2
-        if row.right:
-            room -= 2 + right_width
-            lines.append(f"{left}  {shorten(row.middle, room).ljust(room)}  {row.right.rjust(right_width)}")
-        else:
-            meaning = row.meaning if len(row.middle + row.meaning) <= room else ""
-            lines.append(f"{left}  {shorten(row.middle, room)}{meaning}".rstrip())
-    return "\n".join(lines)
-
-
-@dataclass
-class Row:
-    left: str
-    middle: str = ""
-    meaning: str = ""  # the shape in letters, shown if there is room
-    right: str = ""
-    times: str = ""
-    whole: bool = False  # left spans all columns
-
-
-def text_rows(nodes: list[Call | Line], indent: str | None) -> Iterator[Row]:
-    last_call = max((i for i, node in enumerate(nodes) if isinstance(node, Call)), default=-1)
-    for i, node in enumerate(nodes):
-        below = "" if indent is None else indent + ("│  " if i < last_call else "   ")
-        times = f" × {node.times}" if node.times > 1 else ""
-        if isinstance(node, Call):
-            branch = "" if indent is None else indent + ("├─ " if i < last_call else "└─ ")
-            title = "  ".join(part for part in (node.name, node.kind) if part)
-            yield Row(branch + title, shapes_label(node), right=parameter_label(node), times=times)
-        else:
-            meaning = "" if node.problem else ", ".join(shapes_in(node.comment))
-            yield Row(below + node.source, shapes_label(node), meaning and f" = {meaning}", times=times)
-        yield from (Row(below, note) for note in value_notes(node))
-        yield from (Row(f"{below}   {line}".rstrip(), whole=True) for note in long_notes(node) for line in note.splitlines())
-        if isinstance(node, Call):
-            yield from text_rows(given_lines(node) + node.children, below)
-
-
-def shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-STYLE = """
-:root { color-scheme: light dark; --quiet: #667; --rule: #ddd; --wrong: #b00020; --name: #0b5394 }
-@media (prefers-color-scheme: dark) { :root { --quiet: #99a; --rule: #333; --wrong: #ff8a80; --name: #8ab4f8 } }
-body { font: 14px/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }
-body { margin: 2em auto; max-width: 1200px; padding: 0 1em }
-h1 { font: 600 20px system-ui, sans-serif } p { font-family: system-ui, sans-serif; color: var(--quiet) }
-details > :not(summary) { margin-left: 1.2em } summary { cursor: pointer; list-style: none }
-summary, .line, .call, .titles { border-bottom: 1px solid var(--rule); padding: 1px 0 }
-.titles, .line .what, .comment, .times { color: var(--quiet) }
-.row { display: flex; gap: 1em }
-.what { flex: 1; min-width: 0; overflow-wrap: anywhere; padding-left: 2ch; text-indent: -2ch }
-.shapes { width: min(27em, 40vw); flex: none; overflow-wrap: anywhere } .count { width: 9em; flex: none; text-align: right }
-.what::before { content: "  "; white-space: pre } summary .what::before { content: "▸ " }
-[open] > summary .what::before { content: "▾ " }
-.name { color: var(--name); font-weight: 600 } .note { white-space: pre-wrap; color: var(--quiet); margin-left: 2em }
-.note.wrong { color: var(--wrong) }
-"""
-
-
-def as_html(calls: list[Call]) -> str:
-    """Draw the calls as one self-contained HTML page that folds and unfolds without scripts."""
-    name = escape(calls[0].kind or calls[0].name)
-    body = "\n".join(html_of(node, depth=0) for node in fold(calls))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{name}: shapes</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{name}</h1>
-<p>Every call of a module: shapes of its inputs → outputs, and its parameters. Click to open one.</p>
-<div class="row titles"><span class="what"></span><span class="shapes">shapes</span><span class="count">parameters</span></div>
-{body}
-</body>
-</html>
-"""
-
-
-def html_of(node: Call | Line, depth: int) -> str:
-    times = f' <span class="times">× {node.times}</span>' if node.times > 1 else ""
-    if isinstance(node, Line):
-        comment = f' <span class="comment">{escape(node.comment)}</span>' if node.comment else ""
-        what, count = f'<span title="{escape(node.where)}">{escape(node.source)}</span>{comment}{times}', ""
-    else:
-        name = f'<span class="name">{escape(node.name)}</span> ' if node.name else ""
-        what, count = f"{name}{escape(node.kind)}{times}", parameter_label(node)
-    row = (f'<span class="row"><span class="what">{what}</span><span class="shapes">{escape(shapes_label(node))}</span>'
-           f'<span class="count">{count}</span></span>')
-    notes = [*value_notes(node), *long_notes(node)]
-    below = "".join(f'<div class="note{" wrong" * note.startswith("✗")}">{escape(note)}</div>' for note in notes)
-    if isinstance(node, Line):
-        return f'<div class="line">{row}{below}</div>'
-    below += "\n".join(html_of(child, depth + 1) for child in given_lines(node) + node.children)
-    if not below:
-        return f'<div class="call">{row}</div>'
-    opened = " open" if depth < 2 or node.problem else ""
-    return f"<details{opened}><summary>{row}</summary>{below}</details>"

@@ -102,7 +102,8 @@ def test_intervals():
 
 def test_a_table_and_a_picture_of_all_tasks(folders, capsys):
     path = folders / "radar.png"
-    evaluation.run(["probes", "Norm->Attn->+", "--quick", "--steps", "1", "--tasks", "hop chains", "compression", "--save", str(path)])
+    words = ["Norm->Attn->+", "--quick", "--steps", "1", "--tasks", "hop chains", "compression", "--save", str(path)]
+    evaluation.run(["probes", *words])
     printed = capsys.readouterr().out
     assert "hop chains, 4" in printed and "arXiv 2402.09268" in printed and "0.125" in printed
     assert path.stat().st_size > 10_000 and path.with_suffix(".csv").read_text().startswith("task,chance,data seed")

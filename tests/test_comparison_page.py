@@ -116,8 +116,9 @@ class TestPage:
                      "Student's t of the differences between runs of the same seed", "other stories would give"):  # fmt: skip
             assert said in words
 
-    def test_nothing_comes_from_elsewhere(self, published):
+    def test_nothing_comes_from_elsewhere(self, published, trained_folder):
         text = published[2]
+        assert str(trained_folder) not in text and "--train.data little.txt" in text
         page = Page(text)
         assert page.tags["svg"] == 5 and page.tags["script"] == page.tags["link"] == page.tags["img"] == 0
         assert all(reference.startswith("#") for reference in page.references) and "@import" not in text
@@ -205,7 +206,7 @@ class TestTerminal:
         evaluation.main(["compare", "a", "b", "--html", str(page), "--prompts", "Tom had", "Mia & Ben"])
         text = page.read_text(encoding="utf-8")
         assert f"the report is in {page}" in capsys.readouterr().out
-        assert "<h3>Mia &amp; Ben</h3>" in text and f"compare a b --html {page}" in unescape(text)
+        assert "<h3>Mia &amp; Ben</h3>" in text and "compare a b --html report.html" in unescape(text)
         Run("a").path("story_losses.csv").unlink()
         evaluation.main(["compare", "a", "b", "--html", str(page)])
         assert "the run 'a' has no losses by story: scoring it" in unescape(page.read_text(encoding="utf-8"))

@@ -15,15 +15,7 @@ from conftest import MODEL
 from evaluation import __main__ as evaluation
 from inference import load_model
 from metrics import counting
-from metrics.cost import (
-    block_costs,
-    config_of,
-    cost_of,
-    cost_table,
-    model_cost,
-    num_parameters,
-    steps_with_signs,
-)
+from metrics.cost import block_costs, config_of, cost_of, cost_table, model_cost, num_parameters, steps_with_signs
 from metrics.counting import as_torch_does_it
 from model import GPT, Attention, attention_scores, average
 from modules import attention, mamba

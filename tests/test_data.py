@@ -631,7 +631,7 @@ READ = """
 import sys, time
 from data import sources
 from data.storyworld import world
-world.stories = lambda split, count: [f"{split} {count}"]
+world.stories = lambda split, count, name: [f"{name} {split} {count}"]
 sources.HUB_SECONDS = min(sources.HUB_SECONDS, float(sys.argv[1]))
 for source in sys.argv[2:]:
     began = time.monotonic()
@@ -658,8 +658,9 @@ def test_without_the_hub_a_name_is_an_error_and_auto_storyworld(tmp_path):
     for line in read:
         assert line.startswith("ConnectionError") and "--train.data storyworld" in line
         assert "is not cached and the Hugging Face hub can't be reached" in line
-    assert len(read) == 2 and stories == "train 50000"
-    assert said == "TinyStories is not cached and the Hugging Face hub can't be reached: using the built-in storyworld instead\n"
+    assert len(read) == 2 and stories == "storyworld_small train 20000"
+    assert said == ("TinyStories is not cached and the Hugging Face hub can't be reached: "
+                    "using storyworld_small instead, a built-in world of simple stories\n")
 
 
 def test_a_hub_that_never_answers_is_given_up(tmp_path):

@@ -1,5 +1,6 @@
 """Promises of diff.py: what is alike, what differs and what only one has; as text, as a cell and as a page."""
 
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -46,7 +47,7 @@ class Page(HTMLParser):
 
     def handle_data(self, text):
         if "tr" in self.open:
-            self.rows[-1] += text
+            self.rows[-1] += text.strip()
 
 
 class TestWhatDiffers:
@@ -153,6 +154,12 @@ class TestPage:
         compared = diff(BASE, self.RIGHT)
         cell = compared._repr_html_()
         assert cell in as_page(compared) and "<html" not in cell and "color-scheme: light dark" in as_page(compared)
+        assert repr(compared) == str(compared)  # where no HTML is shown
+
+    def test_parts_of_layers_fold(self):
+        cell = diff(BASE, self.RIGHT)._repr_html_()
+        layers = re.findall(r"<details( open)?><summary>([\w.–]*)", cell)
+        assert layers == [(" open", "layers.0–3"), ("", "")]  # open where both have the layer
 
     def test_names_cannot_break_it(self):
         compared = diff(BASE, BASE)

@@ -23,7 +23,7 @@ def test_every_block_is_in_one_family():
 
 def test_every_block_is_displayed(monkeypatch):
     shown = []
-    monkeypatch.setattr("IPython.display.display", lambda *parts: shown.extend(part.data for part in parts))
+    monkeypatch.setattr("IPython.display.display", lambda *parts, raw: shown.extend(next(iter(part.values())) for part in parts))
     show_blocks(TOY, TOKENS, vocab_size=11)
     headings = [text.splitlines()[0] for text in shown if text.startswith("#")]
     expected = []
@@ -41,6 +41,13 @@ def test_a_plugin_shows_by_itself():
     assert "experiments.example.blocks" in families(config)
 
 
+def test_a_call_is_shown_with_its_inside_once():
+    visited = set()
+    first, second = (run_block(name, name, TOY, TOKENS, vocab_size=11, visited=visited).shapes for name in ("Attn", "ValueAttn"))
+    assert "x1, x2 = x.chunk" in first and "as above" not in first
+    assert "x1, x2 = x.chunk" not in second and "as above" in second
+
+
 @pytest.mark.parametrize(
     "name, layer, remembers",
     [
@@ -50,7 +57,7 @@ def test_a_plugin_shows_by_itself():
     ],
 )
 def test_state_and_cost(name, layer, remembers):
-    shown = run_block(name, layer, TOY, TOKENS, vocab_size=11)
+    shown = run_block(name, layer, TOY, TOKENS, vocab_size=11, visited=set())
     assert shown.cache == remembers and shown.layer == layer
     config = ModelConfig(dim=16, num_layers=1, layers=layer, num_heads=8, num_kv_heads=2, head_dim=4, mlp_dim=32, max_seq_len=5)
     kind = all_blocks(TOY)[name].__name__

@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = """
-config shapes data/storyworld
+config pages
+shapes data/storyworld
 tools data runs
 model tokenizer
 modules

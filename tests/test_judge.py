@@ -492,7 +492,8 @@ class TestTerminal:
 
     def test_a_judge_of_nonsense_alone(self, two_runs, capsys):
         with serving(lambda *_: Reply("wonderful")) as server:
-            one_line_error(lambda: evaluation.run(["judge", *two_runs, "--base_url", server.url, "--yes"]), "gave no valid answer")
+            words = ["judge", *two_runs, "--base_url", server.url, "--yes"]
+            one_line_error(lambda: evaluation.run(words), "gave no valid answer")
         assert "16 of 16 calls failed" in capsys.readouterr().out
 
     def test_one_run_alone_is_graded(self, two_runs, capsys):

@@ -52,7 +52,7 @@ def run(copy, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel shows its plots in the notebook
     monkeypatch.setenv("CXX", "no-such-compiler")  # nothing is compiled
 
-    def run_notebook(name: str, /, *again: dict, **parameters):
+    def run_notebook(name: str, /, *again: dict, folder: str = "", **parameters):
         notebook = read(name)
         place = next(number for number, cell in enumerate(notebook.cells) if is_parameters(cell))
         known = {node.id for node in ast.walk(ast.parse(notebook.cells[place].source)) if isinstance(node, ast.Name)}
@@ -62,8 +62,8 @@ def run(copy, monkeypatch):
             assignments = "\n".join(f"{parameter} = {value!r}" for parameter, value in changes.items())
             changed = [*cells[: place + 1], nbformat.v4.new_code_cell(assignments), *cells[place + 1 :]]
             notebook.cells += map(deepcopy, changed)
-        folder = {"metadata": {"path": str((copy / name).parent)}}
-        return NotebookClient(notebook, timeout=120, kernel_name="python3", resources=folder).execute()
+        resources = {"metadata": {"path": str((copy / name).parent / folder)}}
+        return NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
 
     return run_notebook
 
@@ -110,8 +110,10 @@ def test_build_tokenizer(run, corpus):
     )
 
 
-def test_testing_modules(run):
-    assert "the shapes are in trace.html" in printed(run("testing_modules", num_layers=2))
+def test_testing_modules_in_another_folder(run):
+    shown, committed = printed(run("testing_modules", folder="docs", num_layers=2)), printed(read("testing_modules"))
+    assert 'the shapes are in <a href="trace.html">' in shown and "trace.html" not in committed  # which git ignores
+    assert ".transpose(1, 2)" in committed and "…" not in shown + committed
 
 
 def test_the_example_of_an_experiment(run, corpus, folders):

@@ -90,6 +90,12 @@ class TestSchedule:
         for before, after in itertools.pairwise(lengths):
             assert after / before == pytest.approx(restart_mult, rel=0.05)
 
+    def test_minutes_that_hold_few_steps_still_end_with_the_decay(self):
+        config = TrainConfig(warmup_steps=50, max_minutes=1.0)
+        rates = [scheduled_learning_rate(step, 20, config) for step in range(20)]
+        assert max(rates) == config.lr_max == rates[9]
+        assert rates[-1] == pytest.approx(config.lr_max / 10)
+
     def test_steps_that_are_not_known_yet(self):
         """By minutes alone nobody knows at the first step how many there will be."""
         config = TrainConfig(warmup_steps=0)

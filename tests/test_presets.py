@@ -38,7 +38,7 @@ def test_presets_survive_json(name):
 
 def test_the_presets_that_are_promised_are_there():
     assert set(PRESETS) == {
-        "0.5m_short_and_thick", "0.5m_5foot11_and_skinnyfat", "0.5m_tall_and_skinny", "1m", "2m", "5m", "speedrun",
+        "quick", "0.5m_short_and_thick", "0.5m_5foot11_and_skinnyfat", "0.5m_tall_and_skinny", "1m", "2m", "5m", "speedrun",
         "gpt2_like", "llama3_like", "qwen3_like", "gemma1_like", "gemma2_like", "gemma3_like",
         "grok_like", "mixtral_like", "deepseek_like", "arctic_like",
         "mamba_like", "mamba2_like", "mamba2_hybrid_like", "griffin_like", "megalodon_like", "gated_deltanet_like",

@@ -1,7 +1,11 @@
 import inspect
+import io
 import linecache
+import re
 import sys
+from html import unescape
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,7 +113,7 @@ def test_lines_inside_forward_come_with_their_source_and_the_letters_of_their_sh
     assert row(text, "q = q.transpose(1, 2)")[1] == "q (2, 3, 5, 4) = (B, num_heads, T, head_dim)"
     assert row(text, "return x.chunk(2, dim=-1)[0]")[1] == "return (2, 3, 5, 2)"
     assert row(text, "halve()")[1] == "(2, 3, 5, 4) → (2, 3, 5, 2)"
-    assert row(text, "return (scores @ q)")[1] == "return (2, 5, 12) = (B, T, D)"
+    assert row(text, "return (2, 5, 12)") == ["return (2, 5, 12) = (B, T, D)"]  # below its line
     assert "view" not in shown(capsys, Attend(), torch.randn(B, T, DIM), lines=False)
 
 
@@ -328,34 +332,79 @@ class Block(LoggingModule):
     assert row(text, "z = y * 2")[1] == "z (2, 3)"
 
 
-def test_the_trace_fits_the_terminal(capsys, tokens, monkeypatch):
-    for columns in (80, 110):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        lines = shown(capsys, Model(), tokens).splitlines()
-        assert max(map(len, lines)) <= columns and any("…" in line for line in lines)
+@pytest.mark.parametrize("columns", [40, 80, 110, 150])
+def test_the_trace_fits_the_terminal_and_is_not_cut(capsys, tokens, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = shown(capsys, Model(), tokens)
+    assert max(map(len, text.splitlines())) <= columns and "…" not in text
+    for word in ("self.num_heads,", "self.head_dim)", "(1, 2)", "halves.sum()", "num_heads, T, head_dim)", "(2, 3, 5, 4)"):
+        assert word in text
+    if columns == 40:  # shapes below their line
+        squeezed = re.sub(r"[\s│├└─]", "", text)
+        assert "q=self.w_q(x).view(B,T,self.num_heads,self.head_dim)q(2,5,3,4)=(B,T,num_heads,head_dim)" in squeezed
+
+
+def test_colors_are_for_terminals(tokens, monkeypatch):
+    terminal, model = io.StringIO(), Model()
+    terminal.isatty = lambda: True
+    with show_shapes(model, file=terminal):
+        model(tokens)
+    text = terminal.getvalue()
+    assert "\033[1;34mw_q\033[0m  Linear" in text and "\033[36m(2, 5, 12) → (2, 5, 12)\033[0m" in text
+    monkeypatch.setenv("NO_COLOR", "1")
+    with show_shapes(model, file=terminal):
+        model(tokens)
+    assert "\033" not in terminal.getvalue()[len(text) :]
+
+
+class Balance(HTMLParser):
+    """Which tags there are. Fails where one is not closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.seen = [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_notebook_gets_text_and_html_that_reads_without_styles(capsys, tokens, monkeypatch, tmp_path):
+    shows = []
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=True))
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw, metadata: shows.append(bundle))
+    assert shown(capsys, Model(), tokens) + shown(capsys, Model(), tokens, html=tmp_path / "trace.html") == ""
+    tree, link = shows
+    assert {"pre", "details", "summary", "b"} <= set(Balance(tree["text/html"]).seen)
+    stripped = unescape(re.sub(r"<style>.*?</style>|<[^>]*>", "", tree["text/html"], flags=re.DOTALL)).strip("\n")
+    assert all(line.rstrip() for line in stripped.splitlines()) and max(map(len, stripped.splitlines())) <= 110
+    squeezed = [re.sub(r"[\s│├└─]", "", text) for text in (stripped, tree["text/plain"])]
+    assert sorted(squeezed[0]) == sorted(squeezed[1])
+    assert link["text/plain"].endswith("trace.html") and f'href="{tmp_path / "trace.html"}"' in link["text/html"]
 
 
 def test_the_page_is_self_contained_and_well_formed(tmp_path, capsys, tokens):
-    class Balance(HTMLParser):
-        def __init__(self):
-            super().__init__()
-            self.open, self.seen = [], []
-
-        def handle_starttag(self, tag, attributes):
-            self.seen.append(tag)
-            if tag != "meta":
-                self.open.append(tag)
-
-        def handle_endtag(self, tag):
-            assert self.open.pop() == tag
-
     text = shown(capsys, Model(), tokens, html=tmp_path / "trace.html")
     page = (tmp_path / "trace.html").read_text(encoding="utf-8")
-    parser = Balance()
-    parser.feed(page)
-    assert "trace.html" in text and not parser.open and {"details", "summary", "style"} <= set(parser.seen)
-    assert not {"script", "link", "img"} & set(parser.seen) and "http" not in page
+    seen = set(Balance(page).seen)
+    assert "trace.html" in text and {"details", "summary", "style"} <= seen and not {"script", "link", "img"} & seen
+    assert "http" not in page and str(tmp_path) not in page and "color-scheme: light dark" in page
     assert "layers.0–7" in page and "# (B, num_heads, T, head_dim) heads first" in page
+    assert 'class="wide"' in page and 'class="narrow"' in page  # for phones
+
+
+def test_of_layers_that_differ_the_first_is_open(tmp_path, tokens):
+    with show_shapes(model := Model(num_layers=3), values=True, html=tmp_path / "trace.html"):
+        model(tokens)
+    page = (tmp_path / "trace.html").read_text(encoding="utf-8")
+    opened = re.findall(r"<details( open)?><summary>[^<]*<span[^<]*</span><b>layers.(\d)", page.partition('class="narrow"')[0])
+    assert opened == [(" open", "0"), ("", "1"), ("", "2")]
 
 
 @pytest.fixture

@@ -523,13 +523,13 @@ class TestData:
         monkeypatch.setattr(dataset, "MAX_VALIDATION", 200)
         config = make_config(data="auto", max_stories=200, tokenizer="bpe_tokenizer_256")
         list(train(MODEL, config, "offline"))
-        assert "using the built-in storyworld instead" in capsys.readouterr().err
+        assert "using storyworld_small instead" in capsys.readouterr().err
         run = Run("offline")
-        assert run.train_config == replace(config, data="storyworld")
-        assert run.load("model.pth", {"data"})["data"] == "storyworld"
+        assert run.train_config == replace(config, data="storyworld_small")
+        assert run.load("model.pth", {"data"})["data"] == "storyworld_small"
         write_report("offline")
-        assert "trained on storyworld" in (run.folder / "README.md").read_text(encoding="utf-8")
-        assert plot_losses("offline").get_legend_handles_labels()[1][0] == "offline on storyworld"
+        assert "trained on storyworld_small" in (run.folder / "README.md").read_text(encoding="utf-8")
+        assert plot_losses("offline").get_legend_handles_labels()[1][0] == "offline on storyworld_small"
 
     @pytest.mark.parametrize("data", ["tinystories", "hub:nobody/nothing"])
     def test_data_asked_for_by_name_never_fall_back(self, make_config, script, data):

@@ -131,13 +131,14 @@ def average_of_weights(model: torch.nn.Module, decay: float) -> AveragedModel:
 
 def scheduled_learning_rate(step: int, num_steps: float, config: TrainConfig) -> float:
     """Learning rate of a step (counted from 0) out of num_steps: warm-up, schedule with restarts, final steps at lr_min."""
-    if step < config.warmup_steps:
-        return config.lr_init + (config.lr_max - config.lr_init) * (step + 1) / config.warmup_steps
+    warmup = min(config.warmup_steps, num_steps / 2) if config.max_minutes else config.warmup_steps  # minutes may hold few steps
+    if step < warmup:
+        return config.lr_init + (config.lr_max - config.lr_init) * min(1.0, (step + 1) / warmup)
     if config.schedule == "constant":
         return config.lr_max
     if step >= num_steps - config.final_flat_steps:
         return config.lr_min
-    done = (step - config.warmup_steps) / (num_steps - config.final_flat_steps - config.warmup_steps)
+    done = (step - warmup) / (num_steps - config.final_flat_steps - warmup)
 
     lengths = [config.restart_mult**cycle for cycle in range(config.num_restarts + 1)]
     ends = [end / sum(lengths) for end in itertools.accumulate(lengths)]

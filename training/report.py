@@ -184,7 +184,7 @@ def table(
             "bits per byte": score.bits_per_byte,
             **{f"top-{k}": share for k, share in score.top_k.items()},
         }
-        if is_world(data) and (floor := floor_of(stories[:num_stories], tokenizer)):
+        if is_world(data) and (floor := floor_of(stories[:num_stories], tokenizer, data)):
             rows[name] |= {"entropy": floor.bits_per_byte, "excess": score.bits_per_byte - floor.bits_per_byte}
     return pd.DataFrame.from_dict(rows, orient="index")
 

@@ -13,8 +13,19 @@ Templates compile to the nodes of nodes.py.
 
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 
 from data.storyworld.nodes import Choice, Entity, Guard, Literal, Reference, Sequence, Table, Variable, Words, with_article
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of everything a world has: the first of it, which are the simplest. None is all."""
+
+    plots: int | None = None
+    entities: int | None = None  # of a table
+    words: int | None = None  # alternatives of a choice between plain words
+    choices: int | None = None  # alternatives of any other choice, besides those with a guard
 
 
 class World:
@@ -27,8 +38,9 @@ class World:
     shared      domains in which several variables may have the same value
     """
 
-    def __init__(self, tables, variables, words: dict[str, str], facts: dict[str, str], shared: set[str]):
-        self.tables, self.declared, self.words, self.facts, self.shared = tables, variables, words, facts, shared
+    def __init__(self, tables, variables, words: dict[str, str], facts: dict[str, str], shared: set[str],
+                 limits: Limits = Limits()):  # fmt: skip
+        self.tables, self.declared, self.words, self.facts, self.shared, self.limits = tables, variables, words, facts, shared, limits
         self.variables: dict[str, Variable] = {}
         self._domain_tables: dict[str, Table] = {}
         self._classes: dict[int, list] = {}
@@ -123,10 +135,15 @@ class World:
             at += 1
         if len(set(spans)) < len(spans):
             raise ValueError(f"the same alternative twice, in {source!r}")
+        plain = all(isinstance(part, Literal) or (isinstance(part, Sequence) and not part.parts) for part in alternatives)
+        plain = plain and not any(guards)
+        unguarded = [index for index in range(len(guards)) if not guards[index]]
+        likeliest = sorted(unguarded, key=lambda index: -weights[index])[: self.limits.words if plain else self.limits.choices]
+        remaining = [index for index in range(len(guards)) if guards[index] or index in likeliest]
+        alternatives, weights, guards = ([items[index] for index in remaining] for items in (alternatives, weights, guards))
         if len(alternatives) == 1 and not guards[0]:
             return alternatives[0], at
-        plain = [isinstance(part, Literal) or (isinstance(part, Sequence) and not part.parts) for part in alternatives]
-        if all(plain) and not any(guards):
+        if plain:
             return Words([getattr(part, "text", "") for part in alternatives], weights), at
         return Choice(alternatives, weights, guards), at
 

@@ -351,8 +351,8 @@ def build_kinds() -> tuple[dict[str, Entity], dict[str, str]]:
     return kinds, meals
 
 
-def build_tables() -> dict[str, dict[Entity | None, Table]]:
-    """Table name -> {None, or the entity that decides: Table}."""
+def build_tables(entities: int | None = None) -> dict[str, dict[Entity | None, Table]]:
+    """Table name -> {None, or the entity that decides: Table}, each with its first `entities`; None is all."""
     kinds, meals = build_kinds()
     names = build_names()
     children = [kind for kind in kinds.values() if "child" in kind.tags]
@@ -388,7 +388,14 @@ def build_tables() -> dict[str, dict[Entity | None, Table]]:
     tables.update({name: {None: Table(parse_list(name, text))} for name, text in lists.items()})
     creatures = tables["creature"][None].entities
     tables["guest"] = {None: Table([one for one in creatures if one.name in GUESTS.split()])}
-    return tables
+    known_kinds = set(tables["kind"][None].entities[:entities])
+    return {name: {key: first(table, entities, known_kinds) for key, table in parts.items()} for name, parts in tables.items()}
+
+
+def first(table: Table, entities: int | None, known_kinds: set[Entity]) -> Table:
+    """The first entities of a table; of kinds those that are known, if there are any."""
+    known = [one for one in table.entities if one in known_kinds]
+    return Table((known or table.entities)[:entities])
 
 
 def toy_group(kind: Entity) -> str:

@@ -9,10 +9,13 @@ nodes.py. Every choice shows in the text, and different choices give different t
 and the entropy of the choices is the entropy of the text: a lower bound on the loss of any model.
     nats per story      entropy(), exact; about code_length(sample) / len(sample)
     bits per byte       code_length(stories) / log(2) / their number of bytes, for the stories a model is evaluated on
+There are two worlds: "storyworld", and "storyworld_small", which a small model learns in minutes: the same grammar with fewer
+plots, words and turns of phrase. Each of its stories is also possible in the large one, with another probability.
 `stories` splits training from validation by a checksum of the text. A model that learned the checksum would gain log(8/7) nats
 per story in training and log(8) in validation; in practice none does.
 
     python -m data.storyworld --count 3 --seed 0         print stories and their information content in bits
+    python -m data.storyworld --world storyworld_small   the same for the small world
     python -m data.storyworld --score my_stories.txt     score stories, separated by empty lines
 """
 
@@ -24,14 +27,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from zlib import crc32
 
 from data.storyworld import lexicon
-from data.storyworld.grammar import World
+from data.storyworld.grammar import Limits, World
 from data.storyworld.nodes import FAULT, SOMETHING, Choice, Entity, Reader, Reference, Table, bound, step
 from data.storyworld.plots import OPENING, PHRASES, PLOTS
 
 VALIDATION_SHARE = 8  # one story in 8 is for validation
+WORLDS = {"storyworld": Limits(), "storyworld_small": Limits(plots=6, entities=5, words=3, choices=2)}
 
 
 @dataclass(frozen=True)
@@ -94,18 +99,18 @@ def compile_slots(world: World, source: str, is_start: bool = False) -> list:
 
 
 @functools.cache
-def program() -> Program:
-    """Compile the world on first use (well under a second)."""
-    tables = lexicon.build_tables()
-    plots = {name: Entity("plot", name, {}) for name in PLOTS}
+def program(name: str = "storyworld") -> Program:
+    """Compile a world on first use (well under a second)."""
+    limits = WORLDS[name]
+    tables = lexicon.build_tables(limits.entities)
+    plots = {name: Entity("plot", name, {}) for name in list(PLOTS)[: limits.plots]}
     tables["plot"] = {None: Table(list(plots.values()))}
-    tables["moral"] = {
-        plots[name]: Table([Entity("moral", text, {}) for text in plot["morals"].split("|")]) for name, plot in PLOTS.items()
-    }
+    morals = {name: PLOTS[name]["morals"].split("|")[: limits.choices] for name in plots}
+    tables["moral"] = {plots[name]: Table([Entity("moral", text, {}) for text in morals[name]]) for name in plots}
     variables = {**lexicon.VARIABLES, "moral": ("moral", "plot")}
-    world = World(tables, variables, {**lexicon.WORDS, **PHRASES}, lexicon.FACTS, lexicon.SHARED)
+    world = World(tables, variables, {**lexicon.WORDS, **PHRASES}, lexicon.FACTS, lexicon.SHARED, limits)
     opening = compile_slots(world, OPENING, is_start=True)
-    told = [Plot(name, plots[name], compile_slots(world, plot["text"])) for name, plot in PLOTS.items()]
+    told = [Plot(name, plots[name], compile_slots(world, PLOTS[name]["text"])) for name in plots]
     cast = {
         kind: [plot for plot in told if {kind.name, *kind.tags} & set(PLOTS[plot.name]["cast"].split())]
         for kind in world.domain_table("kind").entities
@@ -113,9 +118,9 @@ def program() -> Program:
     return Program(world, opening, told, cast, world.variable("plot").index, world.variable("kind").index)
 
 
-def tell(rng: random.Random) -> tuple[str, float, str]:
+def tell(rng: random.Random, name: str = "storyworld") -> tuple[str, float, str]:
     """Sample a story: its text, log-probability and plot name."""
-    p = program()
+    p = program(name)
     env, words = list(p.world.empty_env()), []
     log_prob = 0.0
     for slot in p.opening:
@@ -129,9 +134,9 @@ def tell(rng: random.Random) -> tuple[str, float, str]:
     return "".join(words), log_prob, plot.name
 
 
-def sample(rng: random.Random) -> Story:
-    """Sample a story, with its exact log-probability in nats."""
-    text, log_prob, _ = tell(rng)
+def sample(rng: random.Random, name: str = "storyworld") -> Story:
+    """Sample a story of a world, with its exact log-probability in nats."""
+    text, log_prob, _ = tell(rng, name)
     return Story(text, log_prob)
 
 
@@ -152,8 +157,8 @@ def log_sum(log_probs: list[float]) -> float:
     return top + math.log(sum(math.exp(value - top) for value in log_probs))
 
 
-def read(reader: Reader, until: float = math.inf) -> tuple[list, list]:
-    """Parse the text: ([(plot name, states after its last slot)], [states after every slot]).
+def read(reader: Reader, p: Program, until: float = math.inf) -> tuple[list, list]:
+    """Parse the text as a story of the world `p`: ([(plot name, states after its last slot)], [states after every slot]).
 
     States at position `until` or beyond are not extended.
     """
@@ -161,7 +166,6 @@ def read(reader: Reader, until: float = math.inf) -> tuple[list, list]:
     def after(slot, states):
         return merged(step(slot, reader, [state for state in states if state[0] < until]))
 
-    p = program()
     states, seen = [(0, p.world.empty_env(), 0.0)], []
     for slot in p.opening:
         states = after(slot, states)
@@ -183,15 +187,15 @@ def read(reader: Reader, until: float = math.inf) -> tuple[list, list]:
     return ends, seen
 
 
-def score(text: str) -> Score:
+def score(text: str, name: str = "storyworld") -> Score:
     """Compute the exact log-probability of a text in nats, summed over all parses, or find its first invalid sentence."""
-    reader = Reader(text)
-    ends, _ = read(reader)
+    reader, p = Reader(text), program(name)
+    ends, _ = read(reader, p)
     whole = [(name, log_prob) for name, states in ends for position, _, log_prob in states if position == len(text)]
     if whole:
         return Score(log_sum([log_prob for _, log_prob in whole]), plot=whole[0][0])
     reader.furthest = max([reader.furthest, *(position for _, states in ends for position, _, _ in states)])
-    return diagnosis(text, reader.furthest)
+    return diagnosis(text, reader.furthest, p)
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
@@ -199,7 +203,7 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     return [found.span() for found in re.finditer(r"\S.*?(?:[.!?]\"?(?=\s|$)|$)", text, re.MULTILINE)]
 
 
-def diagnosis(text: str, furthest: int) -> Score:
+def diagnosis(text: str, furthest: int, p: Program) -> Score:
     """Report the sentence where parsing failed, and the kind of error."""
     spans = sentence_spans(text) or [(0, len(text))]
     index = next((index for index, (_, end) in enumerate(spans) if end > furthest), len(spans) - 1)
@@ -208,7 +212,7 @@ def diagnosis(text: str, furthest: int) -> Score:
     if index == len(spans) - 1 and (furthest >= len(text) or not re.search(r"[.!?]\"?$", sentence)):
         fact, problem = "end", "the story stops before its end"
     else:
-        _, seen = read(Reader(text, lenient_from=start), until=end)
+        _, seen = read(Reader(text, lenient_from=start), p, until=end)
         faults = [(log_prob, env[FAULT]) for position, env, log_prob in seen if position >= end and env[FAULT]]
         fact = max(faults, key=lambda fault: fault[0])[1] if faults else "grammar"
         problem = f"this is not {fact} it can be here" if faults else f"no sentence fits from {text[furthest:end][:40]!r} on"
@@ -216,14 +220,14 @@ def diagnosis(text: str, furthest: int) -> Score:
     return Score(-math.inf, error=error, sentence=sentence, index=index, fact=fact)
 
 
-def code_length(texts: Iterable[str]) -> float:
+def code_length(texts: Iterable[str], name: str = "storyworld") -> float:
     """Negative log-likelihood of the stories under the world itself, in nats: the floor for any model.
 
     Raises ValueError for a text that is not of this world.
     """
     total = 0.0
     for text in texts:
-        found = score(text)
+        found = score(text, name)
         if found.error:
             raise ValueError(f"not a story of this world: {found.error}")
         total -= found.log_prob
@@ -231,12 +235,12 @@ def code_length(texts: Iterable[str]) -> float:
 
 
 @functools.cache
-def entropy() -> float:
+def entropy(name: str = "storyworld") -> float:
     """Compute the exact entropy in nats per story: the expected sum of the entropies of all choices.
 
     Propagates the distribution over environments slot by slot, marginalizing out values that no later choice depends on.
     """
-    p = program()
+    p = program(name)
     dist, nats = {p.world.empty_env(): 1.0}, 0.0
     for slot in p.opening:
         dist, more = carry(slot, dist)
@@ -305,48 +309,52 @@ def forget(dist: dict, uses: set) -> dict:
     return smaller
 
 
-def stories(split: str, count: int) -> Iterator[str]:
+def stories(split: str, count: int, name: str = "storyworld") -> Iterator[str]:
     """The first `count` stories of an endless stream, the same on every machine; split is "train" or "validation".
 
     A checksum of the text assigns each story to one split, so they are always disjoint.
     """
     if split not in ("train", "validation"):
         raise ValueError(f'split is "train" or "validation", not {split!r}')
-    rng = random.Random(f"storyworld {split}")
+    rng = random.Random(f"{name} {split}")
     while count > 0:
-        text = tell(rng)[0]
+        text = tell(rng, name)[0]
         if (crc32(text.encode()) % VALIDATION_SHARE == 0) == (split == "validation"):
             count -= 1
             yield text
 
 
-def main(count: int = 3, seed: int = 0, score: Path | None = None, show_entropy: bool = False):
+def main(
+    count: int = 3, seed: int = 0, world: Literal["storyworld", "storyworld_small"] = "storyworld", score: Path | None = None,
+    show_entropy: bool = False,
+):
     """Print sampled stories with their information content in bits, or score the stories of a file.
 
     Args:
         count: number of stories
         seed: random seed
+        world: which world
         score: a text file of stories, separated by empty lines, to score instead
-        show_entropy: also compute the entropy of this world in bits per story; takes ten seconds
+        show_entropy: also compute the entropy of this world in bits per story; takes up to ten seconds
     """
     if score is not None:
-        grade(score)
+        grade(score, world)
         return
     rng = random.Random(seed)
     for _ in range(count):
-        story = sample(rng)
+        story = sample(rng, world)
         bits = -story.log_prob / math.log(2)
         print(f"{story.text}\n[{bits:.1f} bits, {bits / len(story.text.encode()):.3f} bits per byte]\n")
     if show_entropy:
-        print(f"The entropy of this world is {entropy() / math.log(2):.1f} bits per story.")
+        print(f"The entropy of this world is {entropy(world) / math.log(2):.1f} bits per story.")
 
 
-def grade(path: Path):
+def grade(path: Path, world: str):
     """Score each story of a file, and print the results."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; --score takes a text file with stories separated by empty lines")
     texts = [part.strip() for part in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")) if part.strip()]
-    found = [score(text) for text in texts]
+    found = [score(text, world) for text in texts]
     for number, one in enumerate(found, 1):
         print(f"story {number}: " + (one.error or f"{one.plot}, {-one.log_prob / math.log(2):.1f} bits"))
     print(f"{sum(one.error is None for one in found)} of {len(found)} are stories of this world.")
