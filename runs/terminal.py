@@ -12,7 +12,7 @@ from config import look_up
 FAILURES = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)  # ImportError: a missing plugin
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """Options that make no sense: exit code 2, as for an option that does not exist."""
 
 
@@ -40,7 +40,7 @@ def parse_command(commands: dict[str, Callable], words: list[str], prog: str, de
 
     if not words:
         raise UsageError(f"name a command: {', '.join(commands)}. {prog} --help explains them")
-    style = {"use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}
+    style = {"use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}  # --flag without --no_flag
     if words[0].startswith("-"):  # --help, or a completion script for all
         return tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=description, args=words, **style)
     try:
