@@ -25,12 +25,13 @@ from metrics.cost import (
     steps_with_signs,
 )
 from metrics.counting import as_torch_does_it
-from model import GPT, Attention, attention_scores, average
+from model import GPT, Attention
 from modules import attention, mamba
 from modules.contract import CONFIG, layers_to_try
 from modules.flops import attention_flops
 from modules.latent_attention import LatentAttention
 from modules.registry import all_blocks, build_model
+from modules.scores import attention_scores, average
 from runs.folder import Run
 from runs.presets import PRESETS
 from train import train

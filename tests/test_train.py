@@ -606,7 +606,7 @@ class TestTerminal:
     @pytest.mark.parametrize("words, wanted", [
         ("--preset 0.5m_short_and_thik", "no preset is called '0.5m_short_and_thik'. Did you mean '0.5m_short_and_thick'?"),
         ("--train.lr_maxx 1", "--train.lr_maxx"),
-        ("--model.num_heads 3", "it must divide num_heads=3"),
+        ("--preset 0.5m_short_and_thick --model.num_heads 3", "it must divide num_heads=3"),
         ("--model.dim twelve", "twelve"),
         ("--train.schedule cosin", "cosin"),
         ("--train.batch_size 0", "batch_size=0: give a whole number of at least 1"),
