@@ -410,7 +410,7 @@ class TestResume:
             code, printed = script("--name", "mine", "--resume", *words)
             assert code != 0 and "leave" in printed and "Traceback" not in printed
         code, printed = script("--resume")
-        assert code == 1 and printed.strip() == "error: --resume needs the name of the run to go on with: add --name"
+        assert code == 2 and printed.strip() == "error: --resume needs the name of the run to go on with: add --name"
 
     @pytest.mark.parametrize("file, content", [
         ("checkpoint.pth", None), ("checkpoint.pth", b"no"), ("log_data.csv", None), ("train_config.json", b"{"),

@@ -376,7 +376,6 @@ class TestReport:
         for words, problem in (
             (["nobody"], "error: no run is called 'nobody'"),
             ([tiny_run], "error: the run 'tiny' was trained on little.txt: the world can only grade models of its own stories"),
-            ([told, "--num_samples", "0"], "error: --num_samples must be at least 1"),
             ([told, "--temperature", "-1"], "error: temperature=-1.0"),
         ):
             with pytest.raises(SystemExit) as stop:
