@@ -17,7 +17,7 @@ class ExecutionPlan:
     def __str__(self):
         kernels = "our C++ kernels" if self.fast else "PyTorch alone"
         return (
-            f"{self.dtype}, {kernels}, {self.micro_batch_size} rows at a time, "
+            f"{self.dtype}, {kernels}, {self.micro_batch_size} row{'s' * (self.micro_batch_size > 1)} at a time, "
             f"{self.threads} thread{'s' * (self.threads > 1)}, {'compiled' if self.compile else 'not compiled'}"
         )
 

@@ -29,9 +29,9 @@ SPEEDRUN = ModelConfig(
 PRESETS: dict[str, Preset] = {
     # The default of train.py: speedrun, made smaller for the few minutes of a first run on an old laptop.
     "quick": Preset(
-        replace(SPEEDRUN, dim=112, max_seq_len=512),
+        replace(SPEEDRUN, dim=112, max_seq_len=1024),
         TrainConfig(
-            eval_every=150, optimizer="Muon", lr_max=0.015, muon_lr_scale=0.5, betas=(0.4, 0.99), warmup_steps=30,
+            batch_size=2, eval_every=150, optimizer="Muon", lr_max=0.015, muon_lr_scale=0.5, betas=(0.4, 0.99), warmup_steps=30,
             ema_decay=0.98,
         ),
     ),

@@ -85,7 +85,7 @@ def fit_memory(plan: ExecutionPlan, sizes: list[int]) -> ExecutionPlan:
     rows = plan.micro_batch_size
     if rows <= sizes[0]:
         return plan
-    say(f"{sizes[0]} rows at a time instead of {rows}, because less memory is free than before")
+    say(f"{sizes[0]} row{'s' * (sizes[0] > 1)} at a time instead of {rows}, because less memory is free than before")
     return replace(plan, micro_batch_size=sizes[0])
 
 
