@@ -240,7 +240,7 @@ class Run:
 
     def save_figure(self, file: str, figure):
         image = io.BytesIO()
-        figure.savefig(image, dpi=120)
+        figure.savefig(image)
         self._write(file, image.getvalue())
 
     def log_rows(self) -> list[dict]:

@@ -100,7 +100,7 @@ def test_model_evaluation_compares_groups(run, make_run, make_config, corpus, fo
                  "(2 seeds, p", "punctuation", "distinct-2", "lost - base"):  # fmt: skip
         assert told in shown
     pictures = [output for cell in code_cells(notebook) for output in cell.outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 3  # curves, those of the world, and its grades
+    assert len(pictures) == 4  # curves, loss by position, curves of the world, and its grades
     assert "lost is better than base" in page.read_text(encoding="utf-8")
 
 

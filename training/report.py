@@ -7,6 +7,7 @@ from dataclasses import replace
 from data.sources import portable_name
 from inference import generate, load_model
 from metrics.cost import cost_of, model_cost, num_parameters
+from metrics.plots import add_legend, in_style, line_colour
 from metrics.scores import evaluate
 from metrics.story_losses import data_of, label, read_losses, save_losses, validation_stories
 from metrics.world_floor import floor_of, world_floor
@@ -19,6 +20,7 @@ PROMPTS = ("Once upon a time", "One day, Lily", "Tim was")
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds", "flops": "training FLOPs"}
 
 
+@in_style
 def plot_losses(*names: str, by: str = "step", axes=None):
     """Plot training loss (thin) and validation loss (thick) of runs, in nats per token.
 
@@ -54,20 +56,20 @@ def plot_losses(*names: str, by: str = "step", axes=None):
 
     if by not in AXES:
         raise ValueError(f"by={by!r}: it must be one of {', '.join(AXES)}")
-    axes = axes or plt.subplots(figsize=(8, 4), layout="constrained")[1]
+    axes = axes or plt.subplots()[1]
     validation_sets = set()
     for number, name in enumerate(names):
         saved, log = Run(name).load("model.pth", {"data", "validation_fingerprint"}), log_with_flops(name)
         validation_sets.add(saved["validation_fingerprint"])
         scored = log.dropna(subset="validation_loss")
-        axes.plot(log[by], log["train_loss"], color=f"C{number}", linewidth=0.6, alpha=0.6)
-        axes.plot(scored[by], scored["validation_loss"], color=f"C{number}", marker=".", label=f"{name} on {saved['data']}")
+        colour, label = line_colour(number), f"{name} on {saved['data']}"
+        axes.plot(log[by], log["train_loss"], color=colour, linewidth=0.6, alpha=0.6)
+        axes.plot(scored[by], scored["validation_loss"], color=colour, marker=".", label=label)
     draw_floors(axes, map(world_floor, names))
     warning = ". Different data: do not compare!" if len(validation_sets) > 1 else ""
     axes.set(xlabel=AXES[by], ylabel="loss (nats per token)", title=f"training (thin) and validation (thick){warning}")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    add_legend(axes)
     return axes
 
 
@@ -96,12 +98,13 @@ class LivePlot:
     ...     plot.add(record)
     """
 
+    @in_style
     def __init__(self, name: str, seconds_between: float = 2.0):
         import matplotlib.pyplot as plt
         from IPython.display import display
 
         self.name, self.seconds_between, self.drawn_at, self.records = name, seconds_between, 0.0, []
-        self.figure, self.axes = plt.subplots(figsize=(8, 4), layout="constrained")
+        self.figure, self.axes = plt.subplots()
         plt.close(self.figure)  # otherwise the notebook shows it a second time
         self.display = display(self.figure, display_id=True)
 
@@ -114,6 +117,7 @@ class LivePlot:
             self.drawn_at = time.monotonic()
             self.draw()
 
+    @in_style
     def draw(self):
         scored = [record for record in self.records if record.validation_loss is not None]
         self.axes.clear()
@@ -124,8 +128,7 @@ class LivePlot:
         self.axes.set(xlabel="steps", ylabel="loss (nats per token)")
         speed = f"{last.tokens_per_second:,.0f} tokens/s"
         self.axes.set_title(f"{self.data}: {last.seconds:.0f} s of training, {speed}, learning rate {last.learning_rate:.2g}")
-        self.axes.grid(alpha=0.3)
-        self.axes.legend()
+        add_legend(self.axes)
         self.display.update(self.figure)
 
 
