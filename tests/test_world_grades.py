@@ -6,7 +6,6 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,7 +38,7 @@ from metrics.world_report import graded_log, log_with_excess, plot_grades
 from runs.folder import Run
 from tokenizer import Tokenizer, load_tokenizer
 from train import train
-from training.report import LivePlot, plot_losses, table, write_report
+from training.report import plot_losses, table, write_report
 
 MODEL = ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16, max_seq_len=64, dropout=0.1)
 TRAIN = TrainConfig(
@@ -322,11 +321,6 @@ class TestReport:
             flat = [line for line in axes.get_lines() if "entropy of the world" in line.get_label()]
             assert len(flat) == lines and all(set(line.get_ydata()) == {floor} for line in flat)
             assert lines == 0 or axes.get_ylim()[0] < floor
-        live = LivePlot("live")
-        live.display = SimpleNamespace(update=lambda figure: None)  # there is no notebook here
-        for record in train(MODEL, replace(TRAIN, max_steps=2, seed=1), "live"):
-            live.add(record)
-        assert any("entropy of the world" in line.get_label() for line in live.axes.get_lines())
 
     def test_table_has_the_excess(self, told, tiny_run):
         rows = table(told, tiny_run, num_stories=30)
