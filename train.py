@@ -40,9 +40,10 @@ from training.checkpoint import Record
 from training.machine import is_out_of_memory, peak_memory_mb
 from training.optim import expected_steps, growing_batch_size, growing_window, scheduled_learning_rate
 from training.plan import apply_plan
-from training.report import dead_experts, time_spent, write_report
+from training.report import dead_experts, time_left, time_spent, write_report
 from training.seeds import train_group, train_until_decided
 from training.setup import ctrl_c_finishes_the_step, prepare
+from training.stories import one_line
 
 LOG_EVERY = 10  # steps in a row of log_data.csv
 
@@ -184,12 +185,11 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
             bar = tqdm(total=1.0, miniters=0, bar_format="{percentage:3.0f}%|{bar}| {desc}")
         if record.bits_per_byte is not None:
             score = f", {record.bits_per_byte:.3f} bits/byte"
-        done = min(1.0, config.progress(record.step, record.seconds))
-        remaining = tqdm.format_interval(record.seconds * (1 - done) / done)
-        speed = f"{record.tokens_per_second:,.0f} tokens/s"
-        line = f"{remaining} of training left, step {record.step:,}, loss {record.train_loss:.3f}{score}, {speed}"
+            say(one_line(f"step {record.step:,}{score}", record.story))
+        line = f"{time_left(record, config)} of training left, step {record.step:,}, loss {record.train_loss:.3f}{score}"
+        line += f", {record.tokens_per_second:,.0f} tokens/s"
         bar.set_description_str(line, refresh=bar.n == 0)  # the first at once, others as often as a bar may
-        bar.update(done - bar.n)
+        bar.update(min(1.0, config.progress(record.step, record.seconds)) - bar.n)
     bar.close()
     if config.progress(record.step, record.seconds) < 1:
         print(f"stopped after {record.step:,} steps and saved. To go on:\n  {python} train.py --name {name} --resume")
@@ -197,7 +197,7 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
     if config.max_steps and record.step < config.max_steps:
         print(f"the {config.max_minutes:g} minutes were over after {record.step:,} of {config.max_steps:,} steps")
     say("writing the report: scoring all validation stories, and three samples")
-    print("\n" + "\n\n".join(write_report(name)))
+    print(f"\n{write_report(name)}")
     if dead := dead_experts(name):
         print(f"\n{dead}")
     print(f"""

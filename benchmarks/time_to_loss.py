@@ -32,6 +32,7 @@ from script import HERE, Row, in_new_process, report, results_file, run_script, 
 
 from config import VERSION, ModelConfig, TrainConfig, migrate
 from data.dataset import choose_validation, load_data, open_source, story_hash
+from metrics.plots import in_style, line_colour
 from runs.presets import Preset, preset
 from tokenizer import load_tokenizer
 
@@ -273,22 +274,23 @@ def shown(value: float, style: str) -> str:
     return f"{value:{style}}" if math.isfinite(value) else "–"
 
 
+@in_style
 def draw(raw: dict, path: Path):
     """Bits per byte against seconds, a curve for each run."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(7, 4.4))
     axes = figure.subplots()
     for run in raw["runs"]:
         seconds, bits_per_byte = zip(*run["curve"], strict=True) if run["curve"] else ([], [])
-        axes.plot(seconds, bits_per_byte, color="C0", linewidth=1)
+        axes.plot(seconds, bits_per_byte, color=line_colour(0), linewidth=1)
     for level in raw["at"]:
         axes.axhline(level, color="gray", linewidth=0.8, linestyle=":")
     axes.set(xlabel="seconds since train() was called", ylabel="bits per byte", xscale="log")
     axes.xaxis.set_major_formatter(LogFormatter())
     axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

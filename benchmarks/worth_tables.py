@@ -8,6 +8,7 @@ from script import Row
 
 from evaluation.comparison import format_p
 from evaluation.statistics import Difference, over_seeds
+from metrics.plots import add_legend, in_style, line_colour
 
 
 def tables(raw: dict) -> dict[str, list[Row]]:
@@ -88,13 +89,14 @@ def with_margin(column: str, value: Difference, style: str, margin_column: str |
     return cells
 
 
+@in_style
 def draw_differences(raw: dict, path: Path):
     """Plot the difference of each preset to the first."""
     from matplotlib.figure import Figure
 
     first = next(iter(raw["results"]))
     compared = [(name, Difference(**of["difference"])) for name, of in raw["results"].items() if "difference" in of]
-    figure = Figure(figsize=(8, 1 + 0.25 * len(compared)), layout="constrained")
+    figure = Figure(figsize=(7, 1 + 0.25 * len(compared)))
     axes = figure.subplots()
     axes.errorbar([difference.mean for _, difference in compared], range(len(compared)),
                   xerr=[difference.margin for _, difference in compared], fmt=".", capsize=2)  # fmt: skip
@@ -102,26 +104,27 @@ def draw_differences(raw: dict, path: Path):
     axes.set_yticks(range(len(compared)), [name for name, _ in compared])
     axes.invert_yaxis()
     axes.set(xlabel=f"bits per byte more than {first}, 95% interval over seeds, corrected")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
+@in_style
 def draw_positions(raw: dict, path: Path):
     """Plot the loss by position (left) and its difference to the first preset (right)."""
     from matplotlib.figure import Figure
 
     losses = raw["by_position"]["losses"]
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5))
     left, right = figure.subplots(1, 2)
     positions = 2.0 ** np.arange(len(raw["by_position"]["octaves"])) * 1.5
     for number, (name, of) in enumerate(losses.items()):
-        left.plot(positions, np.mean(of, axis=0), marker=".", color=f"C{number}", label=name)
+        left.plot(positions, np.mean(of, axis=0), marker=".", color=line_colour(number), label=name)
         if number:
-            difference = to_first(raw, name)
+            difference, style = to_first(raw, name), {"color": line_colour(number), "linewidth": 1, "capsize": 2}
             shifted = positions * 1.03 ** (number - len(losses) / 2)  # so that the intervals stand apart
             margin = None if np.isnan(difference.margin).all() else difference.margin
-            right.errorbar(shifted, difference.mean, margin, marker=".", linewidth=1, capsize=2, color=f"C{number}", label=name)
-    right.axhline(0, color="C0", linewidth=1, label=next(iter(losses)))
+            right.errorbar(shifted, difference.mean, margin, marker=".", label=name, **style)
+    right.axhline(0, color=line_colour(0), linewidth=1, label=next(iter(losses)))
     left.set(xlabel="position in the story (tokens)", ylabel="nats per token", xscale="log")
     right.set(xlabel="position in the story (tokens)", ylabel="difference, 95% interval over seeds, uncorrected", xscale="log")
-    left.legend()
-    figure.savefig(path, dpi=120)
+    add_legend(left)
+    figure.savefig(path)

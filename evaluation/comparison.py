@@ -50,6 +50,10 @@ class Comparison:
     def __str__(self) -> str:
         return plain(self)
 
+    def as_markdown(self) -> str:
+        """The verdicts, quoted, and the notes below them."""
+        return "\n\n".join([f"> **{verdict}.**" for verdict in self.verdicts] + ["\n".join(f"- {note}" for note in self.notes)])
+
 
 def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missing: str | None = None) -> Comparison:
     """Compare runs, or groups of seeds, with the first of them.

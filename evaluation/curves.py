@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.statistics import BITS, CONFIDENCE
+from metrics.plots import add_legend, in_style, line_colour
 from metrics.world_floor import world_floor
 from metrics.world_report import draw_entropy
 from runs.folder import Run, group_members
@@ -88,6 +89,7 @@ def common_floor(members: tuple[str, ...]) -> float | None:
     return floors.pop() if len(floors) == 1 else None
 
 
+@in_style
 def plot_curves(*names: str, by: str = "step", axes=None, members: dict[str, tuple[str, ...]] | None = None):
     """Plot the validation curves of runs and groups of seeds.
 
@@ -121,18 +123,17 @@ def plot_curves(*names: str, by: str = "step", axes=None, members: dict[str, tup
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    axes = axes or plt.subplots(figsize=(8, 4), dpi=75, layout="constrained")[1]
+    axes = axes or plt.subplots()[1]
     members = members or {name: converged(name) for name in names}
     curves = [curve(name, by, members[name]) for name in names]
     for number, drawn in enumerate(curves):
         several = drawn.seeds > 1
         label = f"{drawn.name} (mean of {drawn.seeds} seeds)" if several else f"{drawn.name} (one seed, no band)"
-        axes.plot(drawn.x, drawn.mean, color=f"C{number}", linewidth=1.8 if several else 0.8, label=label)
+        axes.plot(drawn.x, drawn.mean, color=line_colour(number), linewidth=1.8 if several else 0.8, label=label)
         if several:
-            axes.fill_between(drawn.x, drawn.low, drawn.high, color=f"C{number}", alpha=0.25, linewidth=0)
+            axes.fill_between(drawn.x, drawn.low, drawn.high, color=line_colour(number), alpha=0.25, linewidth=0)
     axes.set(xlabel=AXES[by], ylabel=BITS)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.3)
     runs = tuple(member for name in names for member in members[name])
     key = "validation_fingerprint"
     if len({Run(member).load("model.pth", {key})[key] for member in runs}) > 1:
@@ -143,8 +144,42 @@ def plot_curves(*names: str, by: str = "step", axes=None, members: dict[str, tup
         excess = axes.secondary_yaxis("right", functions=(lambda bits: bits - floor, lambda over: over + floor))
         excess.set_ylabel("excess over the entropy")
     axes.set_ylim(*visible_range(curves, floor))
-    axes.legend(title="band: 95% interval of the mean" if any(drawn.seeds > 1 for drawn in curves) else None)
+    add_legend(*axes.figure.axes, title="band: 95% interval of the mean" if any(drawn.seeds > 1 for drawn in curves) else None)
     return axes
+
+
+@in_style
+def plot_positions(losses):
+    """Plot the loss by position in the story, and its difference to the first model.
+
+    Parameters
+    ----------
+    losses : pandas.DataFrame
+        Nats per token, a column for each model, a row for positions "1 to 1", "2 to 3", "4 to 7" and so on: the first table of
+        `evaluation.page.where_the_loss_is`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> plot_positions(pd.DataFrame({"base": [1.4, 0.4], "my_idea": [1.3, 0.4]}, index=["1 to 1", "2 to 3"]))  # doctest: +SKIP
+    """
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
+    plt.close(figure)  # or a notebook would show it twice
+    for name, values in losses.items():
+        left.plot(losses.index, values, marker=".", label=name)
+        right.plot(losses.index, values - losses.iloc[:, 0], marker=".", label=name)
+    first, last = zip(*(position.split(" to ") for position in losses.index), strict=True)
+    ticks = [one if one == other else f"{one}–{other}" for one, other in zip(first, last, strict=True)]
+    for axes, label in ((left, "nats per token"), (right, f"difference to {losses.columns[0]}")):
+        axes.set_xticks(range(len(ticks)), ticks, rotation=45)
+        axes.set(xlabel="position of the token in its story", ylabel=label)
+    add_legend(left)
+    return figure
 
 
 def visible_range(curves: list[Curve], floor: float | None) -> tuple[float, float]:
@@ -158,6 +193,7 @@ def visible_range(curves: list[Curve], floor: float | None) -> tuple[float, floa
     return lowest - room, highest + room
 
 
+@in_style
 def plot_all_curves(*names: str):
     """Plot the curves of runs and groups by steps, tokens, FLOPs and seconds.
 
@@ -182,7 +218,7 @@ def plot_all_curves(*names: str):
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), dpi=70, layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6))
     plt.close(figure)  # or a notebook would show it twice
     for by, ax in zip(("step", "tokens", "flops", "seconds"), axes.flat, strict=True):
         plot_curves(*names, by=by, axes=ax)

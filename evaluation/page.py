@@ -10,6 +10,8 @@ import math
 import os
 import platform
 import re
+import sys
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import datetime
@@ -19,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
+from tqdm import tqdm
 
 from evaluation.alignment import format_field
 from evaluation.comparison import Candidate, Comparison, Member, format_p
@@ -27,6 +30,7 @@ from evaluation.diff import diff
 from evaluation.statistics import BITS
 from inference import generate, load_model
 from metrics.measures import calibration, distinct, loss_by_position, loss_by_word_class, repetition, token_scores
+from metrics.plots import STYLE, alt_text
 from metrics.story_losses import NOT_ITS_OWN, label, validation_stories
 from pages import render
 from runs.command_line import command as training_command
@@ -39,9 +43,9 @@ NUM_SAMPLES = 10  # unprompted stories per seed, to measure repetition
 INK = "#0a0b0c"  # color of plots, replaced by the text color of the page
 PLOT_STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    "font.size": 9, "legend.fontsize": 8, "legend.facecolor": "none", "legend.edgecolor": "none", "axes.facecolor": "none",
-    "figure.facecolor": "none", "savefig.facecolor": "none", "svg.fonttype": "none", "svg.hashsalt": "comparison",
-}  # fmt: skip
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+    "svg.fonttype": "none", "svg.hashsalt": "comparison",
+}
 
 
 def write_page(comparison: Comparison, path: str | Path, **options):
@@ -168,7 +172,7 @@ def where_the_loss_is(
     --------
     >>> sections = where_the_loss_is(result.groups, 200, "auto", result.notes)  # doctest: +SKIP
     """
-    by_position, by_class, manner, stories_of = {}, {}, {}, {}
+    stories_of, available = {}, []
     for group in groups:
         data = Run(group.members[0].name).train_config.data
         try:
@@ -177,16 +181,20 @@ def where_the_loss_is(
         except OSError as error:
             notes.append(f"the loss of {group.name} by position and kind of word was not measured: {error}")
             continue
-        print(f"measuring {group.name}")
         source, stories = stories_of[data]
         if (source := label(Run(group.members[0].name), source, stories)).endswith(NOT_ITS_OWN):
             notes.append(f"the loss of {group.name} by position and kind of word is measured on {source}")
-        measured = [measures_of(member, stories[:num_stories]) for member in group.members]
-        by_position[group.name], by_class[group.name], manner[group.name] = (
-            pd.concat(columns, axis=1).mean(axis=1) for columns in zip(*measured, strict=True)
-        )
-    if not by_position:
+        available += [(group.name, member, stories[:num_stories]) for member in group.members]
+    if not available:
         return []
+    output = sys.stdout if "ipykernel" in sys.modules else sys.stderr  # a notebook shows stderr as if it were an error
+    measured = defaultdict(list)
+    for name, member, stories in tqdm(available, "where the loss is", unit="run", file=output):
+        measured[name].append(measures_of(member, stories))
+    by_position, by_class, manner = (
+        {name: pd.concat([run[kind] for run in runs], axis=1).mean(axis=1) for name, runs in measured.items()}
+        for kind in range(3)
+    )
     if len({group.members[0].scored.tokenizer for group in groups}) > 1:
         notes.append("losses by position are in nats per token, which do not compare between tokenizers")
     positions = pd.DataFrame(by_position)
@@ -238,7 +246,7 @@ def plot_by(groups: list[Candidate], by: str) -> Markup:
     members = {group.name: tuple(member.name for member in group.members) for group in groups}
     with new_axes((5, 3.4)) as axes:
         plot_curves(*members, by=by, axes=axes, members=members)
-        return inline_svg(axes.figure, by, f"{BITS} by {AXES[by]}; a band is the 95% interval of the mean over seeds")
+        return inline_svg(axes.figure, by, f"{alt_text(axes.figure)}; a band is the 95% interval of the mean over seeds")
 
 
 def plot_differences(comparison: Comparison) -> Markup:
@@ -248,7 +256,7 @@ def plot_differences(comparison: Comparison) -> Markup:
         return Markup("")
     with new_axes((5, 0.8 + 0.5 * len(rows))) as axes:
         heights = np.arange(len(rows))[::-1]
-        axes.errorbar(rows["difference"], heights, xerr=(rows["to"] - rows["95% from"]) / 2, fmt="o", color="C0", capsize=3)
+        axes.errorbar(rows["difference"], heights, xerr=(rows["to"] - rows["95% from"]) / 2, fmt="o", capsize=3)
         for height, name in zip(heights, rows.index, strict=True):
             axes.annotate(name, (0, height), (4, 9), xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8)
         axes.vlines(np.zeros(len(rows)), heights - 0.25, heights + 0.12, color="grey", linewidth=1)
@@ -262,8 +270,8 @@ def new_axes(size: tuple[float, float]):
     """Matplotlib axes in the style of the page; the figure is closed afterwards."""
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(PLOT_STYLE):
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
+    with plt.style.context([STYLE, PLOT_STYLE]):
+        figure, axes = plt.subplots(figsize=size)
         try:
             yield axes
         finally:

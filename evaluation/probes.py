@@ -36,6 +36,7 @@ from config import Layers, ModelConfig, TrainConfig, did_you_mean
 from data.cache import default_cache_dir, digest
 from evaluation.probe_tasks import TASKS, Compressor, Task
 from metrics.cost import config_of
+from metrics.plots import add_legend, in_style
 from metrics.proportion import proportion_interval
 from model import IGNORE
 from modules.registry import build_model
@@ -288,6 +289,7 @@ def table(scores: list[Score]):
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+@in_style
 def radar(scores: list[Score]):
     """Draw a radar chart: a polygon per architecture, a spoke per task from chance (inner circle) to all right."""
     import matplotlib.pyplot as plt
@@ -299,7 +301,7 @@ def radar(scores: list[Score]):
         heights.setdefault(score.architecture, {}).setdefault(score.task, []).append(height)
     tasks = list(dict.fromkeys(score.task for score in scores))
     angles = [2 * math.pi * number / len(tasks) for number in range(len(tasks))]
-    figure, axes = plt.subplots(figsize=(7, 7), layout="constrained", subplot_kw={"projection": "polar"})
+    figure, axes = plt.subplots(figsize=(7, 7), subplot_kw={"projection": "polar"})
     plt.close(figure)  # otherwise a notebook shows it twice
     for architecture, by_task in heights.items():
         spokes = [sum(by_task[task]) / len(by_task[task]) for task in tasks]  # mean over levels
@@ -318,7 +320,7 @@ def radar(scores: list[Score]):
     axes.set_yticks([0, 0.5, 1], ["chance", "half way", "all right"], color="grey", fontsize="small")
     axes.set_rlabel_position(180 / len(tasks))  # between two spokes
     axes.set_title("what each architecture learns", pad=24)
-    figure.legend(loc="outside lower center", ncols=min(3, len(heights) + 1))
+    add_legend(axes)
     return figure
 
 
@@ -361,6 +363,6 @@ def main(arguments):
     print(f"Accuracy, {seeds}, with its 95% interval over test sequences; another seed may lie outside of it. At most "
           f"{effort.steps} steps of {effort.batch_size} sequences; of lr {rates} the one with the lowest training loss counts.")
     if arguments.save:
-        radar(scores).savefig(arguments.save, dpi=120)
+        radar(scores).savefig(arguments.save)
         table(scores).to_csv(arguments.save.with_suffix(".csv"), index_label="task")
         print(f"the chart is in {arguments.save}, the table in {arguments.save.with_suffix('.csv')}")

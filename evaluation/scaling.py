@@ -28,6 +28,7 @@ from evaluation.comparison import bits_per_byte
 from evaluation.ladder import EQUAL_STEPS, MIN_SIZES, SEEDS, Budget, Plan, architecture, format_size, plan, read_size, train_all
 from evaluation.loss_law import Law, Race, fit, race
 from evaluation.statistics import BITS, CONFIDENCE
+from metrics.plots import add_legend, in_style, line_colour
 from metrics.story_losses import losses_of, too_lossy
 from runs.folder import Run
 from runs.tables import FrameTable, paragraphs, plain, show
@@ -234,16 +235,17 @@ def format_range(low: float, high: float, style=".4f") -> str:
     return f"{low} to {high}"
 
 
+@in_style
 def plot(result: Scaling):
     """Plot loss against size on log-log axes, with the laws, their 95% bands, and the forecasts."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5))
     plt.close(figure)  # otherwise a notebook shows it twice
     axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel=f"{BITS} of the validation stories")
     for number, (name, runs) in enumerate(result.runs.groupby("architecture", sort=False)):
-        colour, means = f"C{number}", runs.groupby("parameters")[BITS].mean()
+        colour, means = line_colour(number), runs.groupby("parameters")[BITS].mean()
         axes.plot(runs["parameters"], runs[BITS], ".", color=colour, alpha=0.4)
         if name not in result.laws:
             axes.plot(means.index, means, "o", color=colour, label=f"{name}: no law")
@@ -275,9 +277,9 @@ def plot(result: Scaling):
     axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(which="both")
     axes.set_title("law of all sizes, with its 95% band if there are seeds; dashed: without the largest size")
-    axes.legend(fontsize="small")
+    add_legend(axes)
     return figure
 
 
@@ -286,7 +288,7 @@ def save(result: Scaling, folder: Path):
     result.runs.to_csv(folder / "runs.csv", index=False)
     (folder / "verdict.txt").write_text(f"{result}\n", encoding="utf-8")
     if len(result.runs):
-        plot(result).savefig(folder / "scaling.png", dpi=120)
+        plot(result).savefig(folder / "scaling.png")
 
 
 def main(arguments, train_words: list[str]):

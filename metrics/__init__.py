@@ -8,6 +8,7 @@ counting.py     count_flops, cache_bytes: count both by running a model
 world_grades.py  grade_model, check_tokenizer, is_world: grade samples by the rules of storyworld
 world_floor.py   world_floor, floor_of: the exact entropy of storyworld, the lower bound of the loss
 world_report.py  plot_grades, draw_entropy: plots of grades and entropy
+plots.py         in_style, add_legend, alt_text, show_figure: the look of all plots, with plots.mplstyle
 proportion.py    proportion_interval: confidence intervals of shares
 gallery.py       show_blocks: display every block with its shapes and cost in a notebook
 """

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 
+from metrics.plots import add_legend, in_style, line_colour
 from metrics.proportion import CONFIDENCE, proportion_interval
 from metrics.world_floor import Floor, world_floor
 from metrics.world_grades import BROKEN
 from runs.folder import Run
 
 SHARES = ("accepted", *BROKEN)  # which add up to 1
-COLOURS = ("C2", "C3", "C1", "C0", "C4", "0.6", "0.85")
+COLOURS = ("C2", "C1", "C4", "C0", "C3", "0.6", "0.85")
 
 
 def draw_floors(axes, floors: Iterable[Floor | None]):
@@ -41,6 +42,7 @@ def graded_log(name: str):
     return log.dropna(subset="accepted")
 
 
+@in_style
 def plot_grades(*names: str):
     """Plot the storyworld grades of runs over training.
 
@@ -69,34 +71,33 @@ def plot_grades(*names: str):
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
     logs = {name: graded_log(name) for name in names}
-    figure, (left, *others) = plt.subplots(1, 1 + len(logs), figsize=(4.5 * (1 + len(logs)), 4), dpi=75, layout="constrained")
+    figure, (left, *others) = plt.subplots(1, 1 + len(logs), figsize=(4 * (1 + len(logs)), 3.8))
     plt.close(figure)  # otherwise a notebook shows it a second time
     for number, (name, log) in enumerate(logs.items()):
         num_samples = Run(name).train_config.grade_stories
         bounds = [proportion_interval(round(share * num_samples), num_samples) for share in log["accepted"]]
         below = log["accepted"] - [low for low, _ in bounds]
         above = [high for _, high in bounds] - log["accepted"]
-        label = f"{name} ({num_samples} samples, {CONFIDENCE:.0%})"
-        left.errorbar(log["excess"], log["accepted"], (below, above), color=f"C{number}", marker=".", elinewidth=0.6, label=label)
-        left.plot(log["excess"], log["sentences_right"], color=f"C{number}", linestyle="--", linewidth=0.8)
+        style = {"color": line_colour(number), "marker": "."}
+        label = f"{name}: accepted stories ({num_samples} samples, {CONFIDENCE:.0%})"
+        left.errorbar(log["excess"], log["accepted"], (below, above), elinewidth=0.6, label=label, **style)
+        label = f"{name}: sentences before the first error"
+        left.plot(log["excess"], log["sentences_right"], linestyle="--", linewidth=1, label=label, **style)
     if all((log["excess"] > 0).all() for log in logs.values()):
         left.set_xscale("log")
         left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         left.xaxis.set_minor_locator(NullLocator())
         left.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     left.invert_xaxis()
-    left.set(xlabel="loss over the entropy of the world (nats per token)")
+    left.set(xlabel="loss over the entropy of the world (nats per token)", ylabel="share that is right")
     left.set_ylim(bottom=0)
-    left.set(ylabel="stories that are right (dashed: their sentences)")
-    left.grid(alpha=0.3)
-    left.legend()
     for (name, log), axes in zip(logs.items(), others, strict=True):
         labels = [column.removeprefix("broken_") for column in SHARES]
         axes.stackplot(log["step"], *(log[column] for column in SHARES), labels=labels, colors=COLOURS)
         axes.set(xlabel="steps", ylabel="samples by first error", title=name, ylim=(0, 1), xlim=log["step"].iloc[[0, -1]])
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(reverse=True, loc="upper left", bbox_to_anchor=(1, 1))
+    add_legend(left)
     return figure
 
 

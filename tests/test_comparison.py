@@ -349,6 +349,13 @@ class TestCompare:
             evaluation.main(["compare", "a", "b"])
         assert "\n" not in str(error.value)
 
+    def test_as_markdown_it_says_the_same(self, make_run):
+        make_run("a"), make_run("b", 0.02, seed=1)
+        result = compare("a", "b")
+        lines = result.as_markdown().splitlines()
+        assert [line for line in lines if line.startswith("> ")] == [f"> **{verdict}.**" for verdict in result.verdicts]
+        assert [line for line in lines if line.startswith("- ")] == [f"- {note}" for note in result.notes] != []
+
     def test_in_the_terminal_and_without_torch(self, make_run, capsys):
         make_run("a"), make_run("b", -0.02, seed=1)
         evaluation.main(["compare", "a", "b"])

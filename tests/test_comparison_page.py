@@ -146,11 +146,13 @@ class TestPage:
         assert "dim 16 16 8" in words and "max_steps 20 20 5" in words and "Attn(window=7)" in words
         assert "num_layers 1 1" not in words and "seed 0 0" not in words.split("Runs")[0].split("Configs")[1]
 
-    def test_where_the_loss_is_as_the_mean_over_the_seeds(self, groups, without_plots, corpus, make_config):
+    def test_where_the_loss_is_as_the_mean_over_the_seeds(self, groups, without_plots, corpus, make_config, capsys):
         list(train(MODEL, make_config(max_steps=9, eval_every=3, seed=1), "other"))
         shutil.copy(Run("other").path("model.pth"), Run("idea-seed1").path("model.pth"))
         save_losses("idea-seed1")
         words = Page(as_page(compare("idea", "thin"), num_stories=20, prompts=("Tom",))).words
+        output, errors = capsys.readouterr()
+        assert "where the loss is: 100%" in errors and "where the loss is" not in output
         _, stories = validation_stories(corpus, None)
         bits, first = [], []
         for name in ("idea-seed0", "idea-seed1", "thin"):

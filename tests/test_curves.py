@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from conftest import MODEL
-from evaluation.curves import curve, plot_all_curves, plot_curves
+from evaluation.curves import curve, plot_all_curves, plot_curves, plot_positions
 from metrics.world_floor import world_floor
 from runs.folder import Run
 from train import train
@@ -99,7 +99,7 @@ class TestPlot:
         seeds("alone", [1, 10, 20], [3.0, 1.4, 0.9], "another")
         axes = plot_curves("group", "alone")
         assert axes.get_legend_handles_labels()[1] == ["group (mean of 2 seeds)", "alone (one seed, no band)"]
-        assert axes.get_legend().get_title().get_text() == "band: 95% interval of the mean"
+        assert axes.figure.legends[0].get_title().get_text() == "band: 95% interval of the mean"
         group, alone = axes.get_lines()
         assert group.get_linewidth() > alone.get_linewidth() and alone.get_ydata().tolist() == [3.0, 1.4, 0.9]
         (band,) = axes.collections
@@ -121,6 +121,14 @@ class TestPlot:
         figure = plot_all_curves("group")
         assert [axes.get_xlabel() for axes in figure.axes] == ["steps", "tokens", "training FLOPs", "seconds"]
         assert not plt.get_fignums()
+
+    def test_the_loss_by_position_and_its_difference_to_the_first(self):
+        losses = pd.DataFrame({"base": [1.5, 0.5, 0.75], "idea": [1.25, 0.5, 1.0]}, index=["1 to 1", "2 to 3", "4 to 7"])
+        left, right = plot_positions(losses).axes
+        assert [line.get_ydata().tolist() for line in left.get_lines()] == [[1.5, 0.5, 0.75], [1.25, 0.5, 1.0]]
+        assert [line.get_ydata().tolist() for line in right.get_lines()] == [[0, 0, 0], [-0.25, 0, 0.25]]
+        assert [tick.get_text() for tick in left.get_xticklabels()] == ["1", "2–3", "4–7"]
+        assert right.get_ylabel() == "difference to base"
 
 
 def test_storyworld_has_its_entropy_as_a_line_and_the_excess_on_the_right(make_config, tiny_run):

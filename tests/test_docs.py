@@ -10,7 +10,9 @@ from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pytest
+from PIL import Image
 
 from config import ModelConfig, TrainConfig
 from conftest import MODEL
@@ -110,3 +112,41 @@ def test_shell_completion_of_the_readme_completes(monkeypatch):
     with pytest.raises(SystemExit), redirect_stdout(StringIO()) as script:
         parse(["--tyro-print-completion", "bash"])
     assert "complete -F _tyro_train_py train.py" in script.getvalue() and "train.lr_max" in script.getvalue()
+
+
+@page
+def test_every_picture_has_a_text_and_exists(page):
+    text = page.read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[([^]]*)\]\(([^)]+)\)", text)
+    for tag in re.findall(r"<img [^>]*>", text):
+        attributes = dict(re.findall(r'(\w+)="([^"]*)"', tag))
+        pictures.append((attributes.get("alt", ""), attributes["src"]))
+    for alt, path in pictures:
+        assert len(alt) > 10 and (page.parent / path).exists(), path
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """docs/pictures.py as a module."""
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_has_the_results_of_the_shipped_runs(pictures, monkeypatch):
+    monkeypatch.delenv("BASEGPT_RUNS")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = re.findall(r"^\| \[(.+)\]\(trained_models/", text, re.MULTILINE)
+    assert "2m_speedrun" in names
+    assert pictures.with_results(text, names) == text, "run python docs/pictures.py results"
+
+
+def test_every_notebook_has_a_thumbnail_of_an_output(pictures):
+    assert set(pictures.SHOWN) == {path.stem for path in ROOT.glob("*.ipynb")}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, words in pictures.SHOWN.items():
+        cells = nbformat.read(ROOT / f"{name}.ipynb", as_version=4).cells
+        assert any(words in cell.source and cell.outputs for cell in cells if cell.cell_type == "code"), name
+        image = f"docs/images/{name}.png"
+        assert f'src="{image}"' in readme and Image.open(ROOT / image).size == pictures.THUMBNAIL
