@@ -14,7 +14,6 @@ import html
 import json
 import os
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -173,13 +172,14 @@ class Tokenizer:
         return sum(map(self.kept_bytes, texts)) / num_tokens
 
     def to_html(self, text: str) -> str:
-        """The text as HTML for a notebook, with a background colour for each token."""
+        """The text as HTML for a notebook: a background colour for each token, or bars between them where styles are stripped."""
         colours = ("#cde7ff", "#ffe3b8", "#d5f0c9", "#f5d0e2", "#e3d9fb")
-        spans = "".join(
-            f'<span style="background:{colours[i % len(colours)]}; color:black">{html.escape(piece)}</span>'
-            for i, piece in enumerate(self.tokens(text))
-        )
-        return f'<div style="white-space:pre-wrap; font-family:monospace; line-height:1.6">{spans}</div>'
+        pieces = [html.escape(piece).replace("\n", "<br>") for piece in self.tokens(text)]
+        spans = [
+            f'<span style="background:{colours[i % len(colours)]}; color:black">{piece}</span>' for i, piece in enumerate(pieces)
+        ]
+        bar = '<span style="display:none">│</span>'
+        return f'<div style="white-space:pre-wrap; font-family:monospace; line-height:1.6">{bar.join(spans)}</div>'
 
 
 class CharacterPairTokenizer(Tokenizer):
@@ -310,7 +310,7 @@ def check_new_name(name: str, overwrite: bool = False) -> Path:
         raise ValueError(f"{name!r} can't be a tokenizer's name: use letters, digits, '_', '-' and '.', such as my_tokenizer")
     path = TOKENIZERS_DIR / f"{name}.model"
     if path.exists() and not overwrite:
-        raise FileExistsError(f"there is a tokenizer called {name!r} already: choose another --name, or give --overwrite")
+        raise FileExistsError(f"there is a tokenizer called {name!r} already: choose another name, or overwrite it (--overwrite)")
     return path
 
 
@@ -427,7 +427,7 @@ def main(
 if __name__ == "__main__":
     import tyro
 
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError) as error:
-        sys.exit(f"tokenizer.py: {error}")
+    from runs.terminal import errors_in_one_line
+
+    with errors_in_one_line():
+        tyro.cli(main, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))

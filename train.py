@@ -35,13 +35,15 @@ from model import IGNORE
 from modules.registry import accepted_kwargs
 from runs.command_line import Arguments
 from runs.folder import Run, default_name
+from runs.terminal import errors_in_one_line
 from training.checkpoint import Record
 from training.machine import is_out_of_memory, peak_memory_mb
 from training.optim import expected_steps, growing_batch_size, growing_window, scheduled_learning_rate
 from training.plan import apply_plan
-from training.report import dead_experts, time_spent, write_report
+from training.report import dead_experts, time_left, time_spent, write_report
 from training.seeds import train_group, train_until_decided
 from training.setup import ctrl_c_finishes_the_step, prepare
+from training.stories import one_line
 
 LOG_EVERY = 10  # steps in a row of log_data.csv
 
@@ -183,19 +185,19 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
             bar = tqdm(total=1.0, miniters=0, bar_format="{percentage:3.0f}%|{bar}| {desc}")
         if record.bits_per_byte is not None:
             score = f", {record.bits_per_byte:.3f} bits/byte"
-        done = min(1.0, config.progress(record.step, record.seconds))
-        remaining = tqdm.format_interval(record.seconds * (1 - done) / done)
-        speed = f"{record.tokens_per_second:,.0f} tokens/s"
-        line = f"{remaining} of training left, step {record.step:,}, loss {record.train_loss:.3f}{score}, {speed}"
+            say(one_line(f"step {record.step:,}{score}", record.story))
+        line = f"{time_left(record, config)} of training left, step {record.step:,}, loss {record.train_loss:.3f}{score}"
+        line += f", {record.tokens_per_second:,.0f} tokens/s"
         bar.set_description_str(line, refresh=bar.n == 0)  # the first at once, others as often as a bar may
-        bar.update(done - bar.n)
+        bar.update(min(1.0, config.progress(record.step, record.seconds)) - bar.n)
     bar.close()
     if config.progress(record.step, record.seconds) < 1:
         print(f"stopped after {record.step:,} steps and saved. To go on:\n  {python} train.py --name {name} --resume")
         return False
     if config.max_steps and record.step < config.max_steps:
         print(f"the {config.max_minutes:g} minutes were over after {record.step:,} of {config.max_steps:,} steps")
-    print("\n" + "\n\n".join(write_report(name)))
+    say("writing the report: scoring all validation stories, and three samples")
+    print(f"\n{write_report(name)}")
     if dead := dead_experts(name):
         print(f"\n{dead}")
     print(f"""
@@ -207,14 +209,12 @@ Compare with others:  {python} -m evaluation compare {name} ANOTHER, or open mod
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGUMENTS)
-    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:  # ImportError: a missing plugin
-        sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0].split("]")[-1].strip()
-        sys.exit(f"error: out of memory ({reason}). Make room, or train a smaller model; what was saved goes on with --resume")
-    except KeyboardInterrupt:  # before the first step, or for a second time
-        sys.exit(130)  # the shell's own code for Ctrl-C
+    with errors_in_one_line():
+        try:
+            main(ARGUMENTS)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0].split("]")[-1].strip()
+            cure = "Make room, or train a smaller model; what was saved goes on with --resume"
+            raise MemoryError(f"out of memory ({reason}). {cure}") from error

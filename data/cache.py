@@ -6,6 +6,7 @@ An entry is a folder of files and an info.json with their sizes and whatever its
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -70,10 +71,28 @@ def find_damage(folder: Path) -> str | None:
 
 
 def say(line: str) -> None:
-    """Print a line to stderr without breaking a progress bar."""
+    """Print a line without breaking a progress bar: to stderr, or to stdout in a notebook, where stderr looks like an error."""
     from tqdm import tqdm
 
-    tqdm.write(line, file=sys.stderr)
+    if in_notebook():
+        tqdm.write(in_notebook_words(line), file=sys.stdout)
+    else:
+        tqdm.write(line, file=sys.stderr)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
+
+
+def in_notebook_words(message: str) -> str:
+    """A message with the variables of a notebook in place of the options of the command line.
+
+    >>> in_notebook_words("Lower --train.lr_max, or go on by --resume")
+    'Lower lr_max, or go on by resume = True'
+    """
+    message = re.sub(r"--(resume|overwrite)\b", r"\1 = True", message)
+    return re.sub(r"--(train\.|model\.)?(?=\w)", "", message)
 
 
 def digest(*parts: object) -> str:

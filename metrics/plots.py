@@ -62,7 +62,7 @@ def alt_text(figure) -> str:
         lines = []
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             line = handle[0] if isinstance(handle, ErrorbarContainer) else handle
-            ends = np.take(line.get_ydata(), [0, -1]) if isinstance(line, Line2D) else []
+            ends = np.take(line.get_ydata(), [0, -1]) if isinstance(line, Line2D) and len(line.get_ydata()) else []
             ends = dict.fromkeys(f"{end:.3g}" for end in ends)
             lines.append(f"{label} from {' to '.join(ends)}" if len(ends) == 2 else label)
         title = f"{axes.get_title()}: " if axes.get_title() else ""
@@ -70,8 +70,11 @@ def alt_text(figure) -> str:
     return ". ".join(f"{what} by {', '.join(xs)}: {lines}" for (what, lines), xs in labels_by_plot.items())
 
 
-def show_figure(figure):
-    """Display a figure in a notebook at its size in print; its alt text is also what viewers without pictures show."""
+def show_figure(figure, **options):
+    """Display a figure in a notebook at its size in print; its alt text is also what viewers without pictures show.
+
+    options: of IPython's display, such as display_id.
+    """
     import matplotlib.pyplot as plt
     from IPython.display import display
 
@@ -80,4 +83,4 @@ def show_figure(figure):
     figure.savefig(png, format="png")
     width = round(96 * figure.get_figwidth())  # CSS pixels
     data = {"image/png": b64encode(png.getvalue()).decode(), "text/plain": alt}
-    display(data, metadata={"image/png": {"alt": alt, "width": width}}, raw=True)
+    display(data, metadata={"image/png": {"alt": alt, "width": width}}, raw=True, **options)

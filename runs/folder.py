@@ -5,6 +5,7 @@ model_config.json  the architecture
 train_config.json  how it was trained
 execution.json     what the machine chose (number format, kernels, rows, threads, compile), and which machine it was
 log_data.csv       the training log, a row every few steps
+samples.csv        the story that the model wrote at every evaluation
 blocks.csv         metrics that blocks report at every evaluation, such as how evenly experts are used; if there are any
 model.pth          the best weights so far, and the size and fingerprint of the tokenizer
 checkpoint.pth     the last training state, to resume from

@@ -15,7 +15,7 @@ from runs.command_line import command, parse
 from runs.folder import Run
 from runs.presets import PRESETS
 from train import train
-from training.report import PROMPTS, plot_losses, samples, table, write_report
+from training.report import PROMPTS, film_strip, plot_losses, samples, table, write_report
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,8 @@ class TestWriteReport:
         assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
         readme = (folder / "README.md").read_text(encoding="utf-8")
         log = Run(tiny_run).log()
-        assert len(told) == len(PROMPTS) and all(story.splitlines()[0] in readme for story in told)
+        assert len(told.texts) == len(PROMPTS) and told.as_markdown() in readme
+        assert film_strip(tiny_run).as_markdown() in readme
         for said in (
             "# tiny", "loss.png", "trained on little.txt (300 stories; 200 for ", ") with bpe_tokenizer_128: 20 steps",
             f"{log['bits_per_byte'].min():.4f} bits", "on all 200 validation stories", "on the first 200 of them",

@@ -35,6 +35,7 @@ from train import train
 from training import checkpoint, setup, stopwatch
 from training.checkpoint import Record
 from training.report import command, plot_losses, write_report
+from training.stories import Stories
 
 ROOT = Path(__file__).parent.parent
 CLOCK = ["seconds", "tokens_per_second", "peak_memory_mb", "overhead_seconds"]  # what two equal runs differ in
@@ -212,7 +213,7 @@ class TestBudget:
 class TestLog:
     def test_the_log_is_plain_csv_with_the_fields_of_a_record(self, tiny_run, folders):
         log = pd.read_csv(folders / "runs" / tiny_run / "log_data.csv")
-        assert list(log) == [field.name for field in fields(Record) if field.name != "grades"] == [
+        assert list(log) == [field.name for field in fields(Record) if field.name not in ("grades", "story")] == [
             "step", "tokens", "seconds", "train_loss", "validation_loss", "perplexity", "bits_per_byte", "learning_rate",
             "gradient_norm", "tokens_per_second", "peak_memory_mb", "flops", "overhead_seconds",
         ]  # fmt: skip
@@ -254,6 +255,37 @@ class TestLog:
         assert len(whole) == 4 and all(stories == whole[0] for stories in whole)
 
 
+class TestSamples:
+    def test_every_evaluation_writes_a_story(self, make_config, monkeypatch):
+        records = list(train(MODEL, make_config(), "mine"))
+        written = [(record.step, record.tokens, record.story) for record in records if record.story is not None]
+        samples = pd.read_csv(Run("mine").path("samples.csv"), keep_default_na=False)
+        assert list(samples) == ["step", "tokens", "bits_per_byte", "story"] and samples["step"].tolist() == [10, 20]
+        assert list(samples.drop(columns="bits_per_byte").itertuples(index=False, name=None)) == written
+        assert records[-1].story == generate(*load_model("mine"), "", temperature=0)
+
+    def test_it_uses_no_training_time_and_no_random_numbers(self, make_config, monkeypatch):
+        changes = []
+
+        def spy(*arguments, **options):
+            before = torch.get_rng_state()
+            story = generate(*arguments, **options)
+            changes.append(not torch.equal(before, torch.get_rng_state()))
+            time.sleep(0.2)
+            return story
+
+        monkeypatch.setattr(checkpoint, "generate", spy)
+        last = list(train(replace(MODEL, dropout=0.1), make_config(max_steps=4, eval_every=2), "mine"))[-1]
+        assert changes == [False, False] and last.overhead_seconds > 0.4
+        assert last.seconds < last.overhead_seconds
+
+    def test_a_resumed_run_goes_on_with_the_same_file(self, make_config):
+        take(7, train(MODEL, make_config(eval_every=5), "stopped"))
+        list(train(MODEL, make_config(eval_every=5), "stopped", resume=True))
+        list(train(MODEL, make_config(eval_every=5), "whole"))
+        assert Run("stopped").path("samples.csv").read_text() == Run("whole").path("samples.csv").read_text()
+
+
 class TestCheckpoints:
     def test_last_and_best_are_kept(self, make_config):
         """The second half of the run spoils the model, so that the last weights are not the best."""
@@ -273,7 +305,7 @@ class TestCheckpoints:
             if record.step == 5:
                 break
         assert state("left")["step"] == 5
-        assert list(Run("left").log()) == [field.name for field in fields(Record) if field.name != "grades"]
+        assert list(Run("left").log()) == [field.name for field in fields(Record) if field.name not in ("grades", "story")]
         list(train(MODEL, make_config(), "left", resume=True))
         list(train(MODEL, make_config(), "whole"))
         assert_same("left", "whole")
@@ -410,7 +442,7 @@ class TestResume:
             code, printed = script("--name", "mine", "--resume", *words)
             assert code != 0 and "leave" in printed and "Traceback" not in printed
         code, printed = script("--resume")
-        assert code == 1 and printed.strip() == "error: --resume needs the name of the run to go on with: add --name"
+        assert code == 2 and printed.strip() == "error: --resume needs the name of the run to go on with: add --name"
 
     @pytest.mark.parametrize("file, content", [
         ("checkpoint.pth", None), ("checkpoint.pth", b"no"), ("log_data.csv", None), ("train_config.json", b"{"),
@@ -606,7 +638,7 @@ class TestTerminal:
     @pytest.mark.parametrize("words, wanted", [
         ("--preset 0.5m_short_and_thik", "no preset is called '0.5m_short_and_thik'. Did you mean '0.5m_short_and_thick'?"),
         ("--train.lr_maxx 1", "--train.lr_maxx"),
-        ("--model.num_heads 3", "it must divide num_heads=3"),
+        ("--preset 0.5m_short_and_thick --model.num_heads 3", "it must divide num_heads=3"),
         ("--model.dim twelve", "twelve"),
         ("--train.schedule cosin", "cosin"),
         ("--train.batch_size 0", "batch_size=0: give a whole number of at least 1"),
@@ -654,9 +686,10 @@ class TestTerminal:
         said_last = 'python inference.py mine "Once upon a time"'
         for said in ("loss.png", said_last, "model_evaluation.ipynb"):
             assert said in printed
-        assert all(story in printed for story in generate(*load_model("mine"), [""] * 3))
+        stories = Stories({f"Story {number + 1}": story for number, story in enumerate(generate(*load_model("mine"), [""] * 3))})
+        assert str(stories) in printed and "step 5, " in printed
         present = {path.name for path in Run("mine").folder.iterdir()}
         assert present == {
             "README.md", "model_config.json", "train_config.json", "execution.json", "log_data.csv", "model.pth",
-            "checkpoint.pth", "loss.png", "story_losses.csv", "story_losses.json",
+            "checkpoint.pth", "loss.png", "samples.csv", "story_losses.csv", "story_losses.json",
         }  # fmt: skip

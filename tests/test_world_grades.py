@@ -6,7 +6,6 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,7 +38,7 @@ from metrics.world_report import graded_log, log_with_excess, plot_grades
 from runs.folder import Run
 from tokenizer import Tokenizer, load_tokenizer
 from train import train
-from training.report import LivePlot, plot_losses, table, write_report
+from training.report import plot_losses, table, write_report
 
 MODEL = ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16, max_seq_len=64, dropout=0.1)
 TRAIN = TrainConfig(
@@ -203,7 +202,7 @@ class TestTokenizers:
         small = bert_like(texts)
         with pytest.raises(ValueError, match=r"small_letters does not keep the stories of the world .* take a tokenizer"):
             check_tokenizer(small)
-        assert floor_of(texts, small) is None
+        assert floor_of(texts, small, "storyworld") is None
         assert "small_letters does not keep the stories" in capsys.readouterr().err
 
 
@@ -216,17 +215,17 @@ class TestFloor:
             nats -= storyworld.score(text).log_prob
             num_tokens += len(tokenizer.encode(text, bos=True, eos=True)) - 1
             num_bytes += len(text)
-        floor = floor_of(texts, tokenizer)
+        floor = floor_of(texts, tokenizer, "storyworld")
         assert floor.nats_per_token == pytest.approx(nats / num_tokens)
         assert floor.bits_per_byte == pytest.approx(nats / num_bytes / math.log(2))
         with pytest.raises(ValueError, match="not a story of this world"):
-            floor_of([*texts, "The cat sat."], tokenizer)
+            floor_of([*texts, "The cat sat."], tokenizer, "storyworld")
 
     def test_of_a_run_is_that_of_the_stories_it_was_scored_on(self, told, tiny_run, capsys):
         model, tokenizer = load_model(told)
         stories = load_data(TRAIN.data, tokenizer, MODEL.max_seq_len).validation[: TRAIN.eval_stories]
         floor = world_floor(told)
-        assert floor == floor_of(stories, tokenizer) and world_floor(tiny_run) is None
+        assert floor == floor_of(stories, tokenizer, "storyworld") and world_floor(tiny_run) is None
         log = Run(told).log().dropna(subset="validation_loss")
         score = evaluate(model, tokenizer, stories)
         excess = log_with_excess(told).dropna(subset="validation_loss")
@@ -322,17 +321,12 @@ class TestReport:
             flat = [line for line in axes.get_lines() if "entropy of the world" in line.get_label()]
             assert len(flat) == lines and all(set(line.get_ydata()) == {floor} for line in flat)
             assert lines == 0 or axes.get_ylim()[0] < floor
-        live = LivePlot("live")
-        live.display = SimpleNamespace(update=lambda figure: None)  # there is no notebook here
-        for record in train(MODEL, replace(TRAIN, max_steps=2, seed=1), "live"):
-            live.add(record)
-        assert any("entropy of the world" in line.get_label() for line in live.axes.get_lines())
 
     def test_table_has_the_excess(self, told, tiny_run):
         rows = table(told, tiny_run, num_stories=30)
         model, tokenizer = load_model(told)
         stories = load_data(TRAIN.data, tokenizer, MODEL.max_seq_len).validation[:30]
-        assert rows.loc[told, "entropy"] == floor_of(stories, tokenizer).bits_per_byte
+        assert rows.loc[told, "entropy"] == floor_of(stories, tokenizer, "storyworld").bits_per_byte
         assert rows.loc[told, "excess"] == pytest.approx(rows.loc[told, "bits per byte"] - rows.loc[told, "entropy"])
         assert math.isnan(rows.loc[tiny_run, "excess"])
         assert "excess" not in table(tiny_run, num_stories=10)
@@ -376,7 +370,6 @@ class TestReport:
         for words, problem in (
             (["nobody"], "error: no run is called 'nobody'"),
             ([tiny_run], "error: the run 'tiny' was trained on little.txt: the world can only grade models of its own stories"),
-            ([told, "--num_samples", "0"], "error: --num_samples must be at least 1"),
             ([told, "--temperature", "-1"], "error: temperature=-1.0"),
         ):
             with pytest.raises(SystemExit) as stop:

@@ -10,5 +10,7 @@ compile_trial.py  measure_compiled: try torch.compile in a subprocess
 machine.py     choose_device, available_memory, describe_machine: device, compiler, memory
 stopwatch.py   Stopwatch: training time apart from all other time
 seeds.py       train_group: the same training with several seeds
-report.py      write_report, table, plot_losses, samples, LivePlot: reports of runs for the run folder and notebooks
+report.py      write_report, table, plot_losses, samples, film_strip: reports of runs for the run folder and notebooks
+stories.py     Stories, one_line: stories in a notebook, in Markdown and in a terminal
+notebook.py    LivePlot, preset_table, latest_run: what train.ipynb shows
 """

@@ -12,7 +12,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from data.dataset import Data, fingerprint
-from inference import load_model, load_weights
+from inference import generate, load_model, load_weights
 from metrics.scores import Evaluation, evaluate
 from metrics.world_grades import COLUMNS as GRADES
 from metrics.world_grades import grade_model
@@ -22,6 +22,9 @@ from runs.folder import Run
 from tokenizer import Tokenizer
 from training.machine import describe_machine
 from training.stopwatch import Stopwatch
+
+STORY_TOKENS = 200  # of the story at every evaluation
+SAMPLES = ("step", "tokens", "bits_per_byte", "story")  # columns of samples.csv
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Record:
     flops: float | None = None  # of training so far, forward and backward; None in old checkpoints
     overhead_seconds: float | None = None  # all other time so far: compiling, evaluating, saving …; None in old checkpoints
     grades: dict[str, float] | None = None  # storyworld grades, a column of the log each; None if no samples are graded
+    story: str | None = None  # what the model writes, a row of samples.csv; like the losses None between evaluations
 
 
 @dataclass
@@ -67,6 +71,7 @@ class Training:
     best_loss: float = math.inf
     unlogged: list[Record] = field(default_factory=list)  # steps since the last row of the log
     log: list[dict] = field(default_factory=list)
+    samples: list[dict] = field(default_factory=list)  # the story of every evaluation
     block_log: list[dict] = field(default_factory=list)  # what the report() of each block returned at every evaluation
 
     def start_from(self, name: str):
@@ -95,14 +100,22 @@ class Training:
             return evaluate(model, self.tokenizer, stories)
 
     def evaluated(self, record: Record) -> Record:
-        """Score the validation stories, save model.pth if the weights are the best so far, and add the scores to the record."""
+        """Score the validation stories, write a story, save model.pth if the weights are the best, and add all to the record."""
         score = self.score(self.best_model, self.validation)
         if score.loss < self.best_loss:
             self.best_loss = score.loss
             self.save_model()
         scores = {"validation_loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
         grades = self.grade() if self.grade_stories else None
-        return replace(record, **scores, grades=grades, overhead_seconds=self.clock.overhead)
+        record = replace(record, **scores, grades=grades, story=self.write_story(), overhead_seconds=self.clock.overhead)
+        self.samples.append({column: getattr(record, column) for column in SAMPLES})
+        return record
+
+    def write_story(self) -> str:
+        """Write a story with the most likely tokens, from its first one on. The random state stays as it is."""
+        most = min(STORY_TOKENS, self.model.config.max_seq_len)
+        with torch.compiler.set_stance("force_eager"):
+            return generate(self.best_model, self.tokenizer, "", temperature=0, max_new_tokens=most)
 
     def grade(self) -> dict[str, float]:
         """Grade samples of the model, drawn with the same seeds every time."""
@@ -116,7 +129,7 @@ class Training:
             loss = fmean(record.train_loss for record in self.unlogged)
             speed = fmean(record.tokens_per_second for record in self.unlogged)
             row = asdict(replace(record, train_loss=loss, tokens_per_second=speed))
-            self.log.append(row | (row.pop("grades") or {}))
+            self.log.append({column: row.get(column) for column in self.log_columns} | (record.grades or {}))
             self.unlogged = []
         if record.validation_loss is not None:
             for path, block in self.reporting_blocks.items():
@@ -130,7 +143,7 @@ class Training:
 
     @property
     def log_columns(self) -> list[str]:
-        columns = [field.name for field in fields(Record) if field.name != "grades"]
+        columns = [field.name for field in fields(Record) if field.name not in ("grades", "story")]
         return columns + list(GRADES) * (self.grade_stories > 0)
 
     def save_model(self):
@@ -151,6 +164,8 @@ class Training:
         if math.isinf(self.best_loss):
             self.save_model()
         self.run.save_log(self.log, self.log_columns)
+        if self.samples:
+            self.run.save_log(self.samples, list(SAMPLES), "samples.csv")
         if self.block_log:
             self.run.save_log(self.block_log, ["step", "block", "name", "value"], "blocks.csv")
         self.run.save("checkpoint.pth", {
@@ -159,7 +174,8 @@ class Training:
             "best_loss": self.best_loss,
             "unlogged": [asdict(record) for record in self.unlogged], "data": self.data.fingerprint,
             "average": self.average and self.average.state_dict(),
-            "continued_from": self.continued_from, "rows": self.rows, "random_state": random_state(), "block_log": self.block_log,
+            "continued_from": self.continued_from, "rows": self.rows, "random_state": random_state(), "samples": self.samples,
+            "block_log": self.block_log,
             "counts": {path: dict(block.named_buffers()) for path, block in self.reporting_blocks.items()},
         })  # fmt: skip
 
@@ -184,7 +200,7 @@ class Training:
             self.average.load_state_dict(saved["average"])
         self.unlogged = [Record(**values) for values in saved["unlogged"]]
         self.log = [row for row in self.run.log_rows() if int(row["step"]) <= self.step]
-        self.block_log = saved.get("block_log", [])  # missing in old checkpoints
+        self.samples, self.block_log = saved.get("samples", []), saved.get("block_log", [])  # missing in old checkpoints
         for path, block in self.reporting_blocks.items():  # their counts since the last evaluation are in no state dict
             for name, counts in saved.get("counts", {}).get(path, {}).items():
                 block.get_buffer(name).copy_(counts)

@@ -1,20 +1,23 @@
 """Reports of runs: loss curves, tables, samples, and the README.md of a run folder."""
 
 import math
-import time
 from dataclasses import replace
 
+from tqdm import tqdm
+
+from config import TrainConfig
 from data.sources import portable_name
 from inference import generate, load_model
 from metrics.cost import cost_of, model_cost, num_parameters
 from metrics.plots import add_legend, in_style, line_colour
 from metrics.scores import evaluate
 from metrics.story_losses import data_of, label, read_losses, save_losses, validation_stories
-from metrics.world_floor import floor_of, world_floor
+from metrics.world_floor import Floor, floor_of, world_floor
 from metrics.world_grades import is_world
 from metrics.world_report import draw_floors, lines_of_the_world, plot_grades
 from runs.command_line import command
 from runs.folder import Run
+from training.stories import Stories
 
 PROMPTS = ("Once upon a time", "One day, Lily", "Tim was")
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds", "flops": "training FLOPs"}
@@ -25,7 +28,7 @@ def plot_losses(*names: str, by: str = "step", axes=None):
     """Plot training loss (thin) and validation loss (thick) of runs, in nats per token.
 
     Losses only compare between runs with the same data and tokenizer; the title warns of different data. On storyworld a dashed
-    line shows the exact entropy, the lowest loss that a model can reach.
+    line shows the exact entropy, the lowest loss that a model can reach. The y range leaves out the steep start.
 
     Parameters
     ----------
@@ -57,20 +60,36 @@ def plot_losses(*names: str, by: str = "step", axes=None):
     if by not in AXES:
         raise ValueError(f"by={by!r}: it must be one of {', '.join(AXES)}")
     axes = axes or plt.subplots()[1]
-    validation_sets = set()
-    for number, name in enumerate(names):
-        saved, log = Run(name).load("model.pth", {"data", "validation_fingerprint"}), log_with_flops(name)
+    validation_sets, logs = set(), {}
+    for name in names:
+        saved = Run(name).load("model.pth", {"data", "validation_fingerprint"})
         validation_sets.add(saved["validation_fingerprint"])
-        scored = log.dropna(subset="validation_loss")
-        colour, label = line_colour(number), f"{name} on {saved['data']}"
-        axes.plot(log[by], log["train_loss"], color=colour, linewidth=0.6, alpha=0.6)
-        axes.plot(scored[by], scored["validation_loss"], color=colour, marker=".", label=label)
-    draw_floors(axes, map(world_floor, names))
-    warning = ". Different data: do not compare!" if len(validation_sets) > 1 else ""
-    axes.set(xlabel=AXES[by], ylabel="loss (nats per token)", title=f"training (thin) and validation (thick){warning}")
+        logs[f"{name} on {saved['data']}"] = log_with_flops(name)
+    draw_losses(axes, logs, by, [world_floor(name) for name in names])
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    add_legend(axes)
+    warning = ". Different data: do not compare!" if len(validation_sets) > 1 else ""
+    axes.set_title(f"training (thin) and validation (thick){warning}")
     return axes
+
+
+def draw_losses(axes, logs: dict, by: str, floors: list[Floor | None]):
+    """Draw the losses of logs, which are DataFrames by title, and the entropies of their worlds."""
+    import pandas as pd
+
+    for number, (title, log) in enumerate(logs.items()):
+        scored = log.dropna(subset="validation_loss")
+        colour = line_colour(number)
+        axes.plot(log[by], log["train_loss"], color=colour, linewidth=0.6, alpha=0.6)
+        axes.plot(scored[by], scored["validation_loss"], color=colour, marker=".", label=title)
+    draw_floors(axes, floors)
+    axes.set(xlabel=AXES[by], ylabel="loss (nats per token)")
+    # clip the steep start, which is higher than all that follows the first tenth of a run
+    late = pd.concat(log.loc[log[by] >= 0.1 * log[by].max(), ["train_loss", "validation_loss"]] for log in logs.values())
+    lowest = min([late.min().min(), *(floor.nats_per_token for floor in floors if floor is not None)])
+    room = 0.05 * (late.max().max() - lowest) or 0.05
+    if len(late):  # no row was logged yet
+        axes.set_ylim(lowest - room, late.max().max() + room)
+    add_legend(axes)
 
 
 def log_with_flops(name: str):
@@ -79,57 +98,6 @@ def log_with_flops(name: str):
     if "flops" not in log or log["flops"].isna().any():
         log["flops"] = log["tokens"] * cost_of(name).training_flops
     return log
-
-
-class LivePlot:
-    """Plot the losses of a run in a notebook while it trains.
-
-    Parameters
-    ----------
-    name : str
-        The run.
-    seconds_between : float, default 2.0
-        Minimum time between two updates of the plot; every evaluation updates it, too.
-
-    Examples
-    --------
-    >>> plot = LivePlot("my_run")  # doctest: +SKIP
-    >>> for record in train(model_config, train_config, "my_run"):  # doctest: +SKIP
-    ...     plot.add(record)
-    """
-
-    @in_style
-    def __init__(self, name: str, seconds_between: float = 2.0):
-        import matplotlib.pyplot as plt
-        from IPython.display import display
-
-        self.name, self.seconds_between, self.drawn_at, self.records = name, seconds_between, 0.0, []
-        self.figure, self.axes = plt.subplots()
-        plt.close(self.figure)  # otherwise the notebook shows it a second time
-        self.display = display(self.figure, display_id=True)
-
-    def add(self, record):
-        """Add the Record of a step."""
-        if not self.records:
-            self.data, self.floor = Run(self.name).load("model.pth", {"data"})["data"], world_floor(self.name)
-        self.records.append(record)
-        if time.monotonic() - self.drawn_at > self.seconds_between or record.validation_loss is not None:
-            self.drawn_at = time.monotonic()
-            self.draw()
-
-    @in_style
-    def draw(self):
-        scored = [record for record in self.records if record.validation_loss is not None]
-        self.axes.clear()
-        self.axes.plot([r.step for r in self.records], [r.train_loss for r in self.records], linewidth=0.6, label="training")
-        self.axes.plot([r.step for r in scored], [r.validation_loss for r in scored], marker=".", label="validation")
-        draw_floors(self.axes, [self.floor])
-        last = self.records[-1]
-        self.axes.set(xlabel="steps", ylabel="loss (nats per token)")
-        speed = f"{last.tokens_per_second:,.0f} tokens/s"
-        self.axes.set_title(f"{self.data}: {last.seconds:.0f} s of training, {speed}, learning rate {last.learning_rate:.2g}")
-        add_legend(self.axes)
-        self.display.update(self.figure)
 
 
 def table(
@@ -234,7 +202,7 @@ def wrapped(frame):
     return frame.style.set_properties(**text).set_table_styles(headings).set_uuid("wrapped")
 
 
-def write_report(name: str) -> list[str]:
+def write_report(name: str) -> Stories:
     """Write README.md, loss.png and the losses by story into the folder of a run.
 
     Parameters
@@ -244,8 +212,8 @@ def write_report(name: str) -> list[str]:
 
     Returns
     -------
-    list of str
-        The three sample stories in the README.
+    Stories
+        The three samples in the README.
 
     Raises
     ------
@@ -256,7 +224,7 @@ def write_report(name: str) -> list[str]:
 
     Examples
     --------
-    >>> print(write_report("my_run")[0])  # doctest: +SKIP
+    >>> print(write_report("my_run"))  # doctest: +SKIP
     """
     import matplotlib.pyplot as plt
 
@@ -265,7 +233,8 @@ def write_report(name: str) -> list[str]:
         raise ValueError(f"the run {name!r} was stopped before it was evaluated: go on with it by resume, and report then")
     save_losses(name)
     model, tokenizer = load_model(name)
-    stories = generate(model, tokenizer, [""] * 3)  # an empty prompt suits any data
+    samples = generate(model, tokenizer, [""] * 3)  # an empty prompt suits any data
+    stories = Stories({f"Story {number}": story for number, story in enumerate(samples, start=1)})
     axes = plot_losses(name)
     run.save_figure("loss.png", axes.figure)
     plt.close(axes.figure)  # otherwise a notebook shows it
@@ -291,12 +260,32 @@ def write_report(name: str) -> list[str]:
     if config.grade_stories:
         run.save_figure("grades.png", plot_grades(name))
         pictures += "\n\n![samples that the world accepts, by loss](grades.png)"
-    quoted = "\n\n".join("> " + story.replace("\n", "\n>\n> ") for story in stories)
-    values = {"name": name, "numbers": "\n".join(numbers), "pictures": pictures, "stories": quoted}
+    values = {"name": name, "numbers": "\n".join(numbers), "pictures": pictures, "stories": stories.as_markdown()}
+    if strip := film_strip(name).as_markdown():
+        values["stories"] += f"\n\nWhat it wrote while it learned, from the most likely tokens:\n\n{strip}"
     portable = replace(config, data=portable_name(config.data))
     values["command"] = command(run.model_config, portable, continued_from=saved["continued_from"])
     run.save_text("README.md", README.format(**values))
     return stories
+
+
+def film_strip(name: str) -> Stories:
+    """Stories that a run wrote while it learned, at up to five evaluations; more of them early, when it learns fast."""
+    import numpy as np
+    import pandas as pd
+
+    if not (Run(name).folder / "samples.csv").exists():  # an old run
+        return Stories({})
+    samples = pd.read_csv(Run(name).path("samples.csv"), keep_default_na=False)
+    moments = np.unique(np.geomspace(1, len(samples), min(5, len(samples))).round().astype(int)) - 1
+    headings = [f"Step {row.step:,}: {row.bits_per_byte:.3f} bits per byte" for row in samples.itertuples()]
+    return Stories({headings[moment]: samples["story"][moment] for moment in moments}, longest=300)
+
+
+def time_left(record, config: TrainConfig) -> str:
+    """How long training goes on after a Record, as 04:10."""
+    done = min(1.0, config.progress(record.step, record.seconds))
+    return tqdm.format_interval(record.seconds * (1 - done) / done)
 
 
 def time_spent(run: Run) -> str:
