@@ -3,6 +3,11 @@
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
+INSTALL := $(if $(shell command -v uv),uv pip install --python $(RUN),$(RUN) -m pip install --disable-pip-version-check)
+# On Linux, torch from PyPI brings gigabytes of CUDA. Without an NVIDIA driver, its CPU wheel is installed first.
+ifeq ($(shell uname -s) $(shell command -v nvidia-smi),Linux )
+CPU_TORCH := --no-deps --index-url https://download.pytorch.org/whl/cpu torch
+endif
 EXECUTE := $(RUN) -m nbconvert --to notebook --inplace --execute --log-level WARN \
 	--ExecutePreprocessor.record_timing=False
 
@@ -43,9 +48,10 @@ $(VENV)/bin/pip:
 
 # A stamp file is newer than the requirements that were installed; when these change, pip runs again.
 $(VENV)/installed: requirements.txt constraints.txt | $(VENV)/bin/pip
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(if $(CPU_TORCH),$(INSTALL) $(CPU_TORCH) -c constraints.txt || echo "no CPU wheel of torch there: taking the one with CUDA from PyPI")
+	$(INSTALL) -r requirements.txt -c constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	$(INSTALL) -r requirements-dev.txt -c constraints.txt
 	touch $@

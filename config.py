@@ -123,7 +123,7 @@ class ModelConfig:
 class TrainConfig:
     """How a model is trained."""
 
-    data: str = "auto"  # tinystories, storyworld, hub:owner/name, a file or a folder; auto is tinystories, or storyworld offline
+    data: str = "auto"  # tinystories, storyworld, hub:owner/name, a file or a folder; auto: tinystories, offline storyworld_small
     tokenizer: str = "bpe_tokenizer_1024"  # a name in tokenizers/, a path, or hf:name for the Hugging Face hub
     max_stories: int | None = 200_000  # number of training stories to read; None is all
     packing: Literal["packed", "padded"] = "packed"  # several stories per row, or one story per row with padding

@@ -5,8 +5,14 @@
 B batch, T time, V vocabulary.
 """
 
-import math
 import sys
+
+if __name__ == "__main__":  # before torch is imported, so that --help and typos return immediately
+    from runs.command_line import parse_inference
+
+    ARGUMENTS = parse_inference(sys.argv[1:])
+
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +21,9 @@ from torch import Tensor, nn
 
 from model import GPT, Cache
 from modules.registry import accepted_kwargs, build_model
+from runs.command_line import InferenceArguments
 from runs.folder import Run
+from runs.terminal import errors_in_one_line
 from tokenizer import load_tokenizer
 
 
@@ -267,34 +275,13 @@ def generate(model: GPT, tokenizer, prompts: str | list[str], **options) -> str 
     return [tokenizer.decode(row) for row in rows]
 
 
-def main(
-    name: str,
-    prompts: list[str],
-    /,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    seed: int = 0,
-):
-    """Continue prompts with a trained model.
-
-    Args:
-        name: a run in trained_models/
-        prompts: starts of stories
-        max_new_tokens: the most tokens to add; by default until the story ends or the context is full
-        temperature: lower is safer, higher is wilder, 0 is greedy
-        top_k: draw from the k most likely tokens
-        top_p: draw from the most likely tokens whose probabilities add up to p
-        min_p: draw from tokens at least p times as likely as the most likely one
-        seed: random seed of the first story; each further one adds 1
-    """
-    model, tokenizer = load_model(name)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    for number, prompt in enumerate(prompts or ["Once upon a time"]):
+def main(arguments: InferenceArguments):
+    """Continue prompts with a trained model, and print each token as soon as it is drawn."""
+    model, tokenizer = load_model(arguments.name)
+    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")}
+    for number, prompt in enumerate(arguments.prompts or ["Once upon a time"]):
         printed = ""
-        for (story,) in stream(model, tokenizer, [prompt], seed=seed + number, **options):
+        for (story,) in stream(model, tokenizer, [prompt], seed=arguments.seed + number, **options):
             story = story.rstrip("\ufffd")  # a character whose last bytes are still to come
             print(story[len(printed) :], end="", flush=True)
             printed = story
@@ -302,11 +289,5 @@ def main(
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        tyro.cli(main, use_underscores=True)
-    except (ValueError, OSError, ImportError) as error:  # ImportError: a missing plugin
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)  # the shell's own code for Ctrl-C
+    with errors_in_one_line():
+        main(ARGUMENTS)

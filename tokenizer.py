@@ -14,7 +14,6 @@ import html
 import json
 import os
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -428,7 +427,7 @@ def main(
 if __name__ == "__main__":
     import tyro
 
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError) as error:
-        sys.exit(f"tokenizer.py: {error}")
+    from runs.terminal import errors_in_one_line
+
+    with errors_in_one_line():
+        tyro.cli(main, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))

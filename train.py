@@ -35,6 +35,7 @@ from model import IGNORE
 from modules.registry import accepted_kwargs
 from runs.command_line import Arguments
 from runs.folder import Run, default_name
+from runs.terminal import errors_in_one_line
 from training.checkpoint import Record
 from training.machine import is_out_of_memory, peak_memory_mb
 from training.optim import expected_steps, growing_batch_size, growing_window, scheduled_learning_rate
@@ -195,6 +196,7 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
         return False
     if config.max_steps and record.step < config.max_steps:
         print(f"the {config.max_minutes:g} minutes were over after {record.step:,} of {config.max_steps:,} steps")
+    say("writing the report: scoring all validation stories, and three samples")
     print(f"\n{write_report(name)}")
     if dead := dead_experts(name):
         print(f"\n{dead}")
@@ -207,14 +209,12 @@ Compare with others:  {python} -m evaluation compare {name} ANOTHER, or open mod
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGUMENTS)
-    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:  # ImportError: a missing plugin
-        sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0].split("]")[-1].strip()
-        sys.exit(f"error: out of memory ({reason}). Make room, or train a smaller model; what was saved goes on with --resume")
-    except KeyboardInterrupt:  # before the first step, or for a second time
-        sys.exit(130)  # the shell's own code for Ctrl-C
+    with errors_in_one_line():
+        try:
+            main(ARGUMENTS)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0].split("]")[-1].strip()
+            cure = "Make room, or train a smaller model; what was saved goes on with --resume"
+            raise MemoryError(f"out of memory ({reason}). {cure}") from error

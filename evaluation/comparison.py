@@ -9,10 +9,12 @@ seed is the unit, and the interval covers the choice of seeds. One seed gets an 
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from rich.text import Text
 
 from config import TrainConfig
 from data.sources import portable_name
@@ -21,6 +23,7 @@ from evaluation.statistics import BITS
 from metrics.story_losses import NOT_ITS_OWN, TOP_K, data_of, losses_of, too_lossy
 from runs.execution import different_execution
 from runs.folder import Run, group_members
+from runs.tables import FrameTable, paragraphs, plain
 
 AT = ("end", "parameters", "step", "tokens", "flops", "seconds")
 SAME_SIZE = 0.05  # relative difference in parameters that counts as equal
@@ -38,11 +41,14 @@ class Comparison:
     groups: list[Candidate]  # in the order of the names
     at: str
 
+    def __rich_console__(self, console, options) -> Iterator:
+        formats = dict.fromkeys(("p", "p (corrected)"), format_p)
+        tables = [[FrameTable(frame, formats=formats)] for frame in (self.candidates, self.differences) if len(frame)]
+        notes, verdicts = [Text(note, "yellow") for note in self.notes], [Text(verdict, "bold") for verdict in self.verdicts]
+        yield from paragraphs(notes, *tables, verdicts)
+
     def __str__(self) -> str:
-        formatters = dict.fromkeys(("p", "p (corrected)"), format_p)
-        tables = [frame.to_string(float_format="{:.4f}".format, formatters=formatters, na_rep="–")
-                  for frame in (self.candidates, self.differences) if len(frame)]  # fmt: skip
-        return "\n\n".join(["\n".join(lines) for lines in (self.notes, tables[:1], tables[1:], self.verdicts) if lines])
+        return plain(self)
 
     def as_markdown(self) -> str:
         """The verdicts, quoted, and the notes below them."""

@@ -5,13 +5,11 @@
     diff("1m", ModelConfig(num_layers=4))                        # in a notebook; also configs
 """
 
-import argparse
-from pathlib import Path
-
 from config import ModelConfig
 from evaluation.alignment import Side
 from evaluation.diff_view import DiffView, as_page
 from metrics.cost import config_of, cost_of
+from runs.tables import show
 
 
 def diff(left: str | ModelConfig, right: str | ModelConfig, T: int | None = None) -> DiffView:
@@ -46,15 +44,11 @@ def diff(left: str | ModelConfig, right: str | ModelConfig, T: int | None = None
     return DiffView(*(Side(title, *config_of(spec), cost_of(spec, T)) for title, spec in sides))
 
 
-def main(words: list[str]):
-    parser = argparse.ArgumentParser(prog="python -m evaluation diff", description="Compare two architectures part by part.")
-    parser.add_argument("left", metavar="PRESET_OR_RUN")
-    parser.add_argument("right", metavar="PRESET_OR_RUN")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page there instead of printing")
-    arguments = parser.parse_args(words)
+def main(arguments):
+    """Run the command `diff`."""
     compared = diff(arguments.left, arguments.right)
     if arguments.html is None:
-        print(compared)
+        show(compared)
     else:
         arguments.html.write_text(as_page(compared), encoding="utf-8")
         print(f"the differences are in {arguments.html}")

@@ -1,16 +1,19 @@
 """A Diff as text for the terminal, and as HTML (diff.jinja) for a notebook or a page."""
 
+import itertools
 import re
 from collections.abc import Iterator
-from itertools import zip_longest
 from textwrap import wrap
 from typing import NamedTuple
 
 from markupsafe import Markup
+from rich.table import Table
+from rich.text import Text
 
 from evaluation.alignment import CHANGED, LEFT, RIGHT, SAME, Diff, Group
 from metrics.cost import Part
 from pages import render
+from runs.tables import new_table, plain
 from shapes.tree import joined_name
 
 NUMBERS = {"parameters": "parameters", "flops": "FLOPs", "cache_per_token": "cache"}
@@ -20,8 +23,13 @@ CLASSES = {SAME: "same", CHANGED: "changed", LEFT: "left", RIGHT: "right"}
 class DiffView(Diff):
     """A Diff that `print` shows as text and a notebook as a table."""
 
+    def __rich_console__(self, console, options) -> Iterator:
+        title = f"{self.left.title}  {CHANGED}  {self.right.title}"
+        yield from (Text(title, style="bold"), "", *wrap(self.legend, options.max_width), "")
+        yield from (table_of_config(self), "", table_of_parts(self), "", table_of_totals(self))
+
     def __repr__(self) -> str:
-        return as_text(self)
+        return plain(self)
 
     def _repr_html_(self) -> str:
         return render("evaluation/diff.jinja", diff=self, groups=[list(lines_of(group)) for group in self.groups],
@@ -90,43 +98,51 @@ def ratio(left: float, right: float) -> str:
     return "" if left == right else f"× {right / left:.2f}" if left else "new"
 
 
-def as_text(diff: Diff) -> str:
-    """For the terminal: a line for each part, and below it the details that differ."""
-    text = [f"{diff.left.title}  {CHANGED}  {diff.right.title}", "", *wrap(diff.legend, 110), ""]
-    width = max((len(name) for name, _, _ in diff.config_rows), default=0)
+def wrapped(details: list[str], width: int = 36) -> list[str]:
+    """Lines of details, none of which is broken."""
+    lines = wrap(", ".join(detail.replace(" ", "\xa0") for detail in details), width, break_on_hyphens=False)
+    return [line.replace("\xa0", " ") for line in lines]
+
+
+def table_of_config(diff: Diff) -> Table:
+    table = new_table(show_header=False)
+    for style in ("", "red", "", "green"):
+        table.add_column(style=style, overflow="fold")
     for name, left, right in diff.config_rows:
-        if len(left) + len(right) < 70:
-            text.append(f"{name.ljust(width)}  {left}  {RIGHT}  {right}")
-        else:
-            for start, value in ((f"{name.ljust(width)}  {LEFT} ", left), (f"{' ' * width}  {RIGHT} ", right)):
-                text += wrap(value, 120, initial_indent=start, subsequent_indent=" " * len(start))
-    table = [("", *(heading for side in diff.sides for heading in (side.title, *NUMBERS.values())))]
-    table += [row for group in diff.groups for line in lines_of(group) for row in text_rows(line)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    text.append("")
-    for row in table:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        for number in (0, 1, 5):  # the columns of text
-            cells[number] = row[number].ljust(widths[number])
-        text.append("  ".join(cells).rstrip())
-    text.append("")
+        table.add_row(name, left, RIGHT, right)
+    return table
+
+
+def table_of_parts(diff: Diff) -> Table:
+    """A row for each part that is equal, and two for one that differs: left, then right."""
+    table = new_table()
+    table.add_column("")
+    table.add_column("", overflow="fold", ratio=1)
+    for heading in NUMBERS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in itertools.chain(*map(lines_of, diff.groups)):
+        indent = "  " * line.is_inside
+        if line.left == line.right:
+            table.add_row(line.mark, indent + line.left.title, *line.left.numbers)
+            continue
+        pairs = ((LEFT, "red", line.left, line.right), (RIGHT, "green", line.right, line.left))
+        for arrow, style, cell, other in pairs:
+            if cell.title:
+                mark = arrow if line.mark in (LEFT, RIGHT) else line.mark + arrow
+                details = [detail for detail in cell.details if other.title and detail not in other.details]
+                lines = [cell.title, *(f"  {text}" for text in wrapped(details))]
+                title = "\n".join(indent + text for text in lines)
+                table.add_row(mark, title, *cell.numbers, style="" if line.mark == SAME else style)
+    return table
+
+
+def table_of_totals(diff: Diff) -> Table:
+    table = new_table(show_header=False)
+    for justify in ("left", "right", "left", "right", "left"):
+        table.add_column(justify=justify)
     for label, left, right in diff.totals:
-        text.append(f"{label:29} {left:14,.0f}  {RIGHT} {right:14,.0f}  {ratio(left, right)}".rstrip())
-    return "\n".join(text)
-
-
-def text_rows(line: Line) -> Iterator[tuple[str, ...]]:
-    """The rows of the table for a line: the first with its numbers, the others with the rest of the title and the details."""
-    indent = "  " * line.is_inside
-    both = line.left.title and line.right.title
-    blocks = []
-    for cell, other in ((line.left, line.right), (line.right, line.left)):
-        details = [detail for detail in cell.details if both and detail not in other.details]
-        blocks.append([*wrap(cell.title, 44), *details] or [""])
-    (left, *left_below), (right, *right_below) = blocks
-    yield line.mark, f"{indent}{left}".rstrip(), *line.left.numbers, f"{indent}{right}".rstrip(), *line.right.numbers
-    for pair in zip_longest(left_below, right_below, fillvalue=""):
-        yield "", *(text for below in pair for text in (f"{indent}    {below}" if below else "", "", "", ""))
+        table.add_row(label, f"{left:,.0f}", RIGHT, f"{right:,.0f}", ratio(left, right))
+    return table
 
 
 def as_page(diff: DiffView) -> str:

@@ -23,6 +23,7 @@ import pandas as pd
 from markupsafe import Markup
 from tqdm import tqdm
 
+from data.cache import in_notebook
 from evaluation.alignment import format_field
 from evaluation.comparison import Candidate, Comparison, Member, format_p
 from evaluation.curves import AXES, plot_curves
@@ -187,7 +188,7 @@ def where_the_loss_is(
         available += [(group.name, member, stories[:num_stories]) for member in group.members]
     if not available:
         return []
-    output = sys.stdout if "ipykernel" in sys.modules else sys.stderr  # a notebook shows stderr as if it were an error
+    output = sys.stdout if in_notebook() else sys.stderr
     measured = defaultdict(list)
     for name, member, stories in tqdm(available, "where the loss is", unit="run", file=output):
         measured[name].append(measures_of(member, stories))

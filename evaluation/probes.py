@@ -15,7 +15,6 @@ Scores are cached.
 B sequences, T tokens in each, V vocabulary.
 """
 
-import argparse
 import inspect
 import itertools
 import json
@@ -43,6 +42,8 @@ from model import IGNORE
 from modules.registry import build_model
 from runs.code import code_digests
 from runs.command_line import read_layers
+from runs.tables import FrameTable, show
+from runs.terminal import UsageError
 from training.optim import build_optimizers, scheduled_learning_rate
 
 
@@ -324,50 +325,33 @@ def radar(scores: list[Score]):
 
 
 def check_picture(path: Path):
-    """Raise ValueError or OSError before training if the picture cannot be saved."""
+    """Raise UsageError before training if matplotlib cannot write such a picture."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     if path.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
-        raise ValueError(f"--save {path}: give a file that ends in .png, .svg or .pdf")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--save {path}: there is no folder {path.parent}: make it first")
+        raise UsageError(f"--save {path}: give a file that ends in .png, .svg or .pdf")
 
 
-def main(words: list[str]):
-    """Run the command line. Raises ValueError, OSError or ImportError with one line."""
+def main(arguments):
+    """Run the command `probes`. Raises ValueError, OSError or ImportError with one line."""
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation probes",
-        description="Synthetic tasks; all take up to 10 minutes of one core for each architecture.",
-    )
-    parser.add_argument("specs", nargs="+", metavar="ARCHITECTURE", help="a preset, a run, or a layer string")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"some of: {', '.join(TASKS)}")
-    parser.add_argument("--seeds", type=int, default=1, help="models of each architecture and task")
-    parser.add_argument("--steps", type=int, help="maximum of training steps for each learning rate")
-    parser.add_argument("--lrs", type=float, nargs="+", help="learning rates: the best is taken")
-    efforts = parser.add_mutually_exclusive_group()
-    efforts.add_argument("--quick", action="store_true", help="less training, with one learning rate: a first look")
-    efforts.add_argument("--thorough", action="store_true", help="larger models, 20 times the steps: hours")
-    parser.add_argument("--plugins", nargs="+", default=[], help="modules whose BLOCKS the layer strings name")
-    parser.add_argument("--save", type=Path, metavar="FILE.png", help="write the radar chart there, and the table as .csv")
-    arguments = parser.parse_args(words)
     effort = QUICK if arguments.quick else THOROUGH if arguments.thorough else Effort()
-    steps, lrs = arguments.steps, arguments.lrs
-    effort = replace(effort, steps=effort.steps if steps is None else steps, lrs=effort.lrs if lrs is None else tuple(lrs))
+    steps = effort.steps if arguments.steps is None else arguments.steps
+    effort = replace(effort, steps=steps, lrs=arguments.lrs or effort.lrs)
     if not all(number > 0 and math.isfinite(number) for number in (effort.steps, *effort.lrs)):
-        raise ValueError(f"--steps {effort.steps} --lrs {' '.join(map(str, effort.lrs))}: give positive numbers")
+        raise UsageError(f"--steps {effort.steps} --lrs {' '.join(map(str, effort.lrs))}: give positive numbers")
     if arguments.save:
         check_picture(arguments.save)
-    tasks = tuple(dict.fromkeys(arguments.tasks))
-    probed = probes(*arguments.specs, tasks=tasks, seeds=arguments.seeds, effort=effort, plugins=tuple(arguments.plugins))
+    tasks = tuple(dict.fromkeys(arguments.tasks or TASKS))
+    probed = probes(*arguments.specs, tasks=tasks, seeds=arguments.seeds, effort=effort, plugins=arguments.plugins)
     scores = []
     for levels in tqdm(probed, total=len(tasks) * len(arguments.specs), unit="probe"):
         scores += levels
         results, lrs = ", ".join(f"{score.name} {score}" for score in levels), " ".join(f"{lr:g}" for lr in levels[0].lrs)
         tqdm.write(f"{levels[0].architecture}: {results}, lr {lrs}, {levels[0].seconds:.0f} s")
 
-    print(table(scores).to_string())
+    show(FrameTable(table(scores)))
     for task in tasks:
         print(f"{task}: {inspect.getdoc(TASKS[task])}")
     for name in arguments.specs:

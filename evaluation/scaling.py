@@ -15,8 +15,8 @@ on all validation stories. Intervals and verdicts cover the choice of seed on th
 Several comparisons are corrected for their number.
 """
 
-import argparse
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from evaluation.statistics import BITS, CONFIDENCE
 from metrics.plots import add_legend, in_style, line_colour
 from metrics.story_losses import losses_of, too_lossy
 from runs.folder import Run
+from runs.tables import FrameTable, paragraphs, plain, show
+from runs.terminal import UsageError
 from training.seeds import is_over, member_names
 
 COLUMNS = ["architecture", "size", "parameters", "seed", BITS, "tokens", "minutes", "run"]
@@ -79,18 +81,21 @@ class Scaling:
                     rows[name]["A"] = "not determined, as alpha is not"
         return pd.DataFrame.from_dict(rows, orient="index")
 
-    def __str__(self) -> str:
+    def __rich_console__(self, console, options) -> Iterator:
         parts = [self.notes]
         if len(self.runs):
-            parts.append([self.table.to_string(float_format="{:.4f}".format, na_rep="")])
+            parts.append([FrameTable(self.table)])
         if len(parameters := self.parameters):
             untested = ", which three sizes cannot test" * (self.runs["size"].nunique() == MIN_SIZES)
             intervals = f"95% intervals, if the loss follows such a law{untested}"
             if not any(law.has_noise for law in self.laws.values()):
                 intervals = "one seed of each size: estimates without intervals"
             heading = f"L(N) = E + A N^-alpha, the {BITS} of a model with N parameters"
-            parts.append([f"{heading} ({intervals}):", parameters.to_string()])
-        return "\n\n".join("\n".join(lines) for lines in [*parts, self.verdicts] if lines)
+            parts.append([f"{heading} ({intervals}):", FrameTable(parameters)])
+        yield from paragraphs(*parts, self.verdicts)
+
+    def __str__(self) -> str:
+        return plain(self)
 
 
 def scaling(*specs: str, sizes: tuple[str, ...], seeds: int = SEEDS, budget: Budget = EQUAL_STEPS,
@@ -286,41 +291,32 @@ def save(result: Scaling, folder: Path):
         plot(result).savefig(folder / "scaling.png")
 
 
-def main(words: list[str]):
-    """Run the command line. Raises ValueError, OSError or ImportError with one line, or KeyboardInterrupt on Ctrl-C."""
+def main(arguments, train_words: list[str]):
+    """Run the command `scaling`, with the --train options for all runs. Raises KeyboardInterrupt if it was stopped."""
     import tyro
 
     @dataclass(frozen=True)
     class Options:
         train: TrainConfig
 
-    parser = argparse.ArgumentParser(prog="python -m evaluation scaling", description="Which architecture scales better? "
-                                     "The --train options of train.py apply to all runs.")  # fmt: skip
-    parser.add_argument("specs", nargs="+", metavar="ARCHITECTURE", help="a preset, EXPERIMENT/PRESET, a run or a group of runs")
-    parser.add_argument("--sizes", nargs="+", required=True, help="parameters, embeddings included, such as 0.25m 0.5m 1m 2m")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"runs of each size, {SEEDS} by default; 1 gives no verdicts")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--steps", type=float, help=f"training steps, equal for all; {EQUAL_STEPS.amount:,} by default")
-    budget.add_argument("--minutes", type=float, help="training minutes, equal for all")
-    budget.add_argument("--tokens_per_parameter", type=float, help="larger models see more tokens; 20 is common")
-    parser.add_argument("--name", default="scaling", help="prefix of the names of the runs")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the plot, the table of runs and the verdict there")
-    arguments, train_options = parser.parse_known_args(words)
+    if not arguments.specs:
+        raise UsageError("name at least one preset, run or group of runs")
     amounts = {kind: getattr(arguments, kind) for kind in ("steps", "minutes", "tokens_per_parameter")}
     selected = next((Budget(kind, amount) for kind, amount in amounts.items() if amount is not None), EQUAL_STEPS)
     _, default = architecture(arguments.specs[0])
-    train = tyro.cli(Options, prog=parser.prog, args=train_options, default=Options(default), use_underscores=True).train
+    prog = "python -m evaluation scaling"
+    train = tyro.cli(Options, prog=prog, args=train_words, default=Options(default), use_underscores=True).train
     for field in ("max_steps", "max_minutes"):
         if getattr(train, field) != getattr(default, field):
-            raise ValueError(f"--train.{field}: give --steps, --minutes or --tokens_per_parameter instead")
+            raise UsageError(f"--train.{field}: give --steps, --minutes or --tokens_per_parameter instead")
     if arguments.save is not None:
         arguments.save.mkdir(parents=True, exist_ok=True)
     result = scaling(
-        *arguments.specs, sizes=tuple(arguments.sizes), seeds=arguments.seeds, budget=selected, train=train, name=arguments.name
+        *arguments.specs, sizes=arguments.sizes, seeds=arguments.seeds, budget=selected, train=train, name=arguments.name
     )
     if result is None:
         raise KeyboardInterrupt
-    print(f"\n{result}")
+    show("", result)
     if arguments.save is not None:
         save(result, arguments.save)
         print(f"\nthe plot, the runs and this verdict are in {arguments.save}")

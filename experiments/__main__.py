@@ -3,7 +3,6 @@
     python -m experiments new my_idea    # creates experiments/my_idea, with a passing test
 """
 
-import argparse
 import json
 import keyword
 import re
@@ -13,21 +12,24 @@ from pathlib import Path
 
 from config import ModelConfig
 from runs import experiments
+from runs.terminal import errors_in_one_line, parse_command
 
 TEMPLATE, TEMPLATE_BLOCK, TEMPLATE_PRESET = "example", "ForgettingAttn", "forgetting"
 
 
 def main(words: list[str]):
     """Run the command line. A mistake ends the program with one line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments", description="Make a folder for an idea of your own.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    making = commands.add_parser("new", help="make a folder in experiments/ for an idea")
-    making.add_argument("name", help="small letters, digits and _, such as my_idea")
-    name = parser.parse_args(words).name
-    try:
-        new_experiment(name)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    with errors_in_one_line():
+        parse_command({"new": new}, words, "python -m experiments", "Make a folder for an idea of your own.")
+
+
+def new(name: str, /):
+    """Make a folder in experiments/ for an idea.
+
+    Args:
+        name: small letters, digits and _, such as my_idea
+    """
+    new_experiment(name)
     print(f"""made experiments/{name}, a renamed copy of the example: put your idea into its blocks.py.
 Check what it promises:  pytest experiments/{name}
 Train it:                python train.py --preset {name}/{name}""")

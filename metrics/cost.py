@@ -16,7 +16,6 @@ the fixed bytes of a state that does not grow.
 B batch, T time, M tokens of memory, D model dim.
 """
 
-import argparse
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from modules.contract import layers_to_try
 from modules.registry import accepted_kwargs, all_blocks, build_model
 from runs.folder import Run, group_members, group_names, run_names
 from runs.presets import PRESETS, preset
+from runs.tables import FrameTable, show
 from tokenizer import load_tokenizer
 from tools import LoggingModule
 
@@ -263,19 +263,9 @@ def last_part(name: str, cost: Cost) -> Part:
     return [part for part in cost.parts if part.place.startswith("layers.") and part.step.split("(")[0] == name][-1]
 
 
-def main(words: list[str]):
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation cost", description="Cost of models and blocks: parameters, FLOPs and cache bytes per token."
-    )
-    parser.add_argument("specs", nargs="*", metavar="PRESET_OR_RUN", help="presets or runs to compare")
-    parser.add_argument("--blocks", action="store_true", help="every block of the registry, at the sizes of the default config")
-    parser.add_argument("--T", type=int, help="number of tokens; by default the context length of the model")
-    arguments = parser.parse_args(words)
-    if not arguments.specs and not arguments.blocks:
-        parser.error("name presets or runs, or take --blocks")
-    if arguments.T is not None and arguments.T < 1:
-        parser.error(f"--T {arguments.T}: give at least 1")
+def main(arguments):
+    """Run the command `cost`."""
     if arguments.specs:
-        print(cost_table(*arguments.specs, T=arguments.T).to_string(float_format="{:,.0f}".format))
+        show(FrameTable(cost_table(*arguments.specs, T=arguments.T), number=",.0f"))
     if arguments.blocks:
-        print(block_costs(T=arguments.T).to_string(float_format="{:,.0f}".format))
+        show(FrameTable(block_costs(T=arguments.T), number=",.0f"))

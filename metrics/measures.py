@@ -5,10 +5,8 @@
 B batch, T time, V vocabulary.
 """
 
-import argparse
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -16,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from data.cache import say
 from inference import generate, load_model
 from metrics.scores import predictions
 from metrics.story_losses import label, validation_stories
@@ -23,6 +22,7 @@ from metrics.world_floor import floor_of
 from metrics.world_grades import is_world
 from model import GPT, IGNORE
 from runs.folder import Run
+from runs.tables import FrameTable, show
 
 FUNCTION = """
 a an the this that these those and or but so if because while when then than as of to in on at by for from with into out up
@@ -168,35 +168,23 @@ def repetition(texts: list[str], n: int = 4) -> float:
     return 1 - sum(map(len, counts)) / total if total else float("nan")
 
 
-def main(words: list[str]):
-    """Command line; an error is reported in one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation measures", description="Loss by position and word class, calibration and repetition of runs."
-    )
-    parser.add_argument("names", nargs="+", help="runs in trained_models/")
-    parser.add_argument("--num_stories", type=int, default=300, help="validation stories to score")
-    parser.add_argument("--num_samples", type=int, default=10, help="stories to write")
-    parser.add_argument("--data_if_missing", help="data to score a run on if its own are not available")
-    arguments = parser.parse_args(words)
-    if arguments.num_stories < 1 or arguments.num_samples < 1:
-        sys.exit("error: --num_stories and --num_samples must be at least 1")
-    try:
-        for name in arguments.names:
-            model, tokenizer = load_model(name)
-            data, stories = validation_stories(Run(name).train_config.data, arguments.data_if_missing)
-            data, stories = label(Run(name), data, stories), stories[: arguments.num_stories]
-            scores = token_scores(model, tokenizer, stories)
-            error, _ = calibration(scores)
-            samples = generate(model, tokenizer, [""] * arguments.num_samples)
-            print(f"\n{name} on {len(stories)} stories of {data}\n\n{loss_by_position(scores).round(3)}\n\n"
-                  f"{loss_by_word_class(scores, tokenizer, stories).round(3)}\n\ncalibration error {error:.4f}\n"
-                  f"{len(samples)} samples: {repetition(samples):.1%} of 4-grams repeated, "
-                  + ", ".join(f"distinct-{n} {distinct(samples, n):.3f}" for n in (1, 2, 3)))  # fmt: skip
-            if is_world(data) and (floor := floor_of(stories, tokenizer, data)):
-                loss, num_bytes = scores.nats.mean(), sum(len(story.encode()) for story in stories)
-                bits = scores.nats.sum() / num_bytes / math.log(2)
-                print(f"loss {loss:.4f} nats per token, {loss - floor.nats_per_token:.4f} over the entropy of the world, "
-                      f"{floor.nats_per_token:.4f}; {bits:.4f} bits per byte, {bits - floor.bits_per_byte:.4f} over "
-                      f"{floor.bits_per_byte:.4f}")  # fmt: skip
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+def main(arguments):
+    """Run the command `measures`."""
+    for name in arguments.names:
+        model, tokenizer = load_model(name)
+        data, stories = validation_stories(Run(name).train_config.data, arguments.data_if_missing)
+        data, stories = label(Run(name), data, stories), stories[: arguments.num_stories]
+        say(f"{name}: scoring {len(stories)} stories and writing {arguments.num_samples}")
+        scores = token_scores(model, tokenizer, stories)
+        error, _ = calibration(scores)
+        samples = generate(model, tokenizer, [""] * arguments.num_samples)
+        show(f"\n{name} on {len(stories)} stories of {data}\n", FrameTable(loss_by_position(scores), ",.3f"), "",
+             FrameTable(loss_by_word_class(scores, tokenizer, stories), ",.3f"), f"\ncalibration error {error:.4f}",
+             f"{len(samples)} samples: {repetition(samples):.1%} of 4-grams repeated, "
+             + ", ".join(f"distinct-{n} {distinct(samples, n):.3f}" for n in (1, 2, 3)))  # fmt: skip
+        if is_world(data) and (floor := floor_of(stories, tokenizer, data)):
+            loss, num_bytes = scores.nats.mean(), sum(len(story.encode()) for story in stories)
+            bits = scores.nats.sum() / num_bytes / math.log(2)
+            show(f"loss {loss:.4f} nats per token, {loss - floor.nats_per_token:.4f} over the entropy of the world, "
+                 f"{floor.nats_per_token:.4f}; {bits:.4f} bits per byte, {bits - floor.bits_per_byte:.4f} over "
+                 f"{floor.bits_per_byte:.4f}")  # fmt: skip

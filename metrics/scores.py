@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import fast
 from model import GPT, IGNORE
@@ -93,7 +94,8 @@ def predictions(
     pieces = sorted(windows(tokenised, model.config.max_seq_len), key=lambda piece: len(piece.inputs))
     if pieces:
         batch_size = max(1, min(batch_size, MAX_LOGITS // (len(pieces[-1].inputs) * model.vocab_size)))
-    for start in range(0, len(pieces), batch_size):
+    bar = {"desc": "scoring", "delay": 1.0, "leave": False, "disable": None}  # after a second, and only in a terminal
+    for start in tqdm(range(0, len(pieces), batch_size), **bar):
         batch = pieces[start : start + batch_size]
         width = max(len(piece.inputs) for piece in batch)
         inputs = torch.tensor([piece.inputs + [tokenizer.pad_id] * (width - len(piece.inputs)) for piece in batch])

@@ -15,17 +15,18 @@ Of two contradicting facts the later one is wrong: a dog that becomes a cat is "
 only given cream.
 """
 
-import argparse
-import sys
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
+from data.cache import say
 from data.storyworld.world import WORLDS, score, sentence_spans, stories
 from inference import generate, load_model
 from metrics.proportion import proportion_interval
 from runs.folder import Run, group_members
+from runs.tables import FrameTable, show
 from tokenizer import normalise
 
 KINDS = ("who", "what", "where", "why", "end", "grammar")
@@ -136,26 +137,14 @@ def grade_table(grades: dict[str, Grades]):
     return table.rename(columns=lambda column: column.removeprefix("broken_").replace("_", " "))
 
 
-def main(words: list[str]):
-    """Command line; an error is reported in one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation grade",
-        description="Share of samples that are stories of storyworld, and the first errors of the others.",
-    )
-    parser.add_argument("names", nargs="+", help="runs or groups of seeds, trained on storyworld")
-    parser.add_argument("--num_samples", type=int, default=200, help="samples per run")
-    parser.add_argument("--temperature", type=float, default=1.0, help="1 samples the distribution that the model has learned")
-    parser.add_argument("--seed", type=int, default=0, help="of the random draws")
-    arguments = parser.parse_args(words)
+def main(arguments):
+    """Run the command `grade`."""
     options = arguments.num_samples, arguments.temperature, arguments.seed
-    try:
-        if arguments.num_samples < 1:
-            raise ValueError("--num_samples must be at least 1")
-        members = dict.fromkeys(member for name in arguments.names for member in group_members(name))
-        grades = {name: grade_run(name, *options) for name in members}
-        print("{:,} samples each, at temperature {:g}, seed {}; shares, by first error\n".format(*options))
-        print(grade_table(grades).to_string(float_format="{:.3f}".format))
-        for name, graded in grades.items():
-            print(f"\n{name}" + "".join(f"\n  {kind:8}{line}" for kind, line in sorted(graded.examples.items())))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    grades = {}
+    for name in dict.fromkeys(itertools.chain(*map(group_members, arguments.names))):
+        say(f"{name}: writing and grading {arguments.num_samples} samples")
+        grades[name] = grade_run(name, *options)
+    show("{:,} samples each, at temperature {:g}, seed {}; shares, by first error\n".format(*options),
+         FrameTable(grade_table(grades), number=".3f"))  # fmt: skip
+    for name, graded in grades.items():
+        show(f"\n{name}", *(f"  {kind:8}{line}" for kind, line in sorted(graded.examples.items())))

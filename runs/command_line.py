@@ -2,15 +2,35 @@
 
 import argparse
 import ast
+import inspect
+import json
 import re
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
+from textwrap import fill
+from typing import Annotated
+
+import tyro
 
 from config import Layers, ModelConfig, TrainConfig
 from runs.folder import Run, group_members
 from runs.presets import PRESETS, Preset, preset
+from runs.terminal import UsageError, errors_in_one_line
 
 LEAST_MEMORY = 1500 * 2**20  # bytes of address space that training the default preset takes
+COMMON = {  # options that --help shows
+    "preset", "name", "resume", "continue_from", "seeds", "seeds_until_decided", "dim", "num_layers", "layers", "plugins",
+    "data", "tokenizer", "batch_size", "max_steps", "max_minutes", "lr_max", "seed",
+}  # fmt: skip
+HELP = """Train a tiny language model. --help_all lists all options.
+
+examples:
+  python train.py
+  python train.py --preset 1m --train.max_minutes 10 --name my_run
+  python train.py --name my_run --resume
+
+presets:
+"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +47,18 @@ class Arguments:
     train: TrainConfig = TrainConfig()
 
 
+@dataclass(frozen=True)
+class InferenceArguments:
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]  # a run in trained_models/
+    prompts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PROMPT ...]")] = ()  # starts of stories
+    max_new_tokens: int | None = None  # the most tokens to add; None: until the story ends or the context is full
+    temperature: float = 0.8  # lower is safer, higher is wilder, 0 is greedy
+    top_k: int | None = None  # draw from the k most likely tokens
+    top_p: float | None = None  # draw from the most likely tokens whose probabilities add up to p
+    min_p: float | None = None  # draw from tokens at least p times as likely as the most likely one
+    seed: int = 0  # random seed of the first story; each further one adds 1
+
+
 def read_layers(text: str) -> Layers:
     """Read a layer string, or a Python list or tuple of them. Raises ValueError if it cannot be read."""
     if text[:1] not in ("[", "("):
@@ -37,10 +69,16 @@ def read_layers(text: str) -> Layers:
         raise ValueError(f"layers={text!r} cannot be read ({error.msg}): write lists and tuples as in Python") from error
 
 
-def parse(words: list[str]) -> Arguments:
-    """Parse the command line. Options that are not given come from the preset, or from the run to go on with."""
-    import tyro
+def write_layers(layers: Layers) -> str:
+    """Write layers for `read_layers`, in double quotes, which survive the single ones of a shell."""
+    if isinstance(layers, str):
+        return layers
+    text = json.dumps(layers)
+    return f"({text[1:-1]},)" if isinstance(layers, tuple) else text
 
+
+def layers_registry():
+    """Teach tyro to read Layers."""
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -50,9 +88,14 @@ def parse(words: list[str]) -> Arguments:
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1, metavar="STR", is_instance=lambda value: isinstance(value, str | list | tuple),
             instance_from_str=lambda texts: read_layers(texts[0]),
-            str_from_instance=lambda value: [str(value)],
+            str_from_instance=lambda value: [write_layers(value)],
         )  # fmt: skip
 
+    return registry
+
+
+def parse(words: list[str]) -> Arguments:
+    """Parse the command line. Options that are not given come from the preset, or from the run to go on with."""
     # find the defaults of all other options
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
@@ -62,14 +105,17 @@ def parse(words: list[str]) -> Arguments:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seeds_until_decided", "--seeds-until-decided")
     early, _ = parser.parse_known_args(words)
-    defaults = preset(early.preset or Arguments.preset)
+    try:
+        defaults = preset(early.preset or Arguments.preset)
+    except ValueError as error:
+        raise UsageError(error) from error
     if early.seeds < 1:
-        raise ValueError(f"seeds={early.seeds}: give a whole number of at least 1")
+        raise UsageError(f"seeds={early.seeds}: give a whole number of at least 1")
     resumes_one = early.resume and early.seeds == 1 and not early.seeds_until_decided
     if early.preset and (resumes_one or early.continue_from):
-        raise ValueError("--resume and --continue_from keep the architecture of the run: leave --preset out")
+        raise UsageError("--resume and --continue_from keep the architecture of the run: leave --preset out")
     if early.resume and early.name is None:
-        raise ValueError("--resume needs the name of the run to go on with: add --name")
+        raise UsageError("--resume needs the name of the run to go on with: add --name")
     if resumes_one:
         run = Run(early.name)
         defaults = Preset(run.model_config, run.train_config)
@@ -83,21 +129,43 @@ def parse(words: list[str]) -> Arguments:
     # parse all options
     arguments = tyro.cli(
         Arguments, args=words, default=Arguments(model=defaults.model, train=defaults.train), use_underscores=True,
-        registry=registry, description="Train a tiny language model.",
+        registry=layers_registry(), description="Every option of train.py; --help shows those that most people need.",
     )  # fmt: skip
     if resumes_one and (arguments.model, arguments.train) != defaults:
-        raise ValueError("--resume keeps the options of the run: leave others out, or use --continue_from")
+        raise UsageError("--resume keeps the options of the run: leave others out, or use --continue_from")
     return arguments
 
 
 def parse_or_exit(words: list[str]) -> Arguments:
     """Parse the command line; exit with a one-line error for a mistake, or if the memory limit is too low."""
-    try:
-        arguments = parse(words)
+    with errors_in_one_line():
         check_memory_limit()
-    except (ValueError, OSError, ImportError, MemoryError) as error:  # ImportError: the presets of an experiment
-        sys.exit(f"error: {error}")
-    return arguments
+        if {"-h", "--help"} & {*words}:
+            print_common_help()
+        return parse(["--help" if word == "--help_all" else word for word in words])
+
+
+def print_common_help():
+    """Print examples, the presets and the options that most people need, and exit."""
+    groups = {}
+    for group, config in zip(("model", "train"), preset(Arguments.preset), strict=True):
+        groups[group] = make_dataclass(type(config).__name__, common_options(config), frozen=True)
+    nested = [(group, options, options()) for group, options in groups.items()]
+    short = make_dataclass("Arguments", [*common_options(Arguments()), *nested], frozen=True)
+    presets = fill(", ".join(PRESETS), 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    tyro.cli(short, args=["--help"], use_underscores=True, description=HELP + presets, registry=layers_registry())
+
+
+def common_options(config: Arguments | ModelConfig | TrainConfig) -> list[tuple]:
+    """The name, type with help, and value of each of the COMMON options, as `make_dataclass` takes them."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(type(config)), re.MULTILINE))
+    return [(option.name, Annotated[option.type, tyro.conf.arg(help=comments[option.name])], getattr(config, option.name))
+            for option in fields(config) if option.name in COMMON]  # fmt: skip
+
+
+def parse_inference(words: list[str]) -> InferenceArguments:
+    """Parse the command line of inference.py."""
+    return tyro.cli(InferenceArguments, args=words, use_underscores=True, description="Continue prompts with a trained model.")
 
 
 def check_memory_limit():

@@ -9,11 +9,13 @@ import torch
 from scipy.stats import binomtest
 
 from config import ModelConfig
+from evaluation import __main__ as evaluation
 from evaluation import probes as capability
 from evaluation.probe_tasks import TASKS, HopChains
 from evaluation.probes import QUICK, Score, probe, probes, radar, scaled, table
 from fast.loss import IGNORE
 from runs.presets import PRESETS
+from runs.terminal import UsageError
 from tests.errors import one_line_error
 
 RECALL = "multi-query recall"
@@ -100,7 +102,8 @@ def test_intervals():
 
 def test_a_table_and_a_picture_of_all_tasks(folders, capsys):
     path = folders / "radar.png"
-    capability.main(["Norm->Attn->+", "--quick", "--steps", "1", "--tasks", "hop chains", "compression", "--save", str(path)])
+    words = ["Norm->Attn->+", "--quick", "--steps", "1", "--tasks", "hop chains", "compression", "--save", str(path)]
+    evaluation.run(["probes", *words])
     printed = capsys.readouterr().out
     assert "hop chains, 4" in printed and "arXiv 2402.09268" in printed and "0.125" in printed
     assert path.stat().st_size > 10_000 and path.with_suffix(".csv").read_text().startswith("task,chance,data seed")
@@ -163,5 +166,5 @@ def test_mistakes_are_told_before_training(folders):
     one_line_error(lambda: probes("Norm->Atn->+"), "»Atn«", "Did you mean")
     one_line_error(lambda: probes("1m", "1m"), "named twice")
     one_line_error(lambda: probes("1m", seeds=0), "seeds=0")
-    one_line_error(lambda: capability.main(["1m", "--save", "radar.doc"]), "radar.doc", ".png")
-    one_line_error(lambda: capability.main(["1m", "--steps", "0"]), "--steps 0")
+    one_line_error(lambda: evaluation.run(["probes", "1m", "--save", "radar.doc"]), "radar.doc", ".png", error=UsageError)
+    one_line_error(lambda: evaluation.run(["probes", "1m", "--steps", "0"]), "--steps 0", error=UsageError)

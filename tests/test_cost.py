@@ -12,25 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import fast
 from config import ModelConfig, format_step
 from conftest import MODEL
+from evaluation import __main__ as evaluation
 from inference import load_model
 from metrics import counting
-from metrics.cost import (
-    block_costs,
-    config_of,
-    cost_of,
-    cost_table,
-    main,
-    model_cost,
-    num_parameters,
-    steps_with_signs,
-)
+from metrics.cost import block_costs, config_of, cost_of, cost_table, model_cost, num_parameters, steps_with_signs
 from metrics.counting import as_torch_does_it
-from model import GPT, Attention, attention_scores, average
+from model import GPT, Attention
 from modules import attention, mamba
 from modules.contract import CONFIG, layers_to_try
 from modules.flops import attention_flops
 from modules.latent_attention import LatentAttention
 from modules.registry import all_blocks, build_model
+from modules.scores import attention_scores, average
 from runs.folder import Run
 from runs.presets import PRESETS
 from train import train
@@ -302,14 +295,14 @@ class TestTables:
         assert config_of("mine") == config_of("mine-seed1")
 
     def test_in_the_terminal(self, capsys):
-        main(["1m", "llama3_like", "--T", "8"])
+        evaluation.run(["cost", "1m", "llama3_like", "--T", "8"])
         shown = capsys.readouterr().out
         assert "993,024" in shown and "llama3_like" in shown and "Attention" in shown
         with pytest.raises(ValueError, match=r"'gemma2_lik' is neither a preset nor a run\. Did you mean 'gemma2_like'"):
-            main(["gemma2_lik"])
+            evaluation.run(["cost", "gemma2_lik"])
         for words, told in (([], "name presets or runs"), (["1m", "--T", "0"], "give at least 1")):
-            with pytest.raises(SystemExit):
-                main(words)
+            with pytest.raises(SystemExit, match="2"):
+                evaluation.main(["cost", *words])
             assert told in capsys.readouterr().err
 
 

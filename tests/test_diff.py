@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 import pytest
 
 from config import PRE_NORM, SANDWICH_NORM, ModelConfig
+from evaluation import __main__ as evaluation
 from evaluation.alignment import align, layers_of
-from evaluation.diff import diff, main
+from evaluation.diff import diff
 from evaluation.diff_view import as_page, weight_shapes
 from metrics.cost import cost_of
 
@@ -166,9 +167,9 @@ class TestPage:
         assert "<b>" not in as_page(compared) and "&lt;b&gt;&amp;" in as_page(compared)
 
     def test_in_the_terminal(self, capsys, tmp_path):
-        main(["1m", "llama3_like"])
+        evaluation.run(["diff", "1m", "llama3_like"])
         shown = capsys.readouterr().out
         assert "1m  ≠  llama3_like" in shown and "tied_embeddings" in shown and "× " in shown
-        main(["1m", "2m", "--html", str(tmp_path / "page.html")])
+        evaluation.run(["diff", "1m", "2m", "--html", str(tmp_path / "page.html")])
         assert "the differences are in" in capsys.readouterr().out
         assert Page((tmp_path / "page.html").read_text(encoding="utf-8")).open == []

@@ -17,6 +17,7 @@ from jsonschema import Draft202012Validator
 from scipy import stats
 
 from conftest import MODEL
+from evaluation import __main__ as evaluation
 from evaluation.judge import judging as judge
 from evaluation.judge.endpoint import Call, Endpoint
 from evaluation.judge.prompts import GRADES, Prompt, comparison_question, grade_question, read_prompts
@@ -404,7 +405,7 @@ class TestTerminal:
         with serving(answer_by(lambda story: 1 + len(story) % 10)) as server:
             words = [*two_runs, "--base_url", server.url, "--yes", "--price_per_million", "1", "2"]
             words += ["--save", str(tmp_path / "all.json")]
-            judge.main(words)
+            evaluation.run(["judge", *words])
             first = capsys.readouterr().out
             asked = len(server.requests)
             assert asked == 16 and "16 calls: 8 grade a story, 8 compare two; 4 of them for a second time" in first
@@ -414,7 +415,7 @@ class TestTerminal:
             counted = int(re.search(r"read ([\d,]+) tokens and", first)[1].replace(",", ""))
             assert counted < read < 1.5 * counted  # the server of the test does not count the schema
             assert f"about {(read + 2 * written) / 1e6:.4f}, and at most {(read + 2 * most) / 1e6:.4f}" in first
-            judge.main(words)
+            evaluation.run(["judge", *words])
             second = capsys.readouterr().out
             assert len(server.requests) == asked and "16 are answered already, 0 are to be asked" in second
             assert second.split("\n\n", 1)[1] == first.split("\n\n", 1)[1]
@@ -425,14 +426,14 @@ class TestTerminal:
     def test_a_judgement_that_is_kept_needs_no_server_and_one_that_is_not_says_so(self, two_runs, capsys):
         with serving(answer_by(lambda story: 1 + len(story) % 10)) as server:
             words = [*two_runs, "--base_url", server.url, "--timeout", "2", "--yes"]
-            judge.main(words)
+            evaluation.run(["judge", *words])
             first = capsys.readouterr().out
-        judge.main(words)
+        evaluation.run(["judge", *words])
         again = capsys.readouterr().out
         assert "0 are to be asked" in again and again.split("\n\n", 1)[1] == first.split("\n\n", 1)[1]
         more = [*words, "--stories_per_prompt", "2"]
-        one_line_error(lambda: judge.main(more), "no judge answers", error=ConnectionError)
-        judge.main(words)
+        one_line_error(lambda: evaluation.run(["judge", *more]), "no judge answers", error=ConnectionError)
+        evaluation.run(["judge", *words])
         assert capsys.readouterr().out.endswith(again.split("\n\n", 1)[1])
 
     def test_what_was_paid_for_is_kept_when_the_server_fails_halfway(self, two_runs, capsys):
@@ -440,10 +441,10 @@ class TestTerminal:
         bad = [Reply("wonderful"), Reply(None, refusal="no"), Reply(hangs_up=True), Reply(status=500), Reply(seconds=4.0)]
         with serving(lambda request, number: good(request) if number < 9 else bad[number % len(bad)]) as server:
             words = [*two_runs, "--base_url", server.url, "--timeout", "1.5", "--retries", "0", "--yes"]
-            judge.main(words)
+            evaluation.run(["judge", *words])
             assert "7 of 16 calls failed" in capsys.readouterr().out
             server.judge = good
-            judge.main(words)
+            evaluation.run(["judge", *words])
             assert "9 are answered already, 7 are to be asked" in capsys.readouterr().out and len(server.requests) == 16 + 7
 
     def test_models_go_on_from_the_beginning_and_the_instruction_is_no_part_of_the_story(self, two_runs):
@@ -457,10 +458,10 @@ class TestTerminal:
         with serving(answer_by(quality)) as server:
             words = [*two_runs, "--base_url", server.url]
             monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False))
-            one_line_error(lambda: judge.main(words), "--yes")
+            one_line_error(lambda: evaluation.run(["judge", *words]), "--yes")
             monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
             monkeypatch.setattr("builtins.input", lambda question: "n")
-            judge.main(words)
+            evaluation.run(["judge", *words])
             assert not server.requests and "are to be asked" in capsys.readouterr().out
 
     def test_a_stopped_run_goes_on(self, two_runs, monkeypatch):
@@ -475,28 +476,29 @@ class TestTerminal:
 
             monkeypatch.setattr(Endpoint, "ask", stopped)
             with pytest.raises(KeyboardInterrupt):
-                judge.main(words)
+                evaluation.run(["judge", *words])
             monkeypatch.setattr(Endpoint, "ask", ask)
             assert len(server.requests) == 5
-            judge.main(words)
+            evaluation.run(["judge", *words])
             assert len(server.requests) == 16
 
     def test_key_and_server_are_tried_before_a_story_is_written(self, two_runs, monkeypatch):
         monkeypatch.setattr(judge, "generate", lambda *_, **__: pytest.fail("a story was written"))
-        one_line_error(lambda: judge.main(two_runs), "OPENAI_API_KEY is not set", error=PermissionError)
+        one_line_error(lambda: evaluation.run(["judge", *two_runs]), "OPENAI_API_KEY is not set", error=PermissionError)
         with serving(answer_by(quality)) as server:
             pass
         words = [*two_runs, "--base_url", server.url, "--timeout", "2"]
-        one_line_error(lambda: judge.main(words), "no judge answers", error=ConnectionError)
+        one_line_error(lambda: evaluation.run(["judge", *words]), "no judge answers", error=ConnectionError)
 
     def test_a_judge_of_nonsense_alone(self, two_runs, capsys):
         with serving(lambda *_: Reply("wonderful")) as server:
-            one_line_error(lambda: judge.main([*two_runs, "--base_url", server.url, "--yes"]), "gave no valid answer")
+            words = ["judge", *two_runs, "--base_url", server.url, "--yes"]
+            one_line_error(lambda: evaluation.run(words), "gave no valid answer")
         assert "16 of 16 calls failed" in capsys.readouterr().out
 
     def test_one_run_alone_is_graded(self, two_runs, capsys):
         with serving(answer_by(lambda story: 3)) as server:
-            judge.main([two_runs[0], *two_runs[2:], "--base_url", server.url, "--yes"])
+            evaluation.run(["judge", two_runs[0], *two_runs[2:], "--base_url", server.url, "--yes"])
         shown = capsys.readouterr().out
         assert "4 calls: 4 grade a story, 0 compare two" in shown and "3.00" in shown and "order" not in shown
 
@@ -510,16 +512,16 @@ class TestTerminal:
         (["tiny", "--save", "/no/such/folder/a.json"], "no folder"),
     ])  # fmt: skip
     def test_options_that_make_no_sense(self, words, told, capsys):
-        with pytest.raises(SystemExit):
-            judge.main([*words, "--model", "judge"])
+        with pytest.raises(SystemExit, match="2"):
+            evaluation.main(["judge", *words, "--model", "judge"])
         assert told in capsys.readouterr().err
 
     def test_without_the_package_openai(self, two_runs, monkeypatch):
         monkeypatch.setitem(sys.modules, "openai", None)
         monkeypatch.delitem(sys.modules, "evaluation.judge.endpoint")
-        one_line_error(lambda: judge.main(two_runs), "pip install openai", error=ImportError)
+        one_line_error(lambda: evaluation.run(["judge", *two_runs]), "pip install openai", error=ImportError)
 
     def test_a_context_that_is_too_short_for_a_prompt(self, two_runs):
         with serving(answer_by(quality)) as server:
             words = [*two_runs[:4], "--base_url", server.url]
-            one_line_error(lambda: judge.main(words), f"max_seq_len is {MODEL.max_seq_len}")
+            one_line_error(lambda: evaluation.run(["judge", *words]), f"max_seq_len is {MODEL.max_seq_len}")

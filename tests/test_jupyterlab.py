@@ -27,7 +27,7 @@ SMALL = {  # parameters with which a notebook is done in seconds
     "model_evaluation": {"groups": ("0.5m_short_and_thick-seed0", "0.5m_tall_and_skinny-seed0"), "num_stories": 5,
                          "data_if_missing": "storyworld:300"},
     "testing_modules": {"num_layers": 2},
-    "train": {"data": "storyworld:300", "max_minutes": 0.01, "eval_every": 2},
+    "train": {"preset": "0.5m_short_and_thick", "data": "storyworld:300", "max_minutes": 0.05, "eval_every": 10},
     EXAMPLE: {"data": "storyworld:300", "max_steps": 2, "eval_every": 1},
 }  # fmt: skip
 NOTEBOOK = "window.jupyterapp?.shell?.currentWidget"
@@ -84,7 +84,7 @@ def open_notebook(lab, browser, tmp_path):
     address, root = lab
     pages = []
 
-    def open_it(name: str, folder: Path, **parameters):
+    def open_it(name: str, folder: Path, /, **parameters):
         path = folder / f"{Path(name).name}.ipynb"
         notebook = read(name)
         for cell in code_cells(notebook):
@@ -136,7 +136,7 @@ def test_it_runs_to_its_end_in_another_folder(open_notebook, name):
 
 def test_training_is_stopped_resumed_and_run_again(open_notebook, lab):
     runs = lab[1] / "repository" / "trained_models"
-    page = open_notebook("train", Path("repository"), **SMALL["train"] | {"max_steps": None, "max_minutes": 0.5, "name": "one"})
+    page = open_notebook("train", Path("repository"), **SMALL["train"] | {"max_minutes": 0.5, "name": "one"})
     page.evaluate(f"window.running = {RUN_ALL}; 0")
     page.wait_for_function(f"JSON.stringify({NOTEBOOK}.content.model.toJSON()).split('image/png').length > 4")  # and metadata
     page.click('[data-command="notebook:interrupt-kernel"]')

@@ -20,11 +20,12 @@ def mixers(monkeypatch):
     return mixers
 
 
-def test_the_table_has_every_layer_and_length(mixers, capsys):
+def test_the_table_has_every_layer_and_length(mixers):
     layers = ("Attn", "SinkAttn(window=8, keep=2)", "Norm->CrossAttn->+")
     arguments = mixers.Arguments(layers=layers, lengths=(16, 32, 64), tokens=64, rounds=2, seconds=0.001)
-    mixers.measure_all(arguments)
-    table = rows(capsys.readouterr().out)
+    from script import page
+
+    table = rows(page(mixers.tables(mixers.measure_all(arguments))))
     assert all(table[layer][0] for layer in layers) and len(table["Attn"]) == 3 + 3
     assert all(float(cell) for cell in table["Attn"][3:5])
     assert 0 < float(table["Attn"][5].split()[0]) < 20

@@ -22,6 +22,7 @@ from metrics.story_losses import COLUMNS, read_losses
 from runs.code import digest
 from runs.folder import Run, run_names
 from runs.presets import PRESETS, Preset
+from runs.terminal import UsageError
 from tests.errors import one_line_error
 from tokenizer import load_tokenizer
 from training import autotune
@@ -229,12 +230,15 @@ class TestTraining:
         (["small", "--sizes", "1q", "2m", "3m"], "--sizes 1q: write a number of parameters"),
         (["nobody", "--sizes", "1m", "2m", "3m"], "'nobody' is neither a preset nor a run"),
         (["small", "--sizes", *SIZES, "--minutes", "0"], "--minutes 0: give a positive number"),
-        (["small", "--sizes", *SIZES, "--train.max_steps", "7"], "--train.max_steps: give --steps"),
     ])  # fmt: skip
     def test_bad_words_are_one_line(self, presets, words, said):
         with pytest.raises(SystemExit) as stopped:
             evaluation.main(["scaling", *words])
         assert stopped.value.code.startswith(f"error: {said}") and "\n" not in stopped.value.code
+
+    def test_the_budget_is_no_training_option(self, presets):
+        words = ["scaling", "small", "--sizes", *SIZES, "--train.max_steps", "7"]
+        one_line_error(lambda: evaluation.run(words), "--train.max_steps: give --steps", error=UsageError)
 
 
 class TestSentences:

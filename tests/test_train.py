@@ -442,7 +442,7 @@ class TestResume:
             code, printed = script("--name", "mine", "--resume", *words)
             assert code != 0 and "leave" in printed and "Traceback" not in printed
         code, printed = script("--resume")
-        assert code == 1 and printed.strip() == "error: --resume needs the name of the run to go on with: add --name"
+        assert code == 2 and printed.strip() == "error: --resume needs the name of the run to go on with: add --name"
 
     @pytest.mark.parametrize("file, content", [
         ("checkpoint.pth", None), ("checkpoint.pth", b"no"), ("log_data.csv", None), ("train_config.json", b"{"),
@@ -638,7 +638,7 @@ class TestTerminal:
     @pytest.mark.parametrize("words, wanted", [
         ("--preset 0.5m_short_and_thik", "no preset is called '0.5m_short_and_thik'. Did you mean '0.5m_short_and_thick'?"),
         ("--train.lr_maxx 1", "--train.lr_maxx"),
-        ("--model.num_heads 3", "it must divide num_heads=3"),
+        ("--preset 0.5m_short_and_thick --model.num_heads 3", "it must divide num_heads=3"),
         ("--model.dim twelve", "twelve"),
         ("--train.schedule cosin", "cosin"),
         ("--train.batch_size 0", "batch_size=0: give a whole number of at least 1"),

@@ -51,10 +51,12 @@ def choose_plan(model: GPT, config: TrainConfig, device: torch.device) -> Execut
                 say(f"compile=True: compiling may take longer than this run, about {run:.0f} s. compile=auto would skip it")
             if run < SHORT_RUN:
                 return verified(replace(guess, compile=config.compile is True), model, config, device)
+            say("measuring how this machine trains this model fastest, once")
             measured = measure(model, config, device, guess, sizes)
         elif device.type == "cpu" and config.threads == "auto":  # the best number depends on what else the machine is doing
             measured |= fastest_threads(model, config, ExecutionPlan(**measured["eager"]), device)
         if compile_is_worth_trying(measured, model, config, device):
+            say("trying torch.compile, which takes a minute or two")
             measured["compiled"] = measure_compiled(model, config, measured, trial_seconds(measured, model, config), device)
         plan = fit_memory(decide(measured, model, config), sizes)
         if config.compile is True:

@@ -184,7 +184,7 @@ def samples(*names: str, prompts: tuple[str, ...] = PROMPTS, seed: int = 0):
 
     Examples
     --------
-    >>> wrapped(samples("my_run", prompts=("Once upon a time",)))  # doctest: +SKIP
+    >>> samples("my_run", prompts=("Once upon a time",)).loc["Once upon a time", "my_run"]  # doctest: +SKIP
     """
     import pandas as pd
 
@@ -193,13 +193,6 @@ def samples(*names: str, prompts: tuple[str, ...] = PROMPTS, seed: int = 0):
         model, tokenizer = load_model(name)
         stories[name] = generate(model, tokenizer, list(prompts), seed=seed)
     return pd.DataFrame(stories, index=list(prompts))
-
-
-def wrapped(frame):
-    """Style a DataFrame of texts for a notebook: unabridged, wrapped, aligned to the top left."""
-    text = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap", "max-width": "40em"}
-    headings = [{"selector": "th", "props": list((text | {"max-width": "10em"}).items())}]
-    return frame.style.set_properties(**text).set_table_styles(headings).set_uuid("wrapped")
 
 
 def write_report(name: str) -> Stories:

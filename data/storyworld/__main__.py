@@ -8,6 +8,6 @@ from data.storyworld.world import main
 
 if __name__ == "__main__":
     try:
-        tyro.cli(main, use_underscores=True)
+        tyro.cli(main, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

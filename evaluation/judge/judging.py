@@ -9,7 +9,6 @@ The cost is estimated before anything is asked. Answers are cached: the same com
 all are there it needs neither the server nor a key.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from evaluation.judge.prompts import Prompt, read_prompts
 from evaluation.judge.verdict import Judgement, Preference, cohens_kappa, questions
 from evaluation.statistics import SIGNIFICANCE
 from inference import generate, load_model
+from runs.tables import FrameTable, plain
 
 
 def write_stories(names: list[str], prompts: list[Prompt], rounds: int = 1, seed: int = 0, **options) -> dict[str, list[str]]:
@@ -58,7 +58,7 @@ def plan(calls: dict, missing: list, endpoint, prices: list[float] | None) -> st
 def report(judgement: Judgement) -> str:
     """Format a Judgement for the terminal."""
     heading = f"Grades from 1 to 10: the mean over {len(judgement.prompts)} prompts"
-    parts = [f"{heading} (95% interval of each alone; none if all are equal)\n{judgement.table().to_string()}"]
+    parts = [f"{heading} (95% interval of each alone; none if all are equal)\n{plain(FrameTable(judgement.table()))}"]
     for first, second in judgement.pairs:
         preference = judgement.preference(first, second)
         if preference and preference.lost > preference.won:
@@ -120,47 +120,6 @@ def save(path: Path, judgement: Judgement):
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def read_arguments(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation judge", description="Let a large language model judge the stories of small ones.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    option = parser.add_argument
-    option("runs", nargs="+", metavar="RUN", help="one is graded, two or more are also compared")
-    option("--model", required=True, default=argparse.SUPPRESS, help="the judge, by its name on the server")
-    option("--base_url", help="an OpenAI-compatible server; None: $OPENAI_BASE_URL, or OpenAI's own")
-    option("--prompts", default="beginnings", help="beginnings, words, or a file with one prompt per line")
-    option("--stories_per_prompt", type=int, default=1, help="stories of each model")
-    option("--max_new_tokens", type=int, help="of a story; None: until it ends or the context is full")
-    option("--temperature", type=float, default=0.8, help="of the models that write")
-    option("--seed", type=int, default=0, help="of the stories, and of the judge")
-    option("--repeat", type=float, default=0.2, help="share of the stories that are judged twice")
-    option("--judge_temperature", type=float, help="None: the server's own")
-    option("--timeout", type=float, default=60.0, help="seconds to wait for an answer")
-    option("--retries", type=int, default=4, help="after a time-out, or if the server is busy")
-    option("--parallel", type=int, default=4, help="concurrent calls")
-    option("--max_answer_tokens", type=int, default=1000, help="of an answer of the judge")
-    option("--price_per_million", type=float, nargs="+", metavar="PRICE", help="one, or two: of tokens read and written")
-    option("--save", type=Path, metavar="FILE", help="write stories and answers there, as JSON")
-    option("--yes", action="store_true", help="ask without confirmation")
-    arguments = parser.parse_args(words)
-    if len(set(arguments.runs)) < len(arguments.runs):
-        parser.error("a run is named twice: name different ones")
-    for name in ("stories_per_prompt", "parallel", "max_answer_tokens", "timeout"):
-        if not getattr(arguments, name) > 0:
-            parser.error(f"--{name} {getattr(arguments, name)}: give a number above 0")
-    if arguments.retries < 0:
-        parser.error(f"--retries {arguments.retries}: give 0 or more")
-    if not 0 <= arguments.repeat <= 1:
-        parser.error(f"--repeat {arguments.repeat}: give a share from 0 to 1")
-    prices = arguments.price_per_million or [0.0]
-    if len(prices) > 2 or not min(prices) >= 0:
-        parser.error("--price_per_million: give one price, or that of tokens read and that of tokens written")
-    if arguments.save and not arguments.save.parent.is_dir():
-        parser.error(f"--save {arguments.save}: there is no folder {arguments.save.parent}")
-    return arguments
-
-
 def confirm(question: str) -> bool:
     """Ask at the terminal. Raises ValueError if there is none."""
     if not sys.stdin.isatty():
@@ -168,8 +127,8 @@ def confirm(question: str) -> bool:
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
-def main(words: list[str]):
-    arguments = read_arguments(words)
+def main(arguments):
+    """Run the command `judge`."""
     from evaluation.judge.endpoint import Call, Endpoint
 
     prompts = read_prompts(arguments.prompts)
