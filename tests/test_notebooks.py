@@ -69,11 +69,11 @@ def run(copy, monkeypatch):
 
 
 def test_train_leaves_a_run_and_runs_again(run, corpus, folders):
-    again = {"data": corpus, "max_minutes": 0.001}
-    shown = printed(run("train", again, data=corpus, max_minutes=0.02, eval_every=10))
+    small = {"preset": "0.5m_short_and_thick", "data": corpus}
+    shown = printed(run("train", small | {"max_minutes": 0.001}, max_minutes=0.02, eval_every=10, **small))
     first, second = sorted((folders / "runs").iterdir(), key=lambda folder: (folder / "model_config.json").stat().st_mtime_ns)
     for folder in (first, second):
-        assert folder.name.startswith("quick_")
+        assert folder.name.startswith("0.5m_short_and_thick_")
         assert {"model.pth", "samples.csv", "README.md", "loss.png"} <= {file.name for file in folder.iterdir()}
         assert film_strip(folder.name).as_markdown() in shown
     assert shown.count("bits per byte on little.txt") == 2 and shown.count("**Story 3**") == 2
