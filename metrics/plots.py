@@ -70,6 +70,15 @@ def alt_text(figure) -> str:
     return ". ".join(f"{what} by {', '.join(xs)}: {lines}" for (what, lines), xs in labels_by_plot.items())
 
 
+def with_palette(png: io.BytesIO) -> bytes:
+    """Reduce a picture to 128 colours, which makes its file a third as large."""
+    from PIL import Image
+
+    small = io.BytesIO()
+    Image.open(png).convert("RGB").quantize(128).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
 def show_figure(figure, **options):
     """Display a figure in a notebook at its size in print; its alt text is also what viewers without pictures show.
 
@@ -82,5 +91,5 @@ def show_figure(figure, **options):
     png, alt = io.BytesIO(), alt_text(figure)
     figure.savefig(png, format="png")
     width = round(96 * figure.get_figwidth())  # CSS pixels
-    data = {"image/png": b64encode(png.getvalue()).decode(), "text/plain": alt}
+    data = {"image/png": b64encode(with_palette(png)).decode(), "text/plain": alt}
     display(data, metadata={"image/png": {"alt": alt, "width": width}}, raw=True, **options)
