@@ -17,7 +17,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script import HERE, Row, in_new_process, report, run_script
+from script import HERE, Row, in_new_process, report, run_script, save
 
 TEMPERATURES = (1.0, 0.8, 0.5)
 
@@ -39,8 +39,10 @@ def main(arguments: Arguments):
                 seconds = train(seed, threads, arguments.set, folder)
                 result = in_new_process(grade, folder, arguments.num_samples)
             runs.append({"seed": seed, "threads": threads, "seconds": seconds, **result})
-            print(f"seed {seed}, {threads} threads: {runs[-1]}", file=sys.stderr, flush=True)
-    report(tables, {"num_samples": arguments.num_samples, "runs": runs}, arguments.save)
+            raw = {"num_samples": arguments.num_samples, "runs": runs}
+            if arguments.save:  # what is measured is kept if the script is stopped
+                save(arguments.save, raw)
+    report(tables, raw, arguments.save)
 
 
 def train(seed: int, threads: int, options: tuple[str, ...], folder: str) -> float:
@@ -49,7 +51,7 @@ def train(seed: int, threads: int, options: tuple[str, ...], folder: str) -> flo
     command += " ".join(options).split()
     places = {name: f"{folder}/{name}" for name in ("BASEGPT_RUNS", "BASEGPT_CACHE", "HF_HOME")} | {"HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
-    subprocess.run(command, cwd=HERE.parent, env=os.environ | places, check=True, stdout=sys.stderr)
+    subprocess.run(command, cwd=HERE.parent, env=os.environ | places, check=True, stdout=2)  # to standard error
     return time.perf_counter() - began
 
 

@@ -332,3 +332,15 @@ def test_worth_compares_by_position_in_the_story(scripts):
     counts, base, idea = worth_tables.position_rows({"results": seeds, "by_position": positions})
     assert (counts["1 to 1"], base["1 to 1"], base["2 to 3"]) == ("10", "3.100", "2.100")
     assert (idea["1 to 1"], idea["1 to 1: difference"], idea["2 to 3: difference"]) == ("3.200", "+0.100", "-0.100")
+
+
+def test_the_first_run_is_timed_and_graded(scripts, capsys):
+    """A real train.py of two steps in a process of its own, which takes some seconds."""
+    import first_run
+
+    options = ("--model.dim 16 --model.head_dim 8 --model.max_seq_len 32 --train.data storyworld_small:300",
+               "--train.max_steps 2 --train.warmup_steps 1 --train.fast False --train.compile False")  # fmt: skip
+    first_run.main(first_run.Arguments(seeds=(0,), threads=(1,), num_samples=2, set=options))
+    seeds, minutes, steps, bits, over, *accepted = rows(capsys.readouterr().out)["1"]
+    assert (seeds, steps, accepted) == ("1", "2 (2–2)", ["0 (0–0)"] * 3)
+    assert 0.01 < float(minutes.split()[0]) < 5 and 0 < float(over.split()[0]) < float(bits.split()[0])
