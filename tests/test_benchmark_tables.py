@@ -88,12 +88,11 @@ def test_the_speeds_in_the_readme_are_those_of_the_tables(tables):
     assert all(peak["ours_probed"] < 0.5 * peak["transformers_float32"] for peak in memory)
 
 
-def test_the_readme_scores_2m_speedrun_on_all_stories():
+def test_the_score_on_short_stories_stands_beside_that_on_all():
     folder = ROOT / "trained_models" / "2m_speedrun"
     stories = pd.read_csv(folder / "story_losses.csv")
     parts = stories, stories[stories["bytes"] <= 700]
     whole, short = (part["nats"].sum() / math.log(2) / part["bytes"].sum() for part in parts)
-    assert f"{whole:.2f} bits per byte on all {len(stories):,} validation stories" in readme()
     text = " ".join((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split())
     assert f"has {short:.2f} bits per byte on them and {whole:.2f} on all" in text
 

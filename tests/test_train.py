@@ -667,7 +667,7 @@ class TestTerminal:
         assert shown.splitlines()[-1] == "False" and "--train.lr_max" in shown
 
     def test_help_explains_the_knobs(self, script):
-        code, printed = script("--help")
+        code, printed = script("--help_all")
         assert code == 0
         for said in ("width of the residual stream", "learning rate before the warm-up", "go on with the stopped run --name"):
             assert said in plain(printed)
@@ -677,7 +677,7 @@ class TestTerminal:
         done = subprocess.run(
             [sys.executable, "train.py", "--preset", "6m"], cwd=ROOT, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 1 and done.stdout == ""
+        assert done.returncode == 2 and done.stdout == ""
         assert re.fullmatch(r"error: no preset is called '6m'\. .*\n", done.stderr)
 
     def test_a_run_from_the_terminal_ends_with_stories(self, make_config, script):
