@@ -13,6 +13,7 @@ from metrics.world_floor import world_floor
 from modules.registry import build_model
 from runs.folder import Run, run_names
 from runs.presets import PRESETS
+from runs.terminal import FAILURES
 from tokenizer import load_tokenizer
 from training.checkpoint import Record
 from training.report import draw_losses, time_left
@@ -75,7 +76,7 @@ class LivePlot:
         try:
             for record in records:
                 self.add(record)
-        except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
+        except FAILURES as error:
             raise NotebookError(error) from error
         except KeyboardInterrupt:  # before the first step, or for a second time
             record = None
@@ -107,12 +108,13 @@ class LivePlot:
         from IPython.display import display
 
         figure, axes = plt.subplots()
+        config = Run(self.name).train_config
         logs = {label: pd.DataFrame(log) for label, log in self.logs.items()}
         draw_losses(axes, logs, "step", self.floors)
         scores = logs[self.label]["bits_per_byte"].dropna()
         facts = [f"{score:.3f} bits per byte" for score in scores[-1:]]
-        finished = Run(self.name).train_config.progress(record.step, record.seconds) >= 1
-        facts.append("finished" if finished else f"{time_left(record, Run(self.name).train_config)} of training left")
+        finished = config.progress(record.step, record.seconds) >= 1
+        facts.append("finished" if finished else f"{time_left(record, config)} of training left")
         axes.set_title(f"{self.data}: {', '.join(facts)}, {record.tokens_per_second:,.0f} tokens/s")
         for key, show, content in (("plot", show_figure, figure), ("story", display, self.story)):
             if content is not None:
