@@ -251,15 +251,23 @@ class Run:
             return list(csv.DictReader(file))
 
     def _write(self, file: str, content: bytes):
-        unfinished = self.folder / f"{file}.unfinished"
         try:
-            with open(unfinished, "wb") as output:
-                output.write(content)
-                output.flush()
-                os.fsync(output.fileno())
-            os.replace(unfinished, self.folder / file)
+            write_atomically(self.folder / file, content)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
             has_checkpoint = (self.folder / "checkpoint.pth").exists()
             cure = f"go on with --name {self.name} --resume from the last checkpoint" if has_checkpoint else "start again"
             raise OSError(f"could not write {file} of the run {self.name!r} ({error.strerror}): make room and {cure}") from error
+
+
+def write_atomically(path: Path, content: bytes):
+    """Write a file that is whole or not there at all, whenever the process or the machine stops. Raises OSError."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with open(unfinished, "wb") as output:
+            output.write(content)
+            output.flush()
+            os.fsync(output.fileno())
+        os.replace(unfinished, path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise

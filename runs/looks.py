@@ -4,9 +4,8 @@ Seeds that are added because the first verdict was open need a stricter test, so
 """
 
 import json
-import os
 
-from runs.folder import runs_folder
+from runs.folder import runs_folder, write_atomically
 
 MAX_SEEDS = 20  # per group, up to which seeds may be added after a first look
 
@@ -30,10 +29,8 @@ def seeds_at_first_look(groups: dict[str, dict[str, str]]) -> int | None:
         return None
     if remaining:
         return min(map(len, first.values()))
-    unfinished = path.with_name("looks.json.unfinished")
     try:
-        unfinished.write_text(json.dumps([look for look in looks if look is not first] + [groups], indent=1), encoding="utf-8")
-        os.replace(unfinished, path)
+        write_atomically(path, json.dumps([look for look in looks if look is not first] + [groups], indent=1).encode())
     except OSError as error:
         raise OSError(f"could not record this look in {path} ({error.strerror})") from error
     return None
