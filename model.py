@@ -7,7 +7,7 @@ heads, K head dim, V vocabulary.
 
 import inspect
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -213,7 +213,8 @@ class Branch(LoggingModule):
     """One layer string: blocks in sequence; `+` adds the skip and opens the next one, `|` opens one without adding.
 
     (B, T, D) -> (B, T, D). A block is given what its forward names of: rope (cosines and sines of the positions), story_start
-    (B, T) or None, window, tokens, memory, cache (its own dict), and shared (a dict in which layers pass things on).
+    (B, T) or None, window, tokens, targets (only in training), memory, cache (its own dict), and shared (a dict in which layers
+    pass things on).
     """
 
     def __init__(self, layer: str, config: ModelConfig, blocks: dict, residual_scale: float, vocab_size: int):
@@ -245,7 +246,7 @@ class Branch(LoggingModule):
                 block, accepted = next(blocks)
                 given = {name: value for name, value in inputs.items() if name in accepted}
                 if cache is not None and "cache" in accepted:
-                    given["cache"] = cache[block]
+                    given["cache"] = cache.of(block)
                 x = block(x, **given)
         return x
 
@@ -264,10 +265,17 @@ class Layer(LoggingModule):
 
 
 class Cache:
-    """What generation keeps between calls: the number of tokens read, and a dict for each block (e.g. its keys and values)."""
+    """What generation keeps between calls: the number of tokens read, and a dict for each block (e.g. its keys and values).
+
+    A block that runs several times in a pass, as in a loop, has a dict for each of its turns.
+    """
 
     def __init__(self):
-        self.num_tokens, self.blocks = 0, defaultdict(dict)
+        self.num_tokens, self.blocks, self.turns = 0, defaultdict(dict), Counter()
+
+    def of(self, block: nn.Module) -> dict:
+        self.turns[block] += 1
+        return self.blocks[block, self.turns[block]]
 
 
 class GPT(LoggingModule):
@@ -289,6 +297,7 @@ class GPT(LoggingModule):
         self.dropout = config.dropout
         num_residuals = sum(layer_steps(layer).count(("+", {})) for layer in config.layer_strings)
         scale = 0.0 if config.zero_init else max(1, num_residuals) ** -0.5
+        self.losses: dict[str, Tensor] = {}  # terms of the last training loss
         self.layers = nn.ModuleList(Layer(layer, config, blocks, scale, vocab_size) for layer in config.depth_layers)
         self.norm = build_block("Norm", {}, config, blocks, vocab_size)
         self.head = linear(config.dim, vocab_size)
@@ -301,12 +310,18 @@ class GPT(LoggingModule):
             nn.init.zeros_(self.head.weight)
 
     def forward(self, tokens, targets=None, *, story_ids=None, window=None, memory=None, cache=None):
-        """Logits (B, T, V), and the mean loss in nats per target if targets are given (else None).
+        """Logits (B, T, V), and the loss if targets are given (else None): the mean of nats per target.
 
         tokens and targets (B, T), targets are IGNORE where nothing is to be predicted. story_ids (B, T): stories packed into a
         row do not see each other. window: how many recent tokens are visible. memory (B, M, ...): for cross-attention. cache:
-        a Cache of earlier tokens. Raises ValueError beyond max_seq_len.
+        a Cache of earlier tokens. Raises ValueError beyond max_seq_len. In training the loss includes those of blocks; afterwards
+        self.losses has the terms by name.
         """
+        x, shared = self.hidden_states(tokens, targets, story_ids, window, memory, cache)
+        return self.score(x, targets, shared)
+
+    def hidden_states(self, tokens, targets=None, story_ids=None, window=None, memory=None, cache=None):
+        """The output of the last layer (B, T, D), and the dict that the layers share."""
         B, T = tokens.shape
         start = 0 if cache is None else cache.num_tokens
         S = start + T
@@ -330,19 +345,27 @@ class GPT(LoggingModule):
         x = F.dropout(x, self.dropout, self.training)
 
         # go through the layers
-        shared = {}  # losses that blocks append to shared["losses"] are added in training
+        shared = {"losses": defaultdict(float)}
         inputs = {"rope": rope, "story_start": story_start, "window": window, "tokens": tokens, "memory": memory}
+        inputs["targets"] = targets if self.training else None
         for layer in self.layers:
-            x = layer(x, cache=cache and cache.blocks, shared=shared, **inputs)
+            x = layer(x, cache=cache, shared=shared, **inputs)
         if cache is not None:
             cache.num_tokens = S
+            cache.turns.clear()
+        return x, shared
 
-        # predict the next token
+    def score(self, x, targets, shared):
+        """Logits and loss of the last layer's output, as `forward` returns them."""
         x = self.norm(x)
         if self.config.logit_scale != 1:
             x = x * self.config.logit_scale
         logits, loss = self.predict(x, targets)
-        return logits, sum(shared.get("losses", []), loss) if self.training and targets is not None else loss
+        if self.training and targets is not None:
+            losses = {"next_token": loss, **shared["losses"]}
+            self.losses = {name: value.detach() for name, value in losses.items()}
+            loss = sum(losses.values())
+        return logits, loss
 
     def predict(self, x, targets):
         """Logits (B, T, V) of the head, and their mean cross-entropy with the targets, if there are any."""

@@ -16,6 +16,7 @@ B batch, T time, D model dim.
 import inspect
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,9 +168,10 @@ def training_step(layer: str, config: ModelConfig, T: int, tokens: int, with_ker
     inputs["rope"] = tuple(angles[None] for angles in rope_table(T, config.block_values()["head_dim"], config.rope_theta))
 
     def step() -> float:
-        began, shared = time.perf_counter(), {}
+        began, shared = time.perf_counter(), {"losses": defaultdict(float)}
         y = branch(x, shared=shared, **inputs)
-        torch.autograd.backward([y, *shared.get("losses", [])], [d_y, *(None for _ in shared.get("losses", []))])
+        losses = shared["losses"].values()
+        torch.autograd.backward([y, *losses], [d_y, *(None for _ in losses)])
         return time.perf_counter() - began
 
     return step

@@ -68,7 +68,9 @@ def cache_bytes(model: nn.Module, tokens: Tensor, kwargs: dict[str, Tensor]) -> 
         if piece.shape[1]:
             model(piece, cache=cache, **kwargs)
             visited: set[int] = set()
-            sizes.append(Counter({block: num_bytes(state, visited) for block, state in cache.blocks.items()}))
+            sizes.append(Counter())
+            for place, state in cache.blocks.items():  # a block, or a block and its turn
+                sizes[-1][place[0] if isinstance(place, tuple) else place] += num_bytes(state, visited)
             sizes[-1][model] += num_bytes(vars(cache), visited)
     return sizes[-2], sizes[-1]
 

@@ -84,7 +84,7 @@ def run_block(name: str, layer: str, config: ModelConfig, tokens: Tensor, vocab_
         with Recording(block, values=False, tensors=False, lines=True) as recording:
             model(tokens, memory=memory)
         model(tokens, memory=memory, cache=cache)
-    state = dict(pair for key, value in cache.blocks.get(block, {}).items() for pair in tensors_in(key, value))
+    state = dict(pair for key, value in cache.blocks.get((block, 1), {}).items() for pair in tensors_in(key, value))
     summary = inspect.getdoc(block).splitlines()[0]
     shapes = as_text(without_repeats(fold(recording.calls), visited), width=96)
     return Exhibit(name, layer, summary, shapes, {key: tuple(value.shape) for key, value in state.items()}, part)

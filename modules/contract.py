@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from config import ModelConfig, format_step, layer_steps
 from data.cache import say
-from model import Branch, Norm, rope_table, story_starts
+from model import Branch, Cache, Norm, rope_table, story_starts
 from modules.registry import accepted_kwargs, build_block, build_branch, exported, find_block
 from shapes.comments import ShapeComments
 from tools import LoggingModule, show_shapes
@@ -147,7 +147,7 @@ class Trial:
         """The output, as in GPT after `start` earlier tokens; given: story_start, window, cache.  (B, T, D)"""
         end = start + inputs.x.shape[1]
         given["rope"] = tuple(table[None, start:end] for table in self.rope) if rope and self.rope else None
-        given |= {"tokens": inputs.tokens, "memory": inputs.memory, "shared": {} if shared is None else shared}
+        given |= {"tokens": inputs.tokens, "memory": inputs.memory, "shared": shared or {"losses": defaultdict(float)}}
         y = (branch or self.branch)(inputs.x, **{"story_start": None, "window": None} | given)
         require(y.shape == inputs.x.shape, f"it makes {tuple(y.shape)} of {tuple(inputs.x.shape)}: keep the shape")
         return y
@@ -195,11 +195,11 @@ def check_repeats(trial: Trial):
 def check_gradients(trial: Trial):
     """Gradients reach the input, the memory if it is read, and every weight; in bfloat16 they are finite, too."""
     for dtype in (torch.float32, torch.bfloat16):
-        branch, shared = trial.training_copy(), {}
+        branch, shared = trial.training_copy(), {"losses": defaultdict(float)}
         x, memory = trial.inputs.x.clone().requires_grad_(), trial.inputs.memory.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             y = trial.run(replace(trial.inputs, x=x, memory=memory), branch=branch, shared=shared)
-        loss = sum(shared.get("losses", []), (y * torch.randn_like(y)).sum())
+        loss = sum(shared["losses"].values(), (y * torch.randn_like(y)).sum())
         require(loss.isfinite(), f"its output is not finite in {dtype}")
         loss.backward()
         targets = {"its input": x, **dict(branch.blocks.named_parameters())}
@@ -284,7 +284,7 @@ def check_shape_comments(trial: Trial):
             in_chunks(trial, CHUNKS)
     require(not comments.wrong, comments.wrong and comments.wrong[0])
     rope = trial.rope and tuple(table[None] for table in trial.rope)
-    given = {"tokens": trial.inputs.tokens, "memory": trial.inputs.memory, "shared": {}}
+    given = {"tokens": trial.inputs.tokens, "memory": trial.inputs.memory, "shared": {"losses": defaultdict(float)}}
     with show_shapes(trial.branch, file=io.StringIO()) as calls:
         trial.branch(trial.inputs.x, rope=rope, **given)
     shown = {getattr(step, "module", None) for step in calls[0].children}
@@ -324,10 +324,11 @@ def check_cache(trial: Trial):
 
 def in_chunks(trial: Trial, chunks: tuple[int, ...]) -> Tensor:
     """Read the sequence in pieces, with a cache.  (B, T, D)"""
-    cache, parts, start = defaultdict(dict), [], 0
+    cache, parts, start = Cache(), [], 0
     for length in chunks:
         piece = trial.inputs.times(slice(start, start + length))
         parts.append(trial.run(piece, cache=cache, start=start))
+        cache.turns.clear()
         start += length
     return torch.cat(parts, dim=1)
 

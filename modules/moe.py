@@ -91,7 +91,7 @@ class MoE(LoggingModule):
         self.register_buffer("dropped", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, x, *, shared=None):
-        """In training, append the router's losses to shared["losses"]."""
+        """In training, add the router's losses to shared["losses"]."""
         B, T, D = x.shape
         logits = self.route(x)
         scores = logits.softmax(dim=-1) if self.scores == "softmax" else logits.sigmoid()
@@ -107,7 +107,8 @@ class MoE(LoggingModule):
             fits = self.within_capacity(selected)
             self.count(selected, fits)
             if shared is not None:
-                shared.setdefault("losses", []).extend(self.losses(logits, scores, selected))
+                for name, loss in self.losses(logits, scores, selected).items():
+                    shared["losses"][name] += loss
         y = self.mix(x, selected, weights, fits)
         if self.shared_mlp is None:
             return y
@@ -162,15 +163,15 @@ class MoE(LoggingModule):
         rows = rows.index_select(0, order.argsort()).view(B, T, self.top_k, D)
         return (rows * weights[..., None]).sum(dim=2).type_as(rows)
 
-    def losses(self, logits, scores, selected) -> list[Tensor]:
+    def losses(self, logits, scores, selected) -> dict[str, Tensor]:
         """The load-balancing loss and the z-loss.  logits and scores (B, T, E), selected (B, T, top_k)"""
-        E, losses = len(self.uses), []
+        E, losses = len(self.uses), {}
         if self.balance_loss:
             share_selected = count_uses(selected, E) / selected.numel()  # (E)
             share_scored = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=(0, 1))  # (E)
-            losses.append(self.balance_loss * E * (share_selected * share_scored).sum())
+            losses["router_balance"] = self.balance_loss * E * (share_selected * share_scored).sum()
         if self.z_loss:
-            losses.append(self.z_loss * logits.logsumexp(dim=-1).square().mean())
+            losses["router_z"] = self.z_loss * logits.logsumexp(dim=-1).square().mean()
         return losses
 
     @torch.no_grad()

@@ -16,7 +16,8 @@ Each of the keywords is optional. story_ids (B, T) number the stories of a row, 
 it trains with padded packing, or without mask_stories. window is how many recent tokens may be seen: without it there is no
 window_start. cache, a model.Cache, lasts as long as a story is generated, and tokens are then only the new ones;
 cache.blocks[self] is a dict for whatever the model keeps. Without a cache all tokens are read again for each new one. Optional
-attributes, used if present: num_parameters(embeddings) -> int; an output matrix called head, which Muon leaves to AdamW;
+attributes, used if present: num_parameters(embeddings) -> int; an output matrix called head, which Muon leaves to AdamW; losses,
+the terms of the last training loss by name, detached, "next_token" among them: the log has a column for each;
 flops_per_token(T) -> float, where torch cannot count them (metrics/cost.py).
 """
 
@@ -62,7 +63,7 @@ BLOCKS: dict[str, type[nn.Module]] = {name: block for family in FAMILIES for nam
 MODELS: dict[str, type[nn.Module]] = {"GPT": model.GPT}
 
 # What a layer gives to a block whose forward names it; see GPT.forward, which makes them.
-SUPPLIED = ("rope", "story_start", "window", "cache", "tokens", "memory", "shared")
+SUPPLIED = ("rope", "story_start", "window", "cache", "tokens", "targets", "memory", "shared")
 
 FIT_ALL = {"num_kv_heads": 1, "head_dim": 2, "positions": "none"}  # values of config fields that go with any of the others
 

@@ -166,6 +166,15 @@ def test_the_cache_changes_nothing(config: ModelConfig):
         assert cache.num_tokens == 30
 
 
+@torch.no_grad()
+def test_a_layer_that_runs_several_times_has_a_cache_for_each_turn():
+    model, tokens = build(TINY), some_tokens(2, 20)
+    model.layers = nn.ModuleList([*model.layers] * 3)
+    cache = Cache()
+    parts = [model(part, cache=cache)[0] for part in tokens.split([7, 1, 1, 11], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens)[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 @torch.no_grad()
 def test_packed_stories_do_not_see_each_other(config: ModelConfig):

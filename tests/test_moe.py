@@ -1,6 +1,7 @@
 """Promises of modules/moe.py: the formulas, in a slow loop and by transformers; balance, capacity, and the report."""
 
 import math
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 
@@ -197,11 +198,11 @@ class TestOriginals:
         """Theirs is top_k times as large, since it counts each of the top_k choices as one."""
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-        moe, layer_shared = make(balance_loss=0.5).train(), {}
+        moe, layer_shared = make(balance_loss=0.5).train(), {"losses": defaultdict(float)}
         x = torch.randn(3, 20, D)
         moe(x, shared=layer_shared)
         theirs = load_balancing_loss_func((moe.w_router(x).flatten(0, 1),), num_experts=8, top_k=2)
-        torch.testing.assert_close(layer_shared["losses"], [0.5 * theirs / 2])
+        torch.testing.assert_close(layer_shared["losses"]["router_balance"], 0.5 * theirs / 2)
 
 
 def stacked(moe: MoE) -> dict:
@@ -219,14 +220,15 @@ class TestBalance:
     def test_the_balance_loss_is_least_for_an_even_use(self):
         moe, chosen = make(num_experts=4, top_k=2, balance_loss=0.3), torch.arange(8).view(1, 4, 2) % 4
         even = torch.full((1, 4, 4), 0.25)
-        torch.testing.assert_close(moe.losses(even.log(), even, chosen), [torch.tensor(0.3)])
+        torch.testing.assert_close(moe.losses(even.log(), even, chosen), {"router_balance": torch.tensor(0.3)})
         uneven = torch.tensor([0.5, 0.5, 0.0, 0.0]).expand(1, 4, 4)
-        torch.testing.assert_close(moe.losses(uneven, uneven, torch.arange(8).view(1, 4, 2) % 2), [torch.tensor(0.6)])
+        losses = moe.losses(uneven, uneven, torch.arange(8).view(1, 4, 2) % 2)
+        torch.testing.assert_close(losses, {"router_balance": torch.tensor(0.6)})
 
     def test_large_logits_cost_the_z_loss(self):
         moe, logits = make(balance_loss=0.0, z_loss=0.1), torch.randn(2, 3, 8)
-        (loss,) = moe.losses(logits, logits.softmax(-1), logits.topk(2).indices)
-        torch.testing.assert_close(loss, 0.1 * (logits.exp().sum(-1).log() ** 2).mean())
+        losses = moe.losses(logits, logits.softmax(-1), logits.topk(2).indices)
+        torch.testing.assert_close(losses["router_z"], 0.1 * (logits.exp().sum(-1).log() ** 2).mean())
 
     def test_losses_are_added_in_training_only_chunked_or_not(self):
         torch.manual_seed(0)
@@ -255,10 +257,10 @@ class TestBalance:
             for step in range(100):
                 if step == 70:
                     moe.report()
-                x, shared = torch.randn(4, 16, D), {}
+                x, shared = torch.randn(4, 16, D), {"losses": defaultdict(float)}
                 x[..., 0] = 5
                 y = moe(x, shared=shared)
-                sum(shared.get("losses", []), y.square().mean()).backward()
+                sum(shared["losses"].values(), y.square().mean()).backward()
                 for each in optimizers:
                     each.step()
                     each.zero_grad()
