@@ -54,8 +54,8 @@ class ModelConfig:
     tied_embeddings: bool = True  # token embedding and output head share their weights
     embedding_scale: float | Literal["sqrt(dim)"] = 1.0  # factor of the token embeddings
     dropout: float = 0.0  # dropout probability of embeddings, attention weights and residual updates
-    model: str = "GPT"  # GPT, or a name in the MODELS of a plugin
-    plugins: tuple[str, ...] = ()  # modules that add their BLOCKS and MODELS to ours, e.g. experiments.mine.blocks
+    model: str = "GPT"  # GPT, or a model of a plugin, with its options: Looped(times=4)
+    plugins: tuple[str, ...] = ()  # modules that add their BLOCKS, MODELS, OPTIMIZERS … to ours, e.g. experiments.mine.blocks
 
     def __post_init__(self):
         check_types(self)
@@ -93,6 +93,7 @@ class ModelConfig:
         require(self.num_layers % len(tile) == 0, self, "num_layers", cure)
         for layer in self.layer_strings:
             layer_steps(layer)
+        check_name_and_options(self, "model")
 
     @property
     def depth_layers(self) -> list[str | list[str]]:
@@ -229,19 +230,31 @@ def layer_steps(layer: str) -> list[tuple[str, dict[str, Any]]]:
             steps.append((text, {}))
             continue
         try:
-            node = ast.parse(text, mode="eval").body
-            call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-            options = {option.arg: ast.literal_eval(option.value) for option in call.keywords}
-            if not isinstance(call.func, ast.Name) or call.args or None in options or len(options) < len(call.keywords):
-                raise SyntaxError
-            steps.append((call.func.id, options))
-        except (SyntaxError, ValueError) as error:
+            steps.append(name_and_options(text))
+        except ValueError as error:
             fault = "an empty step" if not text else f"the step {text!r} cannot be read"
             cure = "Write Name, Name(option=value), + or |, joined by ->"
             raise ValueError(f"layers={marked(layer, position)!r}: {fault}. {cure}") from error
     if not any(name not in ("+", "|") for name, _ in steps):
         raise ValueError(f"layers={layer!r} has no block. Write for example {PRE_NORM!r}")
     return steps
+
+
+def name_and_options(text: str) -> tuple[str, dict[str, Any]]:
+    """Parse `Name` or `Name(option=literal)`: how a config names anything with options. Raises ValueError for anything else.
+
+    >>> name_and_options("Looped(times=4)")
+    ('Looped', {'times': 4})
+    """
+    try:
+        node = ast.parse(text, mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        options = {option.arg: ast.literal_eval(option.value) for option in call.keywords}
+        if not isinstance(call.func, ast.Name) or call.args or None in options or len(options) < len(call.keywords):
+            raise SyntaxError
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{text!r} cannot be read: write Name or Name(option=value)") from error
+    return call.func.id, options
 
 
 def format_step(name: str, options: dict[str, Any]) -> str:
@@ -353,6 +366,14 @@ def did_you_mean(name: str, names) -> str:
     """
     close = get_close_matches(name, list(names), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_name_and_options(config, name: str):
+    """Raise ValueError if a field is not `Name` or `Name(option=literal)`."""
+    try:
+        name_and_options(getattr(config, name))
+    except ValueError as error:
+        raise ValueError(f"{name}={error}") from error
 
 
 def require(condition: Any, config: ModelConfig | TrainConfig, name: str, cure: str):

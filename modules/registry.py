@@ -29,11 +29,12 @@ from functools import cache
 from types import ModuleType
 from typing import Any, get_args
 
+import torch
 from torch import nn
 from typeguard import TypeCheckError, check_type
 
 import model
-from config import ModelConfig, did_you_mean, format_step, init_parameters, layer_steps, look_up, marked
+from config import ModelConfig, did_you_mean, format_step, init_parameters, layer_steps, look_up, marked, name_and_options
 from modules import (
     attention,
     convolution,
@@ -62,6 +63,16 @@ FAMILIES = (
 BLOCKS: dict[str, type[nn.Module]] = {name: block for family in FAMILIES for name, block in family.BLOCKS.items()}
 MODELS: dict[str, type[nn.Module]] = {"GPT": model.GPT}
 
+# What a plugin may export, each a dict by name.
+KINDS = {
+    "BLOCKS": nn.Module, "MODELS": nn.Module, "OPTIMIZERS": torch.optim.Optimizer, "SCHEDULES": Callable, "LOSSES": Callable,
+    "DATA": object,
+}  # fmt: skip
+DESCRIPTIONS = {
+    "BLOCKS": "classes of torch modules", "MODELS": "classes of torch modules", "OPTIMIZERS": "classes of torch optimizers",
+    "SCHEDULES": "functions", "LOSSES": "functions", "DATA": "classes",
+}  # fmt: skip
+
 # What a layer gives to a block whose forward names it; see GPT.forward, which makes them.
 SUPPLIED = ("rope", "story_start", "window", "cache", "tokens", "targets", "memory", "shared")
 
@@ -77,8 +88,8 @@ def all_blocks(config: ModelConfig) -> dict[str, type[nn.Module]]:
     return {"Norm": blocks[config.norm], **blocks}
 
 
-def with_plugins(config: ModelConfig, ours: dict[str, type[nn.Module]], kind: str) -> dict[str, type[nn.Module]]:
-    """Our BLOCKS or MODELS and those of the plugins. Raises ValueError for a name that is taken."""
+def with_plugins(config: ModelConfig, ours: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Ours of a kind, such as BLOCKS, and those of the plugins. Raises ValueError for a name that is taken."""
     merged, owners = dict(ours), dict.fromkeys(ours, "baseGPT")
     for plugin in config.plugins:
         for name, block in exported(plugin, kind).items():
@@ -90,20 +101,21 @@ def with_plugins(config: ModelConfig, ours: dict[str, type[nn.Module]], kind: st
     return merged
 
 
-def exported(plugin: str, kind: str) -> dict[str, type[nn.Module]]:
-    """The BLOCKS or MODELS of a plugin. Raises ImportError, or ValueError if they are no dict of classes by name."""
+def exported(plugin: str, kind: str) -> dict[str, Any]:
+    """What a plugin exports of a kind, by name. Raises ImportError, or ValueError if it is no dict of the right things."""
     module = import_plugin(plugin)
-    if not hasattr(module, "BLOCKS") and not hasattr(module, "MODELS"):
+    if not any(hasattr(module, kind) for kind in KINDS):
         raise ValueError(f"the plugin {plugin!r} has no BLOCKS. Give it one, such as BLOCKS = {{'MyBlock': MyBlock}}")
-    classes = getattr(module, kind, {})
-    if not isinstance(classes, dict):
+    named = getattr(module, kind, {})
+    if not isinstance(named, dict):
         raise ValueError(f"{kind} of the plugin {plugin!r} must be a dict, such as {kind} = {{'MyName': MyClass}}")
-    for name, block in classes.items():
-        if not (isinstance(block, type) and issubclass(block, nn.Module)):
-            raise ValueError(f"the plugin {plugin!r} calls {block!r} {name!r}: that must be a class of torch modules")
+    for name, value in named.items():
+        is_right = issubclass(value, KINDS[kind]) if isinstance(value, type) else KINDS[kind] is Callable and callable(value)
+        if not is_right:
+            raise ValueError(f"the plugin {plugin!r} calls {value!r} {name!r}: {kind} must name {DESCRIPTIONS[kind]}")
         if not (isinstance(name, str) and name.isidentifier()):
-            raise ValueError(f"the plugin {plugin!r} calls a class {name!r}: take a name of letters, digits and _")
-    return classes
+            raise ValueError(f"the plugin {plugin!r} calls one of its {kind} {name!r}: take a name of letters, digits and _")
+    return named
 
 
 def import_plugin(plugin: str) -> ModuleType:
@@ -139,15 +151,19 @@ def build_branch(layer: str, config: ModelConfig, vocab_size: int) -> model.Bran
 def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
     """Build the model that config.model names; it has the attributes `config` and `vocab_size`.
 
-    Raises ValueError with the place of what is wrong in a layer string, with the nearest match for an unknown name, and what the
-    model itself raises.
+    Raises ValueError with the place of what is wrong in a layer string, with the nearest match for an unknown name or option, and
+    what the model itself raises.
     """
-    model_class, blocks = look_up("model", config.model, with_plugins(config, MODELS, "MODELS")), {}
-    if "blocks" in init_parameters(model_class):
-        blocks["blocks"] = all_blocks(config)
+    name, options = name_and_options(config.model)
+    model_class, given = look_up("model", name, with_plugins(config, MODELS, "MODELS")), dict(options)
+    parameters = init_parameters(model_class)
+    supplied = ("config", "vocab_size", "blocks")
+    validate_options(name, options, {key: value for key, value in parameters.items() if key not in supplied}, config)
+    if "blocks" in parameters:
+        given["blocks"] = all_blocks(config)
         for layer in dict.fromkeys(config.layer_strings):
-            validate_layer(layer, config, blocks["blocks"])
-    built = model_class(config, vocab_size, **blocks)
+            validate_layer(layer, config, given["blocks"])
+    built = model_class(config, vocab_size, **given)
     built.config, built.vocab_size = config, vocab_size
     return built
 
