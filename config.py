@@ -7,6 +7,8 @@ import ast
 import inspect
 import json
 import math
+import re
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -103,7 +105,12 @@ class ModelConfig:
 
     @property
     def layer_strings(self) -> list[str]:
-        """All layer strings, from first to last, those of parallel branches included."""
+        """All layer strings, from first to last, those of parallel branches and those in brackets included."""
+        return [layer for branch in self.branch_strings for layer in with_inner_layers(branch)]
+
+    @property
+    def branch_strings(self) -> list[str]:
+        """The layer strings from first to last, those of parallel branches included."""
         return [branch for layer in self.depth_layers for branch in ([layer] if isinstance(layer, str) else layer)]
 
     def block_values(self, options: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -214,30 +221,128 @@ class TrainConfig:
         return max(steps, minutes)
 
 
+class StepError(ValueError):
+    """A mistake in a step of a layer string; `marked` is the layer string with this step in »«."""
+
+    def __init__(self, layer: str, marked: str, problem: str):
+        super().__init__(layer, marked, problem)
+        self.layer, self.marked, self.problem = layer, marked, problem
+
+    def __str__(self) -> str:
+        return f"layers={self.marked!r}: {self.problem}"
+
+
 def layer_steps(layer: str) -> list[tuple[str, dict[str, Any]]]:
-    """Parse a layer string into (name, options) of each step.
+    """Parse a layer string into (name, options) of each step. A layer in brackets is the option "layer".
 
     >>> layer_steps("Norm->Attn(window=64)->+")
     [('Norm', {}), ('Attn', {'window': 64}), ('+', {})]
+    >>> layer_steps("2 x [Norm->MLP->+]->StochasticDepth([Attn->+], keep=0.5)")
+    [('Repeat', {'layer': 'Norm->MLP->+', 'times': 2}), ('StochasticDepth', {'layer': 'Attn->+', 'keep': 0.5})]
 
-    Raises ValueError, with the step marked, for anything but `Name`, `Name(option=literal)`, `|`, and `+` after a block.
+    Raises StepError, with the step marked, for anything but `Name`, `Name(option=literal)`, `Name([layer], option=literal)`,
+    `N x [layer]`, `|`, and `+` after a block.
     """
-    steps = []
-    for position, text in enumerate(step.strip() for step in layer.split("->")):
-        if text == "+" and (not steps or steps[-1][0] in ("+", "|")):
-            raise ValueError(f"layers={marked(layer, position)!r}: this + has nothing to add. Put a block in front of it")
-        if text in ("+", "|"):
-            steps.append((text, {}))
-            continue
-        try:
-            steps.append(name_and_options(text))
-        except ValueError as error:
-            fault = "an empty step" if not text else f"the step {text!r} cannot be read"
-            cure = "Write Name, Name(option=value), + or |, joined by ->"
-            raise ValueError(f"layers={marked(layer, position)!r}: {fault}. {cure}") from error
+    steps: list[tuple[str, dict[str, Any]]] = []
+    for position, text in enumerate(split_steps(layer)):
+        with marking(layer, position):
+            if text == "+" and (not steps or steps[-1][0] in ("+", "|")):
+                raise ValueError("this + has nothing to add. Put a block in front of it")
+            steps.append((text, {}) if text in ("+", "|") else read_step(text))
     if not any(name not in ("+", "|") for name, _ in steps):
-        raise ValueError(f"layers={layer!r} has no block. Write for example {PRE_NORM!r}")
+        raise StepError(layer, f"»{layer}«", f"it has no block. Write for example {PRE_NORM!r}")
     return steps
+
+
+def split_steps(layer: str) -> list[str]:
+    """Split a layer string at each -> that is not in square brackets.
+
+    >>> split_steps("Norm -> 3 x [Norm->MLP->+]->+")
+    ['Norm', '3 x [Norm->MLP->+]', '+']
+    """
+    steps: list[str] = []
+    for text in layer.split("->"):
+        if steps and steps[-1].count("[") > steps[-1].count("]"):
+            steps[-1] += "->" + text
+        else:
+            steps.append(text)
+    return [step.strip() for step in steps]
+
+
+def read_step(text: str) -> tuple[str, dict[str, Any]]:
+    """Parse a block of a layer string into its name and options. Raises ValueError if it cannot be read."""
+    if text.count("[") != text.count("]"):
+        raise ValueError(f"the brackets of {text!r} do not match: close each [ with a ]")
+    head, inner, tail = split_brackets(text)
+    if times := re.fullmatch(r"(\d+) *x *", head):
+        call = f"Repeat(layer={inner!r}, times={int(times[1])}){tail}"
+    else:
+        call = f"{head}layer={inner!r}{tail}" if re.fullmatch(r"\w+\( *", head) else text
+    try:
+        name, options = name_and_options(call)
+    except ValueError as error:
+        fault = f"the step {text!r} cannot be read" if text else "an empty step"
+        cure = "Write Name, Name(option=value), Name([layer]), 3 x [layer], + or |, joined by ->"
+        raise ValueError(f"{fault}. {cure}") from error
+    if call == text and "layer" in options:
+        raise ValueError(f"a layer stands in brackets: write {name}([Norm->MLP->+])")
+    if "layer" in options:
+        layer_steps(inner)
+    return name, options
+
+
+def split_brackets(text: str) -> tuple[str, str, str]:
+    """Split a step into what is before, inside and after its first pair of square brackets.
+
+    >>> split_brackets("StochasticDepth([Norm->2 x [MLP]->+], keep=0.5)")
+    ('StochasticDepth(', 'Norm->2 x [MLP]->+', ', keep=0.5)')
+    """
+    head, _, rest = text.partition("[")
+    pieces = rest.split("]")
+    for number in range(1, len(pieces)):
+        inner = "]".join(pieces[:number])
+        if inner.count("[") == inner.count("]"):
+            return head, inner.strip(), "]".join(pieces[number:])
+    return text, "", ""
+
+
+@contextmanager
+def marking(layer: str, position: int):
+    """Raise a ValueError inside as a StepError that marks the step at this position, or what is wrong in its brackets."""
+    try:
+        yield
+    except ValueError as error:
+        steps, problem = split_steps(layer), str(error)
+        head, inner, tail = split_brackets(steps[position])
+        if isinstance(error, StepError) and error.layer == inner:
+            steps[position], problem = f"{head}[{error.marked}]{tail}", error.problem
+        else:
+            steps[position] = f"»{steps[position]}«"
+        raise StepError(layer, "->".join(steps), problem) from error
+
+
+def with_inner_layers(layer: str) -> list[str]:
+    """A layer string, and those in its brackets, at any depth.
+
+    >>> with_inner_layers("Norm->2 x [Norm->3 x [MLP]->+]->+")
+    ['Norm->2 x [Norm->3 x [MLP]->+]->+', 'Norm->3 x [MLP]->+', 'MLP']
+    """
+    inner = [options["layer"] for _, options in layer_steps(layer) if "layer" in options]
+    return [layer, *(nested for each in inner for nested in with_inner_layers(each))]
+
+
+def num_additions(layer: str) -> int:
+    """How often a layer adds to the residual stream, each turn of a repeat included.
+
+    >>> num_additions("Norm->Attn->+->3 x [Norm->MLP->+]")
+    4
+    """
+    additions = 0
+    for name, options in layer_steps(layer):
+        additions += name == "+"
+        if "layer" in options:
+            additions += options.get("times", 1) * num_additions(options["layer"])
+    return additions
 
 
 def name_and_options(text: str) -> tuple[str, dict[str, Any]]:
@@ -260,20 +365,13 @@ def name_and_options(text: str) -> tuple[str, dict[str, Any]]:
 def format_step(name: str, options: dict[str, Any]) -> str:
     """Write a step as in a layer string.
 
-    >>> format_step("Attn", {"window": 64})
-    'Attn(window=64)'
+    >>> format_step("Attn", {"window": 64}), format_step("Repeat", {"layer": "MLP", "times": 2})
+    ('Attn(window=64)', '2 x [MLP]')
     """
-    return f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())})" if options else name
-
-
-def marked(layer: str, position: int) -> str:
-    """Mark the wrong step of a layer string.
-
-    >>> marked("Norm->Atn->+", 1)
-    'Norm->»Atn«->+'
-    """
-    steps = layer.split("->")
-    return "->".join([*steps[:position], f"»{steps[position].strip()}«", *steps[position + 1 :]])
+    if name == "Repeat" and options.keys() == {"layer", "times"}:
+        return f"{options['times']} x [{options['layer']}]"
+    arguments = [f"[{value}]" if option == "layer" else f"{option}={value!r}" for option, value in options.items()]
+    return f"{name}({', '.join(arguments)})" if arguments else name
 
 
 def to_json(config: ModelConfig | TrainConfig) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import IGNORE, ModelConfig, init_parameters, layer_steps, look_up, marked
+from config import IGNORE, ModelConfig, init_parameters, layer_steps, look_up, marking, num_additions
 from tools import LoggingModule
 
 
@@ -202,10 +202,15 @@ BLOCKS = {"Attn": Attention, "MLP": MLP, "RMSNorm": RMSNorm, "LayerNorm": LayerN
 
 
 def build_block(name: str, options: dict, config: ModelConfig, blocks: dict, vocab_size: int) -> nn.Module:
-    """Build a block; each argument of its __init__ comes from the options in the layer string, or else from the config."""
+    """Build a block; each argument of its __init__ comes from the options in the layer string, or else from the config.
+
+    The argument `layer` is the layer in brackets, built: a Branch.
+    """
     block = look_up("block", config.norm if name == "Norm" else name, blocks)
     values = config.block_values(options) | {"vocab_size": vocab_size}
     values["norm"] = blocks.get(values["norm"])  # the class
+    if "layer" in options:
+        values["layer"] = Branch(options["layer"], config, blocks, residual_scale=1.0, vocab_size=vocab_size)
     return block(**{argument: values[argument] for argument in init_parameters(block) if argument in values})
 
 
@@ -214,21 +219,20 @@ class Branch(LoggingModule):
 
     (B, T, D) -> (B, T, D). A block is given what its forward names of: rope (cosines and sines of the positions), story_start
     (B, T) or None, window, tokens, targets (only in training), memory, cache (its own dict), and shared (a dict in which layers
-    pass things on).
+    pass things on). A block with a layer in brackets is given all of it, and the whole Cache, to hand on to that layer.
     """
 
     def __init__(self, layer: str, config: ModelConfig, blocks: dict, residual_scale: float, vocab_size: int):
         super().__init__()
         self.layer, self.dropout = layer, config.dropout
         self.steps = [name for name, _ in layer_steps(layer)]
-        self.blocks = nn.ModuleList()
+        self.blocks, self.accepted = nn.ModuleList(), []  # the inputs that a block accepts; None: all
         for position, (name, options) in enumerate(layer_steps(layer)):
             if name not in "+|":
-                try:
-                    self.blocks.append(build_block(name, options, config, blocks, vocab_size))
-                except ValueError as error:
-                    raise ValueError(f"layers={marked(layer, position)!r}: {error}") from error
-        self.accepted = [set(inspect.signature(block.forward).parameters) for block in self.blocks]
+                with marking(layer, position):
+                    block = build_block(name, options, config, blocks, vocab_size)
+                self.blocks.append(block)
+                self.accepted.append(None if "layer" in options else set(inspect.signature(block.forward).parameters))
         # scale down the output projections, so that the residual stream does not grow with depth (GPT-2, section 2.3)
         for module in self.blocks.modules():
             if hasattr(module, "w_out"):
@@ -244,8 +248,10 @@ class Branch(LoggingModule):
                 skip = x
             else:
                 block, accepted = next(blocks)
-                given = {name: value for name, value in inputs.items() if name in accepted}
-                if cache is not None and "cache" in accepted:
+                given = {name: value for name, value in inputs.items() if accepted is None or name in accepted}
+                if accepted is None:
+                    given["cache"] = cache
+                elif cache is not None and "cache" in accepted:
                     given["cache"] = cache.of(block)
                 x = block(x, **given)
         return x
@@ -295,7 +301,7 @@ class GPT(LoggingModule):
             self.register_buffer("rope_sin", sin, persistent=False)
         self.embedding_scale = math.sqrt(config.dim) if config.embedding_scale == "sqrt(dim)" else config.embedding_scale
         self.dropout = config.dropout
-        num_residuals = sum(layer_steps(layer).count(("+", {})) for layer in config.layer_strings)
+        num_residuals = sum(map(num_additions, config.branch_strings))
         scale = 0.0 if config.zero_init else max(1, num_residuals) ** -0.5
         self.losses: dict[str, Tensor] = {}  # terms of the last training loss
         self.layers = nn.ModuleList(Layer(layer, config, blocks, scale, vocab_size) for layer in config.depth_layers)

@@ -31,7 +31,7 @@ from script import Row, in_new_process, quartiles, report, run_script
 from train_speed import CPU
 
 import fast
-from config import ModelConfig
+from config import ModelConfig, init_parameters
 from metrics.cost import cost_of
 from model import rope_table
 from modules.contract import layers_to_try
@@ -101,7 +101,7 @@ def every_mixer(config: ModelConfig) -> list[str]:
     """Layer strings for every token mixer (its forward takes a cache), with a companion block if it cannot run alone."""
     layers = []
     for name, block in all_blocks(config).items():
-        if "cache" in inspect.signature(block.forward).parameters:
+        if "cache" in inspect.signature(block.forward).parameters and "layer" not in init_parameters(block):
             tried = layers_to_try(name, block)
             alone = any("->" not in layer for layer in tried)
             layers += [name if alone else tried[0], *(layer for layer in WINDOWED if layer.partition("(")[0] == name)]

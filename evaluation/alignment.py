@@ -10,7 +10,7 @@ from difflib import SequenceMatcher
 from itertools import groupby, takewhile
 
 from config import ModelConfig
-from metrics.cost import Cost, Part
+from metrics.cost import Cost, Part, step_name
 from shapes.tree import joined_name
 
 SAME, CHANGED, LEFT, RIGHT = "=", "≠", "←", "→"
@@ -92,7 +92,7 @@ class Diff:
         for left, right in align(*(layers_of(side.cost) for side in self.sides), lambda layer: step_names(layer[1]),
                                  lambda one, other: bool(set(step_names(one[1])) & set(step_names(other[1])))):  # fmt: skip
             (left_name, left_parts), (right_name, right_parts) = left or ("", ()), right or ("", ())
-            rows = [Row(*pair) for pair in align(left_parts, right_parts, step_name, related_parts)]
+            rows = [Row(*pair) for pair in align(left_parts, right_parts, lambda part: step_name(part.step), related_parts)]
             names = (re.sub(r"\d+", "#", name) for name in (left_name, right_name))
             key = (*names, *((signature(row.left), signature(row.right)) for row in rows))
             group = groups.setdefault(key, Group([], [], rows))
@@ -135,10 +135,21 @@ def layers_of(cost: Cost) -> list[tuple[str, list[Part]]]:
         for number, group in branches:
             if number and len(branches) > 1:
                 rows.append(heading(f"branch {number}"))
-            for part in group:
-                rows += [part, *map(heading, part.signs)]
+            rows += with_signs(group)
         layers.append((name or rows[0].step, rows))
     return layers
+
+
+def with_signs(parts: list[Part]) -> list[Part]:
+    """The parts and, after each and what is inside it, a row for each + and |; a ] closes a layer in brackets."""
+    rows: list[Part] = []
+    while parts:
+        part, *others = parts
+        inside = list(takewhile(lambda other, place=f"{part.place}.": other.place.startswith(place), others))
+        closing = ["]"] if "[…]" in part.step else []
+        rows += [part, *with_signs(inside), *map(heading, [*closing, *part.signs])]
+        parts = others[len(inside) :]
+    return rows
 
 
 def layer_name(place: str) -> str:
@@ -158,12 +169,8 @@ def heading(text: str) -> Part:
     return Part("", text, (), text, {}, {}, 0, 0.0, 0.0, 0.0)
 
 
-def step_name(part: Part) -> str:
-    return part.step.split("(")[0]
-
-
 def step_names(parts: Sequence[Part]) -> tuple[str, ...]:
-    return tuple(map(step_name, parts))
+    return tuple(step_name(part.step) for part in parts)
 
 
 def related_parts(left: Part, right: Part) -> bool:

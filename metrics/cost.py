@@ -16,6 +16,7 @@ the fixed bytes of a state that does not grow.
 B batch, T time, M tokens of memory, D model dim.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ class Part:
     """The cost of one block, embedding or head, or of the remainder of a module outside its parts."""
 
     place: str  # path in the model, such as layers.0.branches.0.blocks.1
-    step: str  # of the layer string, such as Attn(window=64); or the attribute name, such as head
+    step: str  # of the layer string, such as Attn(window=64) or 3 x […]; or the attribute name, such as head
     signs: tuple[str, ...]  # + and | that follow it in the layer string
     kind: str  # class of a block, such as Attention; or the attribute name
     settings: dict[str, Any]  # config values and options of a block
@@ -123,10 +124,10 @@ def model_cost(model: nn.Module, T: int | None = None) -> Cost:
     for place, step, signs, options, module, has_parts, weights in positions:
         new = {id(weight): weight.numel() for weight in weights.values() if id(weight) not in counted}
         counted |= new.keys()
-        if not has_parts or weights or flops[module] or whole[module]:
+        if not has_parts or signs or "layer" in options or weights or flops[module] or whole[module]:
             per_token = (whole[module] - half[module]) / (T - T // 2)
             is_block = isinstance(module, LoggingModule)
-            names = init_parameters(type(module)) if is_block else ()
+            names = init_parameters(type(module)).keys() - {"layer"} if is_block else ()
             parts.append(Part(
                 place, step, signs, kind=type(module).__name__ if is_block else step,
                 settings={name: value for name, value in model.config.block_values(options).items() if name in names},
@@ -150,7 +151,8 @@ def find_parts(model: nn.Module) -> list[Position]:
         if isinstance(module, Branch):
             steps = zip(module.blocks, steps_with_signs(module.layer), strict=True)
             for number, (block, (name, options, signs)) in enumerate(steps):
-                walk(block, f"{place}.blocks.{number}".lstrip("."), format_step(name, options), signs, **options)
+                short = options | {"layer": "…"} if "layer" in options else options  # the layer in brackets is split, too
+                walk(block, f"{place}.blocks.{number}".lstrip("."), format_step(name, short), signs, **options)
         for name, child in module.named_children():
             if not (isinstance(module, Branch) and child is module.blocks):
                 walk(child, f"{place}.{name}".lstrip("."), name)
@@ -258,9 +260,16 @@ def block_costs(config: ModelConfig | None = None, T: int | None = None):
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def step_name(step: str) -> str:
+    """The name of a step as in Part: "Attn" of "Attn(window=64)", "Repeat" of "3 x […]"."""
+    return "Repeat" if re.match(r"\d+ x ", step) else step.split("(")[0]
+
+
 def last_part(name: str, cost: Cost) -> Part:
-    """The last part that is a block of that name."""
-    return [part for part in cost.parts if part.place.startswith("layers.") and part.step.split("(")[0] == name][-1]
+    """The last part that is a block of that name, with the cost of all that is inside."""
+    part = [part for part in cost.parts if part.place.startswith("layers.") and step_name(part.step) == name][-1]
+    inside = Cost(cost.T, tuple(each for each in cost.parts if f"{each.place}.".startswith(f"{part.place}.")))
+    return replace(part, **{quantity: inside.total(quantity) for quantity in QUANTITIES.values()})
 
 
 def main(arguments):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from html import escape
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import ModelConfig
 from metrics.cost import Part, last_part, model_cost
@@ -84,10 +84,23 @@ def run_block(name: str, layer: str, config: ModelConfig, tokens: Tensor, vocab_
         with Recording(block, values=False, tensors=False, lines=True) as recording:
             model(tokens, memory=memory)
         model(tokens, memory=memory, cache=cache)
-    state = dict(pair for key, value in cache.blocks.get((block, 1), {}).items() for pair in tensors_in(key, value))
     summary = inspect.getdoc(block).splitlines()[0]
     shapes = as_text(without_repeats(fold(recording.calls), visited), width=96)
-    return Exhibit(name, layer, summary, shapes, {key: tuple(value.shape) for key, value in state.items()}, part)
+    return Exhibit(name, layer, summary, shapes, cached_shapes(cache, block), part)
+
+
+def cached_shapes(cache: Cache, block: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a block, and each turn of the blocks inside it, has in a cache."""
+    places, shapes = {module: place for place, module in block.named_modules()}, {}
+    for (owner, turn), state in cache.blocks.items():
+        if owner in places:
+            inside = f"{places[owner]}, turn {turn}, " if places[owner] else ""
+            for name, value in state.items():
+                if isinstance(value, Cache):  # of a row of the batch
+                    shapes |= {f"{inside}row {name}, {key}": shape for key, shape in cached_shapes(value, block).items()}
+                else:
+                    shapes |= {inside + key: tuple(tensor.shape) for key, tensor in tensors_in(name, value)}
+    return shapes
 
 
 def as_html(exhibit: Exhibit) -> str:

@@ -2,12 +2,21 @@
 
 from torch import Tensor
 
+from config import num_additions
+from model import Branch
+
 
 def check_sizes(**sizes: int | None):
     """Raises ValueError for an option that is less than 1; None stands for the block's default."""
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"{name}={size}: give a whole number of at least 1")
+
+
+def check_adds(layer: Branch):
+    """Raises ValueError for a layer in brackets that adds nothing to its input."""
+    if not num_additions(layer.layer):
+        raise ValueError(f"[{layer.layer}] adds nothing to its input: put a + into the brackets, as in [Norm->MLP->+]")
 
 
 def check_rows(state: Tensor, B: int):

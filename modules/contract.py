@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import ModelConfig, format_step, layer_steps
+from config import ModelConfig, format_step, init_parameters, layer_steps, with_inner_layers
 from data.cache import say
 from model import Branch, Cache, Norm, rope_table, story_starts
 from modules.registry import accepted_kwargs, build_block, build_branch, exported, find_block
@@ -35,6 +35,7 @@ CHUNKS = (7, 1, 1, 30, 2, 30)  # the sequence in uneven pieces
 STORIES = ((5, 1, 65), (33, 38))  # lengths of the stories in each row
 WINDOW = 9
 CUTS = (1, 12, 40, T - 1)  # where the future starts
+DRAWS = 20  # training passes in which every weight must get a gradient
 TOLERANCE = 1e-4  # relative to the largest number of a result
 
 Swap = Callable[[nn.Module], None]  # swaps faster classes into a model, as those of fast/
@@ -75,14 +76,21 @@ def check_block(name: str, config: ModelConfig = CONFIG, layer: str | None = Non
     with torch.random.fork_rng(devices=[]), one_line(name):
         require(issubclass(block, LoggingModule), "it is no LoggingModule: derive it from tools.LoggingModule")
         require(vars(block).get("__doc__"), "it has no docstring: say what it does, and its shapes")
-        build_block(name, {}, config, VOCAB_SIZE)  # every option has a default
+        if "layer" not in init_parameters(block):
+            build_block(name, {}, config, VOCAB_SIZE)  # every option has a default
         for tried in [layer] if layer else layers_to_try(name, block):
-            require(name in [step for step, _ in layer_steps(tried)], f"it does not stand in {tried!r}")
+            require(name in {step for step, _ in all_steps(tried)}, f"it does not stand in {tried!r}")
             check_layer(tried, config, swaps=swaps)
 
 
+def all_steps(layer: str) -> list[tuple[str, dict]]:
+    """The steps of a layer string and of those in its brackets."""
+    return [step for inner in with_inner_layers(layer) for step in layer_steps(inner)]
+
+
 def layers_to_try(name: str, block: type) -> tuple[str, ...]:
-    examples = vars(block).get("examples", (name,))
+    is_holder = "layer" in init_parameters(block)
+    examples = vars(block).get("examples", (f"{name}([Norm->Attn->+->Norm->MLP->+])" if is_holder else name,))
     require(isinstance(examples, tuple), f"examples={examples!r}: give a tuple of layer strings, such as ({name!r},)")
     return examples
 
@@ -134,8 +142,10 @@ class Trial:
         torch.manual_seed(0)
         self.layer, self.config, self.swaps = layer, config, swaps
         self.branch = randomised(build_branch(layer, config, VOCAB_SIZE)).eval()
-        self.causal = all(getattr(block, "causal", True) for block in self.branch.blocks)
-        self.accepted = set().union(*self.branch.accepted)
+        self.branches = [module for module in self.branch.modules() if isinstance(module, Branch)]
+        self.blocks = [block for branch in self.branches for block in branch.blocks]
+        self.causal = all(getattr(block, "causal", True) for block in self.blocks)
+        self.accepted = {name for branch in self.branches for names in branch.accepted if names is not None for name in names}
         self.rope = rope_table(T, config.block_values()["head_dim"], config.rope_theta) if config.positions == "rope" else None
         self.inputs = self.some_inputs()
 
@@ -195,15 +205,19 @@ def check_repeats(trial: Trial):
 def check_gradients(trial: Trial):
     """Gradients reach the input, the memory if it is read, and every weight; in bfloat16 they are finite, too."""
     for dtype in (torch.float32, torch.bfloat16):
-        branch, shared = trial.training_copy(), {"losses": defaultdict(float)}
-        x, memory = trial.inputs.x.clone().requires_grad_(), trial.inputs.memory.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            y = trial.run(replace(trial.inputs, x=x, memory=memory), branch=branch, shared=shared)
-        loss = sum(shared["losses"].values(), (y * torch.randn_like(y)).sum())
-        require(loss.isfinite(), f"its output is not finite in {dtype}")
-        loss.backward()
+        branch, x = trial.training_copy(), trial.inputs.x.clone().requires_grad_()
+        memory = trial.inputs.memory.clone().requires_grad_()
         targets = {"its input": x, **dict(branch.blocks.named_parameters())}
         targets |= {"the memory": memory} if "memory" in trial.accepted else {}
+        for _ in range(DRAWS):  # a block may skip some of its weights at random
+            shared = {"losses": defaultdict(float)}
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y = trial.run(replace(trial.inputs, x=x, memory=memory), branch=branch, shared=shared)
+            loss = sum(shared["losses"].values(), (y * torch.randn_like(y)).sum())
+            require(loss.isfinite(), f"its output is not finite in {dtype}")
+            loss.backward()
+            if all(weight.grad is not None and weight.grad.any() for weight in targets.values() if weight.requires_grad):
+                break
         for name, weight in targets.items():
             if weight.requires_grad:
                 require(weight.grad is not None and weight.grad.any(), f"no gradient reaches {name}")
@@ -213,7 +227,7 @@ def check_gradients(trial: Trial):
 
 def check_numbers(branch: Branch):
     """The optional methods of a block that has just been trained return finite numbers."""
-    for block in branch.blocks:
+    for block in branch.modules():
         if hasattr(block, "report"):
             for name, value in block.report().items():
                 require(isinstance(name, str) and math.isfinite(value), f"report() says {name!r}: {value!r}: give finite numbers")
@@ -275,7 +289,7 @@ def check_stories(trial: Trial):
 @torch.no_grad()
 def check_shape_comments(trial: Trial):
     """The shape comments in the blocks' files are right, and `show` shows the blocks."""
-    classes = {base for block in trial.branch.blocks for base in type(block).__mro__}
+    classes = {base for block in trial.blocks for base in type(block).__mro__}
     files = {sys.modules[made.__module__].__file__ for made in classes if issubclass(made, LoggingModule)}
     with ShapeComments(*files) as comments:
         trial.run(trial.inputs)
@@ -287,8 +301,13 @@ def check_shape_comments(trial: Trial):
     given = {"tokens": trial.inputs.tokens, "memory": trial.inputs.memory, "shared": {"losses": defaultdict(float)}}
     with show_shapes(trial.branch, file=io.StringIO()) as calls:
         trial.branch(trial.inputs.x, rope=rope, **given)
-    shown = {getattr(step, "module", None) for step in calls[0].children}
-    require(shown >= set(trial.branch.blocks), "show() does not show it")
+    require(modules_in(calls) >= set(trial.blocks), "show() does not show it")
+
+
+def modules_in(calls: list) -> set[nn.Module]:
+    """The modules of recorded calls, inner ones included."""
+    calls = [call for call in calls if hasattr(call, "children")]
+    return {call.module for call in calls} | {module for call in calls for module in modules_in(call.children)}
 
 
 @torch.no_grad()
@@ -351,8 +370,8 @@ def try_out(model: nn.Module):
                 say(f"warning: {error}")
     for layer in dict.fromkeys(config.layer_strings):
         names = [name for name, _ in layer_steps(layer)]
-        is_norm = issubclass(find_block(names[-1], config), Norm) if names[-1] not in "+|" else False  # as in post-norm
-        if names[-1] not in "+|" and not is_norm and {"+", "|"} & set(names):
+        block = find_block(names[-1], config) if names[-1] not in "+|" else Norm  # a norm may be the last, as in post-norm
+        if {"+", "|"} & set(names) and not issubclass(block, Norm) and "layer" not in init_parameters(block):
             say(f"warning: no + after {names[-1]}, the last block of a layer: its output replaces the whole residual stream")
 
 

@@ -34,12 +34,13 @@ from torch import nn
 from typeguard import TypeCheckError, check_type
 
 import model
-from config import ModelConfig, did_you_mean, format_step, init_parameters, layer_steps, look_up, marked, name_and_options
+from config import ModelConfig, did_you_mean, format_step, init_parameters, layer_steps, look_up, marking, name_and_options
 from modules import (
     attention,
     convolution,
     cross_attention,
     deltanet,
+    depth,
     embeddings,
     griffin,
     latent_attention,
@@ -50,6 +51,7 @@ from modules import (
     moe,
     moving_average,
     norms,
+    repeat,
     residual,
     sparse_attention,
     values,
@@ -58,7 +60,7 @@ from runs.moved import moved_to
 
 FAMILIES = (
     model, norms, attention, latent_attention, sparse_attention, cross_attention, linear_attention, deltanet, griffin, mamba,
-    mamba2, moving_average, megalodon, moe, residual, values, convolution, embeddings,
+    mamba2, moving_average, megalodon, moe, residual, repeat, depth, values, convolution, embeddings,
 )  # fmt: skip
 BLOCKS: dict[str, type[nn.Module]] = {name: block for family in FAMILIES for name, block in family.BLOCKS.items()}
 MODELS: dict[str, type[nn.Module]] = {"GPT": model.GPT}
@@ -181,21 +183,24 @@ def parameter_names(function: Callable) -> frozenset[str]:
 
 
 def validate_layer(layer: str, config: ModelConfig, blocks: dict[str, type[nn.Module]]):
-    """Raises ValueError with the place of the first step of a layer string that cannot be built."""
+    """Raises ValueError with the place of the first step of a layer string, or of one in its brackets, that cannot be built."""
     for position, (name, options) in enumerate(layer_steps(layer)):
         if name not in "+|":
-            try:
+            with marking(layer, position):
                 validate_step(name, options, config, blocks)
-            except ValueError as error:
-                raise ValueError(f"layers={marked(layer, position)!r}: {error}") from error
+                if "layer" in options:
+                    validate_layer(options["layer"], config, blocks)
 
 
 def validate_step(name: str, options: dict, config: ModelConfig, blocks: dict[str, type[nn.Module]]):
     """Raises ValueError for an unknown name or option, a value that the config refuses, or an input that no layer supplies."""
     block, values = look_up("block", name, blocks), config.block_values(options)
-    parameters = init_parameters(block)
-    validate_options(name, options, parameters, config)
-    inputs = inspect.signature(block.forward).parameters
+    parameters, inputs = init_parameters(block), inspect.signature(block.forward).parameters
+    if "layer" in options and "layer" not in parameters:
+        raise ValueError(f"{name} does not hold a layer: write it without the brackets")
+    if "layer" in parameters and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in inputs.values()):
+        raise ValueError(f"the forward of {name} must take **inputs, and hand them on: self.layer(x, **inputs)")
+    validate_options(name, {option: value for option, value in options.items() if option != "layer"}, parameters, config)
     if config.positions == "rope" and "rope" in inputs and values["head_dim"] != config.block_values()["head_dim"]:
         raise ValueError(f"{name}(head_dim=...) does not fit RoPE: set the config's head_dim instead")
     for argument, parameter in inputs.items():
@@ -203,6 +208,8 @@ def validate_step(name: str, options: dict, config: ModelConfig, blocks: dict[st
             raise ValueError(f"the forward of {name} asks for {argument!r}, but a layer supplies only {', '.join(SUPPLIED)}")
     for argument, parameter in parameters.items():
         if argument not in {"vocab_size", *values} and parameter.default is parameter.empty:
+            if argument == "layer":
+                raise ValueError(f"{name} needs a layer in brackets: write {name}([Norm->MLP->+])")
             raise ValueError(f"{name} needs {argument!r}, which is no field of the config: write {name}({argument}=...)")
 
 

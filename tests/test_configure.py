@@ -47,6 +47,8 @@ SHARED_BY_LAYERS = {
     "values": "Shortcut->|->Norm->ValueAttn->+->Norm->MLP->+",
     "experts": "Norm->Attn->+->Norm->MoE(num_experts=3, noise=0.5, z_loss=0.01)->+",
     "recurrent": "Norm->Mamba->+->Norm->GatedDeltaNet->+",
+    "repeat": f"StochasticDepth([{PRE_NORM}], keep=0.7)->2 x [Norm->MoE(num_experts=3, noise=0.5)->+]",
+    "depths": f"MixtureOfDepths([{PRE_NORM}])",
 }
 
 

@@ -78,7 +78,7 @@ def test_every_import_in_python_code_works(page):
 
 def test_every_layer_string_of_the_config_page_builds():
     table = re.findall(r"^\| [^|]+ \| `\"(.*)\"` \|$", (ROOT / "docs" / "config.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(table) == 6
+    assert len(table) == 8
     for layers in table:
         changes = {"layers": read_layers(layers.replace(r"\|", "|")), "num_layers": 2}
         build_model(ModelConfig(**{**vars(MODEL), **changes}), 50)
