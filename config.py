@@ -105,8 +105,9 @@ class ModelConfig:
 
     @property
     def layer_strings(self) -> list[str]:
-        """All layer strings, from first to last, those of parallel branches and those in brackets included."""
-        return [layer for branch in self.branch_strings for layer in with_inner_layers(branch)]
+        """All layer strings, from first to last, those of parallel branches included; then those in brackets."""
+        inner = (options["layer"] for branch in self.branch_strings for _, options, _ in all_steps(branch) if "layer" in options)
+        return [*self.branch_strings, *inner]
 
     @property
     def branch_strings(self) -> list[str]:
@@ -321,28 +322,18 @@ def marking(layer: str, position: int):
         raise StepError(layer, "->".join(steps), problem) from error
 
 
-def with_inner_layers(layer: str) -> list[str]:
-    """A layer string, and those in its brackets, at any depth.
+def all_steps(layer: str, times: int = 1) -> list[tuple[str, dict[str, Any], int]]:
+    """The name and options of each step, those in brackets included, and how often it runs, which a repeat multiplies.
 
-    >>> with_inner_layers("Norm->2 x [Norm->3 x [MLP]->+]->+")
-    ['Norm->2 x [Norm->3 x [MLP]->+]->+', 'Norm->3 x [MLP]->+', 'MLP']
+    >>> [(name, times) for name, _, times in all_steps("Norm->2 x [Attn->3 x [MLP]]")]
+    [('Norm', 1), ('Repeat', 1), ('Attn', 2), ('Repeat', 2), ('MLP', 6)]
     """
-    inner = [options["layer"] for _, options in layer_steps(layer) if "layer" in options]
-    return [layer, *(nested for each in inner for nested in with_inner_layers(each))]
-
-
-def num_additions(layer: str) -> int:
-    """How often a layer adds to the residual stream, each turn of a repeat included.
-
-    >>> num_additions("Norm->Attn->+->3 x [Norm->MLP->+]")
-    4
-    """
-    additions = 0
+    steps = []
     for name, options in layer_steps(layer):
-        additions += name == "+"
+        steps.append((name, options, times))
         if "layer" in options:
-            additions += options.get("times", 1) * num_additions(options["layer"])
-    return additions
+            steps += all_steps(options["layer"], times * options.get("times", 1))
+    return steps
 
 
 def name_and_options(text: str) -> tuple[str, dict[str, Any]]:

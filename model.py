@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import IGNORE, ModelConfig, init_parameters, layer_steps, look_up, marking, num_additions
+from config import IGNORE, ModelConfig, all_steps, init_parameters, layer_steps, look_up, marking
 from tools import LoggingModule
 
 
@@ -301,7 +301,7 @@ class GPT(LoggingModule):
             self.register_buffer("rope_sin", sin, persistent=False)
         self.embedding_scale = math.sqrt(config.dim) if config.embedding_scale == "sqrt(dim)" else config.embedding_scale
         self.dropout = config.dropout
-        num_residuals = sum(map(num_additions, config.branch_strings))
+        num_residuals = sum(times for branch in config.branch_strings for name, _, times in all_steps(branch) if name == "+")
         scale = 0.0 if config.zero_init else max(1, num_residuals) ** -0.5
         self.losses: dict[str, Tensor] = {}  # terms of the last training loss
         self.layers = nn.ModuleList(Layer(layer, config, blocks, scale, vocab_size) for layer in config.depth_layers)

@@ -268,8 +268,8 @@ def step_name(step: str) -> str:
 def last_part(name: str, cost: Cost) -> Part:
     """The last part that is a block of that name, with the cost of all that is inside."""
     part = [part for part in cost.parts if part.place.startswith("layers.") and step_name(part.step) == name][-1]
-    inside = Cost(cost.T, tuple(each for each in cost.parts if f"{each.place}.".startswith(f"{part.place}.")))
-    return replace(part, **{quantity: inside.total(quantity) for quantity in QUANTITIES.values()})
+    inside = [other for other in cost.parts if f"{other.place}.".startswith(f"{part.place}.")]
+    return replace(part, **{name: sum(getattr(other, name) for other in inside) for name in QUANTITIES.values()})
 
 
 def main(arguments):

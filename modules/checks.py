@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from config import num_additions
+from config import all_steps
 from model import Branch
 
 
@@ -15,7 +15,7 @@ def check_sizes(**sizes: int | None):
 
 def check_adds(layer: Branch):
     """Raises ValueError for a layer in brackets that adds nothing to its input."""
-    if not num_additions(layer.layer):
+    if all(name != "+" for name, *_ in all_steps(layer.layer)):
         raise ValueError(f"[{layer.layer}] adds nothing to its input: put a + into the brackets, as in [Norm->MLP->+]")
 
 

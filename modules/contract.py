@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import ModelConfig, format_step, init_parameters, layer_steps, with_inner_layers
+from config import ModelConfig, all_steps, format_step, init_parameters, layer_steps
 from data.cache import say
 from model import Branch, Cache, Norm, rope_table, story_starts
 from modules.registry import accepted_kwargs, build_block, build_branch, exported, find_block
@@ -79,13 +79,8 @@ def check_block(name: str, config: ModelConfig = CONFIG, layer: str | None = Non
         if "layer" not in init_parameters(block):
             build_block(name, {}, config, VOCAB_SIZE)  # every option has a default
         for tried in [layer] if layer else layers_to_try(name, block):
-            require(name in {step for step, _ in all_steps(tried)}, f"it does not stand in {tried!r}")
+            require(name in [step for step, *_ in all_steps(tried)], f"it does not stand in {tried!r}")
             check_layer(tried, config, swaps=swaps)
-
-
-def all_steps(layer: str) -> list[tuple[str, dict]]:
-    """The steps of a layer string and of those in its brackets."""
-    return [step for inner in with_inner_layers(layer) for step in layer_steps(inner)]
 
 
 def layers_to_try(name: str, block: type) -> tuple[str, ...]:

@@ -46,7 +46,8 @@ def make_step(model: GPT, config: TrainConfig, rows: int, device: torch.device):
     stories = (torch.arange(T, device=device) // STORY_TOKENS).expand(rows, T) if config.mask_stories else None
 
     def step(dtype: str) -> float:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.random.fork_rng(devices=[]), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            torch.default_generator.manual_seed(0)  # a model that skips layers at random skips the same ones in every step
             _, loss = model(tokens[:, :-1], tokens[:, 1:], **accepted_kwargs(model, story_ids=stories))
         loss.backward()
         return loss.item()  # waits for the device
