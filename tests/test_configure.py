@@ -35,7 +35,8 @@ def step(model, window=None):
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         _, loss = model(tokens, tokens.masked_fill(tokens < 5, IGNORE), story_ids=story_ids, window=window)
     loss.backward()
-    return loss.detach(), [weight.grad.clone() for weight in model.parameters()], sum(kept.values())
+    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in model.parameters()]
+    return loss.detach(), gradients, sum(kept.values())
 
 
 SHARED_BY_LAYERS = {
