@@ -1,6 +1,7 @@
 """Promises of layers in brackets: the grammar, the blocks that hold them, and whatever looks inside."""
 
 import io
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -87,6 +88,12 @@ class TestGrammar:
     )
     def test_a_mistake_in_brackets_is_marked_in_one_line(self, layers, place, problem):
         one_line_error(lambda: build_model(replace(PLUGIN, layers=layers), VOCAB_SIZE), "layers=", place, problem)
+
+
+    def test_the_error_is_its_message_also_from_another_process(self):
+        with pytest.raises(ValueError) as caught:
+            layer_steps("2 x [Norm->3]")
+        assert caught.value.args == (str(caught.value),) and str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 class TestRepeat:
