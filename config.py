@@ -226,11 +226,8 @@ class StepError(ValueError):
     """A mistake in a step of a layer string; `marked` is the layer string with this step in »«."""
 
     def __init__(self, layer: str, marked: str, problem: str):
-        super().__init__(layer, marked, problem)
+        super().__init__(f"layers={marked!r}: {problem}")  # of which the command line shows the first argument
         self.layer, self.marked, self.problem = layer, marked, problem
-
-    def __str__(self) -> str:
-        return f"layers={self.marked!r}: {self.problem}"
 
 
 def layer_steps(layer: str) -> list[tuple[str, dict[str, Any]]]:

@@ -373,8 +373,7 @@ def require_no_future(trial: Trial, run: Callable[[Inputs], Tensor], inputs: Inp
 
 @torch.no_grad()
 def check_cache(trial: Trial):
-    """With a cache, token by token and in chunks give the same as the whole sequence at once; if a block takes no cache, it
-    need not: the model then writes without one."""
+    """With a cache, token by token and in chunks give what the sequence gives at once, unless a block takes no cache."""
     expected = record_calls(trial.branch, [partial(trial.run, trial.inputs)])
     for how, chunks in {"token by token": (1,) * T, "in chunks": CHUNKS, "one more": (T - 1, 1), "at once": (T,)}.items():
         ours = record_calls(trial.branch, in_chunks(trial, chunks))
