@@ -489,10 +489,15 @@ def check_types(config: ModelConfig | TrainConfig):
 
 def init_parameters(block: type) -> dict[str, inspect.Parameter]:
     """The parameters of a block's __init__, and those of its base classes if it passes on **kwargs."""
+    return method_parameters(block, "__init__")
+
+
+def method_parameters(block: type, method: str) -> dict[str, inspect.Parameter]:
+    """The parameters of a method, and those of the base classes if it passes on **kwargs."""
     parameters: dict[str, inspect.Parameter] = {}
     for base in block.__mro__:
-        if "__init__" in vars(base):
-            _, *own = inspect.signature(base.__init__).parameters.values()
+        if method in vars(base):
+            _, *own = inspect.signature(vars(base)[method]).parameters.values()
             stars = {parameter.kind for parameter in own} & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
             parameters = {parameter.name: parameter for parameter in own if parameter.kind not in stars} | parameters
             if inspect.Parameter.VAR_KEYWORD not in stars:

@@ -15,12 +15,16 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from data.cache import say
 from model import GPT, Cache
-from modules.registry import accepted_kwargs, build_model
+from modules.cached_decoding import find_inexact_cache
+from modules.model_trial import is_causal, takes
+from modules.registry import build_model
 from runs.command_line import InferenceArguments
 from runs.folder import Run
 from runs.terminal import errors_in_one_line
@@ -128,7 +132,7 @@ def generate_tokens(
     max_new_tokens: list[int],
     sampling: Sampling,
     seed: int,
-    use_cache: bool = True,
+    use_cache: bool | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue prompts of different lengths together; yields at each step one token per prompt, or None.
 
@@ -141,7 +145,7 @@ def generate_tokens(
     position = min(map(len, prompts))
     rows = [prompt[:position] for prompt in prompts]
     remaining = list(max_new_tokens)
-    kwargs = accepted_kwargs(model, cache=Cache()) if use_cache else {}
+    kwargs = {"cache": Cache()} if uses_cache(model, use_cache) else {}
     num_cached = 0
     while any(remaining):
         # read the tokens that are not in the cache, and predict the next one
@@ -166,6 +170,26 @@ def generate_tokens(
         yield drawn
 
 
+REPORTED: WeakSet[nn.Module] = WeakSet()  # models that are known to write without a cache
+
+
+def uses_cache(model: nn.Module, use_cache: bool | None) -> bool:
+    """Whether to generate with a cache: by default if the model, token by token, predicts what it predicts at once.
+
+    That is known of a causal model without plugins. Raises ValueError if use_cache is True and the cache is wrong.
+    """
+    if use_cache is False or not takes(model, "cache"):
+        return False
+    is_known = is_causal(model) and not getattr(model.config, "plugins", ())
+    inexact = None if is_known else find_inexact_cache(model)
+    if inexact is not None and use_cache:
+        raise ValueError(f"use_cache=True: {inexact.reason}. Leave use_cache out, or mend the cache")
+    if inexact is not None and model not in REPORTED:
+        REPORTED.add(model)
+        say(f"generating without a cache, slower: {inexact.reason}")
+    return inexact is None
+
+
 def token_limits(model: GPT, prompts: list[list[int]], max_new_tokens: int | None) -> list[int]:
     """The maximum number of new tokens of each prompt: max_new_tokens, or what fits into the context."""
     context, longest = model.config.max_seq_len, max(map(len, prompts))
@@ -183,7 +207,7 @@ def token_limits(model: GPT, prompts: list[list[int]], max_new_tokens: int | Non
 
 def continue_prompts(
     model: GPT, tokenizer, prompts: list[str], *,
-    max_new_tokens: int | None = None, seed: int = 0, use_cache: bool = True, **sampling,
+    max_new_tokens: int | None = None, seed: int = 0, use_cache: bool | None = None, **sampling,
 ) -> Iterator[list[list[int]]]:  # fmt: skip
     """The tokens of each prompt and its story so far, after every token: the same lists, which grow. Options as in `stream`."""
     if not prompts:
@@ -216,8 +240,9 @@ def stream(model: GPT, tokenizer, prompts: list[str], **options) -> Iterator[lis
         The most tokens to add to a prompt; by default as many as fit into the context.
     seed : int, default 0
         Prompt i is drawn with seed + i.
-    use_cache : bool, default True
-        Keep keys, values and states of earlier tokens; without it, all tokens are read again for each new one.
+    use_cache : bool, optional
+        Keep keys, values and states of earlier tokens; without it, all tokens are read again for each new one. By default a
+        cache is used if it changes nothing, which is checked once for a model with plugins.
     temperature, top_k, top_p, min_p : optional
         See `Sampling`.
 
@@ -229,7 +254,7 @@ def stream(model: GPT, tokenizer, prompts: list[str], **options) -> Iterator[lis
     Raises
     ------
     ValueError
-        For a prompt that is longer than the context, and for options out of range.
+        For a prompt that is longer than the context, for options out of range, and for use_cache=True with a wrong cache.
 
     Examples
     --------

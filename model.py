@@ -5,7 +5,6 @@ faster versions from outside.  B batch, T time (new tokens), S time with cached 
 heads, K head dim, V vocabulary.
 """
 
-import inspect
 import math
 from collections import Counter, defaultdict
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import IGNORE, ModelConfig, all_steps, init_parameters, layer_steps, look_up, marking
+from config import IGNORE, ModelConfig, all_steps, init_parameters, layer_steps, look_up, marking, method_parameters
 from tools import LoggingModule
 
 
@@ -232,7 +231,7 @@ class Branch(LoggingModule):
                 with marking(layer, position):
                     block = build_block(name, options, config, blocks, vocab_size)
                 self.blocks.append(block)
-                self.accepted.append(None if "layer" in options else set(inspect.signature(block.forward).parameters))
+                self.accepted.append(None if "layer" in options else set(method_parameters(type(block), "forward")))
         # scale down the output projections, so that the residual stream does not grow with depth (GPT-2, section 2.3)
         for module in self.blocks.modules():
             if hasattr(module, "w_out"):

@@ -12,19 +12,21 @@ import io
 import itertools
 import math
 import sys
-import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ModelConfig, all_steps, format_step, init_parameters, layer_steps
+from config import IGNORE, ModelConfig, all_steps, init_parameters
 from data.cache import say
-from model import Branch, Cache, Norm, rope_table, story_starts
-from modules.registry import accepted_kwargs, build_block, build_branch, exported, find_block
+from model import Branch, Cache, rope_table, story_starts
+from modules.blame import TOLERANCE, blame, first_difference, hidden_weights, record_calls, relative_error, takes_cache
+from modules.explain import explain
+from modules.registry import build_block, build_branch, find_block
 from shapes.comments import ShapeComments
 from tools import LoggingModule, show_shapes
 
@@ -35,14 +37,13 @@ CHUNKS = (7, 1, 1, 30, 2, 30)  # the sequence in uneven pieces
 STORIES = ((5, 1, 65), (33, 38))  # lengths of the stories in each row
 WINDOW = 9
 CUTS = (1, 12, 40, T - 1)  # where the future starts
-DRAWS = 20  # training passes in which every weight must get a gradient
-TOLERANCE = 1e-4  # relative to the largest number of a result
+DRAWS = 20  # training passes in which every weight of a block that draws random numbers must get a gradient
 
 Swap = Callable[[nn.Module], None]  # swaps faster classes into a model, as those of fast/
 
 
-class ContractError(AssertionError):
-    """A block does not keep what it promises; the message is one line with its name."""
+class ContractError(ValueError):
+    """A block or a model does not keep what it promises; the message is one line with its name."""
 
 
 def check_block(name: str, config: ModelConfig = CONFIG, layer: str | None = None, swaps: tuple[Swap, ...] = ()):
@@ -105,9 +106,9 @@ def one_line(name: str):
     try:
         yield
     except Exception as error:  # a block is a reader's own code: anything may be wrong in it
-        problem = str(error) if isinstance(error, ContractError) else f"{type(error).__name__}: {error}"
+        problem = str(error) if isinstance(error, ContractError) else explain(error)
         cause = None if isinstance(error, ContractError) else error  # whose traceback says where in the block it was
-        raise ContractError(f"the block {name!r} breaks the contract: {' '.join(problem.split())}") from cause
+        raise ContractError(f"the block {name!r} breaks the contract: {problem}") from cause
 
 
 def require(condition, problem: str):
@@ -149,12 +150,21 @@ class Trial:
         return Inputs(torch.randn(B, T, D), torch.randint(VOCAB_SIZE, (B, T)), torch.randn(B, M, D))
 
     def run(self, inputs: Inputs, *, branch: Branch | None = None, rope=True, shared=None, start=0, **given):
-        """The output, as in GPT after `start` earlier tokens; given: story_start, window, cache.  (B, T, D)"""
-        end = start + inputs.x.shape[1]
+        """The output, as in GPT after `start` earlier tokens; given: story_start, window, cache, targets.  (B, T, D)"""
+        end, branch = start + inputs.x.shape[1], branch or self.branch
         given["rope"] = tuple(table[None, start:end] for table in self.rope) if rope and self.rope else None
-        given |= {"tokens": inputs.tokens, "memory": inputs.memory, "shared": shared or {"losses": defaultdict(float)}}
-        y = (branch or self.branch)(inputs.x, **{"story_start": None, "window": None} | given)
+        shared = {"losses": defaultdict(float)} if shared is None else shared
+        targets = F.pad(inputs.tokens[:, 1:], (0, 1), value=IGNORE) if branch.training else None
+        given |= {"tokens": inputs.tokens, "memory": inputs.memory, "shared": shared}
+        y = branch(inputs.x, **{"story_start": None, "window": None, "targets": targets} | given)
+        require(isinstance(y, Tensor), f"its forward returns a {type(y).__name__}: return the tensor x alone")
         require(y.shape == inputs.x.shape, f"it makes {tuple(y.shape)} of {tuple(inputs.x.shape)}: keep the shape")
+        same = y.dtype == inputs.x.dtype or torch.is_autocast_enabled("cpu")
+        require(same, f"it makes {y.dtype} of {inputs.x.dtype}: keep the dtype, as by .type_as(x)")
+        require(branch.training or not shared["losses"], "it adds a loss in eval, too: add it only where self.training")
+        for name, loss in shared["losses"].items():
+            is_number = isinstance(loss, Tensor) and loss.dim() == 0 and loss.isfinite()
+            require(is_number, f"its loss {name!r} is {' '.join(repr(loss).split())}: add a finite tensor without axes")
         return y
 
     def training_copy(self) -> Branch:
@@ -173,16 +183,16 @@ VIEWS = {
 PACKED = VIEWS[" (with several stories in a row)"]
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomised(model: nn.Module, scale: float = 0.2) -> nn.Module:
     """Add noise to every weight, so that no gain of 1, no bias of 0 and no small matrix hides a mistake."""
     with torch.no_grad():
         for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * 0.2)
+            weight.add_(torch.randn_like(weight) * scale)
     return model
 
 
 def require_equal(ours: Tensor, expected: Tensor, problem: str):
-    off = (ours - expected).abs().max() / expected.abs().max().clamp(min=0.01)
+    off = relative_error(ours, expected)
     require(off < TOLERANCE, f"{problem} (off by {off:.2g} of the largest number)")
 
 
@@ -194,30 +204,59 @@ def check_repeats(trial: Trial):
     once, again = trial.run(trial.inputs), trial.run(trial.inputs)
     require(trial.inputs.x.equal(given), "it changes its input in place, but the skip connection needs that as it was")
     require(once.isfinite().all(), "its output is not finite")
-    require(once.equal(again), "it is not deterministic in eval: draw random numbers only where self.training")
+    random_state = torch.get_rng_state()
+    trial.run(trial.inputs)
+    require(random_state.equal(torch.get_rng_state()), "it draws random numbers in eval: draw them only where self.training")
+    require(once.equal(again), "it keeps something from call to call: in eval, only `cache` and `shared` may change")
 
 
 def check_gradients(trial: Trial):
     """Gradients reach the input, the memory if it is read, and every weight; in bfloat16 they are finite, too."""
     for dtype in (torch.float32, torch.bfloat16):
-        branch, x = trial.training_copy(), trial.inputs.x.clone().requires_grad_()
-        memory = trial.inputs.memory.clone().requires_grad_()
-        targets = {"its input": x, **dict(branch.blocks.named_parameters())}
-        targets |= {"the memory": memory} if "memory" in trial.accepted else {}
-        for _ in range(DRAWS):  # a block may skip some of its weights at random
-            shared = {"losses": defaultdict(float)}
+        branch = trial.training_copy()
+        x, memory = trial.inputs.x.clone().requires_grad_(), trial.inputs.memory.clone().requires_grad_()
+        weights = {"its input": x, **dict(branch.blocks.named_parameters())}
+        weights |= {"the memory": memory} if "memory" in trial.accepted else {}
+        weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
+        for _ in range(DRAWS):
+            shared, random_state = {"losses": defaultdict(float)}, torch.get_rng_state()
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 y = trial.run(replace(trial.inputs, x=x, memory=memory), branch=branch, shared=shared)
+            is_random = not random_state.equal(torch.get_rng_state())  # as a block that leaves itself out at times
             loss = sum(shared["losses"].values(), (y * torch.randn_like(y)).sum())
             require(loss.isfinite(), f"its output is not finite in {dtype}")
             loss.backward()
-            if all(weight.grad is not None and weight.grad.any() for weight in targets.values() if weight.requires_grad):
+            without = [name for name, weight in weights.items() if weight.grad is None or not weight.grad.any()]
+            if not (without and is_random):
                 break
-        for name, weight in targets.items():
-            if weight.requires_grad:
-                require(weight.grad is not None and weight.grad.any(), f"no gradient reaches {name}")
-                require(weight.grad.isfinite().all(), f"the gradient of {name} is not finite in {dtype}")
+        require(not without, f"no gradient reaches {', '.join(without)}")
+        for name, weight in weights.items():
+            require(weight.grad.isfinite().all(), f"the gradient of {name} is not finite in {dtype}")
         check_numbers(branch)
+
+
+@torch.no_grad()
+def check_targets(trial: Trial):
+    """Other targets change no output in training: only a loss may depend on them."""
+    results = []
+    for targets in (trial.inputs.tokens, (trial.inputs.tokens + 1) % VOCAB_SIZE):
+        torch.manual_seed(0)  # the same dropout and noise
+        results.append(trial.run(trial.inputs, branch=trial.training_copy(), targets=targets))
+    require_equal(*results, "its output depends on `targets`, which are not there in eval: only its loss may")
+
+
+NOT_SAVED = "saved and loaded again it gives another result: keep weights as nn.Parameter, and other tensors by register_buffer"
+
+
+@torch.no_grad()
+def check_saved(trial: Trial):
+    """The state dict holds all that the block has learned."""
+    for problem in hidden_weights(trial.branch):
+        raise ContractError(problem)
+    torch.manual_seed(1)
+    loaded = build_branch(trial.layer, trial.config, VOCAB_SIZE).eval()
+    loaded.load_state_dict(trial.branch.state_dict())
+    require_equal(trial.run(trial.inputs, branch=loaded), trial.run(trial.inputs), NOT_SAVED)
 
 
 def check_numbers(branch: Branch):
@@ -290,7 +329,10 @@ def check_shape_comments(trial: Trial):
         trial.run(trial.inputs)
         trial.run(trial.inputs, **PACKED)
         if trial.causal:
-            in_chunks(trial, CHUNKS)
+            for read in in_chunks(trial, CHUNKS):
+                read()
+    for comment in comments.unchecked:
+        say(f"warning: {comment}")
     require(not comments.wrong, comments.wrong and comments.wrong[0])
     rope = trial.rope and tuple(table[None] for table in trial.rope)
     given = {"tokens": trial.inputs.tokens, "memory": trial.inputs.memory, "shared": {"losses": defaultdict(float)}}
@@ -310,6 +352,8 @@ def check_future(trial: Trial):
     """Later tokens change nothing before them, whatever a token may see, and in training neither."""
     for where, view in VIEWS.items():
         require_no_future(trial, lambda inputs, view=view: trial.run(inputs, **view), trial.inputs, where)
+    small = replace(trial.inputs, x=0.2 * trial.inputs.x)  # with large numbers, a softmax may choose one token alone
+    require_no_future(trial, trial.run, small, "")
 
     def train(inputs: Inputs) -> Tensor:
         torch.manual_seed(0)  # the same dropout and noise
@@ -329,83 +373,28 @@ def require_no_future(trial: Trial, run: Callable[[Inputs], Tensor], inputs: Inp
 
 @torch.no_grad()
 def check_cache(trial: Trial):
-    """With a cache, token by token and in chunks give the same as the whole sequence at once."""
-    expected = trial.run(trial.inputs)
+    """With a cache, token by token and in chunks give what the sequence gives at once, unless a block takes no cache."""
+    expected = record_calls(trial.branch, [partial(trial.run, trial.inputs)])
     for how, chunks in {"token by token": (1,) * T, "in chunks": CHUNKS, "one more": (T - 1, 1), "at once": (T,)}.items():
-        cure = "" if "cache" in trial.accepted else ": a block that mixes tokens takes `cache`"
-        require_equal(in_chunks(trial, chunks), expected, f"with a cache, {how}, it gives another result than without{cure}")
+        ours = record_calls(trial.branch, in_chunks(trial, chunks))
+        fault = first_difference(trial.branch, expected, ours, T)
+        if fault is not None and takes_cache(blame(fault, trial.branch)):
+            raise ContractError(f"with a cache, {how}, it gives another result than without")
 
 
-def in_chunks(trial: Trial, chunks: tuple[int, ...]) -> Tensor:
-    """Read the sequence in pieces, with a cache.  (B, T, D)"""
-    cache, parts, start = Cache(), [], 0
-    for length in chunks:
-        piece = trial.inputs.times(slice(start, start + length))
-        parts.append(trial.run(piece, cache=cache, start=start))
+def in_chunks(trial: Trial, chunks: tuple[int, ...]) -> list[Callable[[], Tensor]]:
+    """Functions that read the sequence in pieces, one after another, with a cache; each gives its part of (B, T, D)."""
+    cache, ends = Cache(), itertools.accumulate(chunks)
+
+    def read(start: int, end: int) -> Tensor:
         cache.turns.clear()
-        start += length
-    return torch.cat(parts, dim=1)
+        return trial.run(trial.inputs.times(slice(start, end)), cache=cache, start=start)
 
-
-def try_out(model: nn.Module):
-    """Check, before training, that a model runs and that the blocks of its plugins do not see what they must not.
-
-    Prints a line for each mistake that would train all the same: a block that sees the future, other rows or other stories, a
-    layer that ends without its skip. Raises ValueError with block and line if the model cannot run.
-    """
-    config = model.config
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        if config.plugins:
-            run_once(model)
-        for name, layer in plugin_layers(config):
-            try:
-                with one_line(name):
-                    check_layer(layer, replace(config, max_seq_len=max(T, config.max_seq_len)), VISIBILITY)
-            except ContractError as error:
-                say(f"warning: {error}")
-    for layer in dict.fromkeys(config.layer_strings):
-        names = [name for name, _ in layer_steps(layer)]
-        block = find_block(names[-1], config) if names[-1] not in "+|" else Norm  # a norm may be the last, as in post-norm
-        if {"+", "|"} & set(names) and not issubclass(block, Norm) and "layer" not in init_parameters(block):
-            say(f"warning: no + after {names[-1]}, the last block of a layer: its output replaces the whole residual stream")
-
-
-def run_once(model: nn.Module):
-    """Run a copy of the model forward and backward on a few tokens. Raises ValueError with block and line if that fails."""
-    trial, entered = copy.deepcopy(model).train(), []
-    tokens = torch.arange(2 * min(8, model.config.max_seq_len), device=next(model.parameters()).device).view(2, -1)
-    tokens = tokens % model.vocab_size
-    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: entered.append(module))
-    try:
-        _, loss = trial(tokens, tokens, **accepted_kwargs(trial, story_ids=torch.zeros_like(tokens)))
-        loss.backward()
-    except Exception as error:  # a plugin is a reader's own code: anything may be wrong in it
-        blocks = {block for branch in trial.modules() if isinstance(branch, Branch) for block in branch.blocks}
-        inside = next((type(module).__name__ for module in reversed(entered) if module in blocks), type(trial).__name__)
-        torchs = Path(torch.__file__).parent
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if torchs not in Path(frame.filename).parents]
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
-        cure = f"contract.check_block({inside!r}, config) tries it alone"
-        raise ValueError(f"the model cannot be run, it fails in {inside} ({where}: {problem}). {cure}") from error
-    finally:
-        hook.remove()
-
-
-def plugin_layers(config: ModelConfig) -> list[tuple[str, str]]:
-    """Each block of a plugin that the config uses: its name, and a layer string to try it in."""
-    own = {name: block for plugin in config.plugins for name, block in exported(plugin, "BLOCKS").items()}
-    layers = [
-        (name, layer)
-        for name, options in itertools.chain(*map(layer_steps, config.layer_strings)) if name in own
-        for layer in vars(own[name]).get("examples", (format_step(name, options),))
-    ]  # fmt: skip
-    return list(dict.fromkeys(layers))
+    return [partial(read, end - length, end) for end, length in zip(ends, chunks, strict=True)]
 
 
 CHECKS = (
-    check_repeats, check_gradients, check_batch, check_one_token_and_no_rope, check_future, check_cache, check_stories,
-    check_swaps, check_shape_comments,
+    check_repeats, check_gradients, check_targets, check_saved, check_batch, check_one_token_and_no_rope, check_future,
+    check_cache, check_stories, check_swaps, check_shape_comments,
 )  # fmt: skip
 CAUSAL = (check_future, check_cache)  # not for a block with `causal = False`
-VISIBILITY = (check_batch, check_future, check_stories)

@@ -7,10 +7,10 @@ A model that differs from GPT in more than its blocks is a class in MODELS of a 
     Model(config: ModelConfig, vocab_size: int), a torch module with
     forward(tokens, targets=None, *, story_ids=None, window=None, cache=None) -> (logits, loss)
 
-If its __init__ has an argument `blocks`, as GPT's, it is given all blocks by name. tokens and targets (B, T) are integers; a
-target that is model.IGNORE is not scored. The softmax of logits (B, T, V) predicts the next token; evaluation and generation read
-nothing else. loss is what training minimises, a mean over the targets, None without targets. While training with targets, logits
-may be None.
+If its __init__ has an argument `blocks`, as GPT's, it is given all blocks by name; a subclass of GPT must pass them on. tokens
+and targets (B, T) are integers; a target that is model.IGNORE is not scored. The softmax of logits (B, T, V) predicts the next
+token; evaluation and generation read nothing else. loss is what training minimises, a mean over the targets, None without
+targets. While training with targets, logits may be None.
 
 Each of the keywords is optional. story_ids (B, T) number the stories of a row, which must not see each other: a model without
 it trains with padded packing, or without mask_stories. window is how many recent tokens may be seen: without it there is no
@@ -18,13 +18,16 @@ window_start. cache, a model.Cache, lasts as long as a story is generated, and t
 cache.blocks[self] is a dict for whatever the model keeps. Without a cache all tokens are read again for each new one. Optional
 attributes, used if present: num_parameters(embeddings) -> int; an output matrix called head, which Muon leaves to AdamW; losses,
 the terms of the last training loss by name, detached, "next_token" among them: the log has a column for each;
-flops_per_token(T) -> float, where torch cannot count them (metrics/cost.py).
+flops_per_token(T) -> float, where torch cannot count them (metrics/cost.py); causal = False of a class that is not meant to read
+from left to right, which the checks before training (modules/model_contract.py) stop otherwise.
 """
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import cache
 from types import ModuleType
 from typing import Any, get_args
@@ -34,7 +37,17 @@ from torch import nn
 from typeguard import TypeCheckError, check_type
 
 import model
-from config import ModelConfig, did_you_mean, format_step, init_parameters, layer_steps, look_up, marking, name_and_options
+from config import (
+    ModelConfig,
+    did_you_mean,
+    format_step,
+    init_parameters,
+    layer_steps,
+    look_up,
+    marking,
+    method_parameters,
+    name_and_options,
+)  # fmt: skip
 from modules import (
     attention,
     convolution,
@@ -56,6 +69,7 @@ from modules import (
     sparse_attention,
     values,
 )
+from modules.explain import explain
 from runs.moved import moved_to
 
 FAMILIES = (
@@ -77,6 +91,8 @@ DESCRIPTIONS = {
 
 # What a layer gives to a block whose forward names it; see GPT.forward, which makes them.
 SUPPLIED = ("rope", "story_start", "window", "cache", "tokens", "targets", "memory", "shared")
+
+PASSES_BLOCKS = "def __init__(self, config, vocab_size, blocks, ...) and super().__init__(config, vocab_size, blocks)"
 
 FIT_ALL = {"num_kv_heads": 1, "head_dim": 2, "positions": "none"}  # values of config fields that go with any of the others
 
@@ -114,7 +130,9 @@ def exported(plugin: str, kind: str) -> dict[str, Any]:
     for name, value in named.items():
         is_right = issubclass(value, KINDS[kind]) if isinstance(value, type) else KINDS[kind] is Callable and callable(value)
         if not is_right:
-            raise ValueError(f"the plugin {plugin!r} calls {value!r} {name!r}: {kind} must name {DESCRIPTIONS[kind]}")
+            cure = f", so write {type(value).__name__} without ()" if isinstance(value, nn.Module) else ""
+            what = " ".join(f"{value!r:.80}".split())
+            raise ValueError(f"the plugin {plugin!r} calls {what} {name!r}: {kind} must name {DESCRIPTIONS[kind]}{cure}")
         if not (isinstance(name, str) and name.isidentifier()):
             raise ValueError(f"the plugin {plugin!r} calls one of its {kind} {name!r}: take a name of letters, digits and _")
     return named
@@ -122,10 +140,13 @@ def exported(plugin: str, kind: str) -> dict[str, Any]:
 
 def import_plugin(plugin: str) -> ModuleType:
     """Import a plugin. Raises ImportError of one line with what is wrong in it, whatever that is."""
+    dotted = re.sub(r"[/\\]", ".", plugin.removesuffix(".py"))
+    if dotted != plugin:
+        raise ImportError(f"the plugin {plugin!r} is a path, but Python imports modules by name: write {dotted}")
     try:
         return importlib.import_module(plugin)
     except (Exception, SystemExit) as error:  # a plugin is a reader's own code: anything may be wrong in it
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = explain(error, error.__traceback__.tb_next)
         if isinstance(error, ModuleNotFoundError) and error.name == plugin.split(".")[0]:
             reason += f". Put {error.name}.py, or the folder, beside train.py or where you start it"
         raise ImportError(f"the plugin {plugin!r} cannot be imported: {reason}.{moved_to(error)}") from error
@@ -159,27 +180,49 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
     name, options = name_and_options(config.model)
     model_class, given = look_up("model", name, with_plugins(config, MODELS, "MODELS")), dict(options)
     parameters = init_parameters(model_class)
+    check_signature(name, model_class, parameters)
     supplied = ("config", "vocab_size", "blocks")
     validate_options(name, options, {key: value for key, value in parameters.items() if key not in supplied}, config)
     if "blocks" in parameters:
         given["blocks"] = all_blocks(config)
         for layer in dict.fromkeys(config.layer_strings):
             validate_layer(layer, config, given["blocks"])
-    built = model_class(config, vocab_size, **given)
+    try:
+        built = model_class(config, vocab_size, **given)
+    except Exception as error:  # a plugin is a reader's own code: anything may be wrong in it
+        if "no block is called" in str(error):  # although all of them are known here
+            raise ValueError(f"the model {name!r} does not pass `blocks` on: write {PASSES_BLOCKS}") from error
+        reason = explain(error)
+        if reason == str(error) or "memory" in str(error) or not config.plugins:
+            raise
+        raise ValueError(f"the model {name!r} cannot be built: {reason}") from error
     built.config, built.vocab_size = config, vocab_size
     return built
 
 
+def check_signature(name: str, model_class: type[nn.Module], parameters: dict[str, inspect.Parameter]):
+    """Raise ValueError for a model whose __init__ does not take what every model is given."""
+    takes = [*parameters][:2]
+    if len(takes) < 2 or takes[0] in ModelConfig.__dataclass_fields__:
+        problem = f"the __init__ of the model {name!r} takes ({', '.join(takes)}), but a model is given (config, vocab_size)"
+        raise ValueError(f"{problem}: write def __init__(self, config, vocab_size), and config.dim for dim")
+    if model_class.forward is nn.Module.forward:
+        raise ValueError(f"the model {name!r} has no forward: give it def forward(self, tokens, targets=None)")
+    if issubclass(model_class, model.GPT) and "blocks" not in parameters:
+        problem = f"the __init__ of {name!r} takes no `blocks`, so those of modules/ and of plugins would be unknown to it"
+        raise ValueError(f"{problem}: write {PASSES_BLOCKS}")
+
+
 def accepted_kwargs(module: nn.Module, **kwargs) -> dict[str, Any]:
     """Keep only the keyword arguments that the module's forward names."""
-    accepted = parameter_names(type(module).forward)
+    accepted = forward_names(type(module))
     return {name: value for name, value in kwargs.items() if name in accepted}
 
 
 @cache
-def parameter_names(function: Callable) -> frozenset[str]:
-    """The names of a function's parameters, looked up once: training asks in every step."""
-    return frozenset(inspect.signature(function).parameters)
+def forward_names(module_class: type[nn.Module]) -> frozenset[str]:
+    """The names of the arguments of its forward, looked up once: training asks in every step."""
+    return frozenset(method_parameters(module_class, "forward"))
 
 
 def validate_layer(layer: str, config: ModelConfig, blocks: dict[str, type[nn.Module]]):
@@ -195,17 +238,25 @@ def validate_layer(layer: str, config: ModelConfig, blocks: dict[str, type[nn.Mo
 def validate_step(name: str, options: dict, config: ModelConfig, blocks: dict[str, type[nn.Module]]):
     """Raises ValueError for an unknown name or option, a value that the config refuses, or an input that no layer supplies."""
     block, values = look_up("block", name, blocks), config.block_values(options)
-    parameters, inputs = init_parameters(block), inspect.signature(block.forward).parameters
+    parameters, inputs = init_parameters(block), method_parameters(block, "forward")
     if "layer" in options and "layer" not in parameters:
         raise ValueError(f"{name} does not hold a layer: write it without the brackets")
-    if "layer" in parameters and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in inputs.values()):
+    signature = inspect.signature(block.forward).parameters.values()
+    if "layer" in parameters and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature):
         raise ValueError(f"the forward of {name} must take **inputs, and hand them on: self.layer(x, **inputs)")
+    if block.forward is nn.Module.forward:
+        raise ValueError(f"the block {name!r} has no forward: give it one, such as def forward(self, x)")
     validate_options(name, {option: value for option, value in options.items() if option != "layer"}, parameters, config)
     if config.positions == "rope" and "rope" in inputs and values["head_dim"] != config.block_values()["head_dim"]:
         raise ValueError(f"{name}(head_dim=...) does not fit RoPE: set the config's head_dim instead")
-    for argument, parameter in inputs.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty and argument not in SUPPLIED:
+    for argument, parameter in [*inputs.items()][1:]:  # the first one is x
+        if parameter.default is parameter.empty and argument not in SUPPLIED:
             raise ValueError(f"the forward of {name} asks for {argument!r}, but a layer supplies only {', '.join(SUPPLIED)}")
+        if argument not in SUPPLIED and (similar := get_close_matches(argument, SUPPLIED, n=1, cutoff=0.8)):
+            raise ValueError(f"the forward of {name} names {argument!r}, which no layer supplies. Did you mean {similar[0]!r}?")
+    if "config" in parameters and "config" not in options:
+        cure = "name the values that it needs, such as def __init__(self, dim)"
+        raise ValueError(f"the __init__ of {name} takes the config, which a block is not given: {cure}")
     for argument, parameter in parameters.items():
         if argument not in {"vocab_size", *values} and parameter.default is parameter.empty:
             if argument == "layer":

@@ -200,6 +200,7 @@ class ShapeComments(LineFollower):
     def __init__(self, *files: str | Path):
         self.files = {os.path.realpath(file): Path(file).name for file in files}
         self.wrong: list[str] = []
+        self.unchecked: list[str] = []  # comments that are not written in names of sizes in scope
         self.waiting = {(path, line): comment for path in self.files
                         for line, (_, comment) in trailing_comments(Path(path).read_text(encoding="utf-8")).items()
                         if shapes_in(comment)}
@@ -221,8 +222,9 @@ class ShapeComments(LineFollower):
         self.waiting.pop((path, statement.comment_line), None)
         if problem := wrong_comment(statement, frame, values):
             message = f"{self.files[path]}:{statement.line}: {problem}"
-            if message not in self.wrong:
-                self.wrong.append(message)
+            problems = self.unchecked if "cannot be checked" in problem else self.wrong
+            if message not in problems:
+                problems.append(message)
 
     def on_return(self, path, value, error):
         pass

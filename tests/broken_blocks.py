@@ -165,6 +165,89 @@ class DrawsInEval(Mean):
         return super().forward(x, story_start=story_start, cache=cache) + torch.randn_like(x)
 
 
+class KeepsState(Mean):
+    """From call to call."""
+
+    def forward(self, x, *, story_start=None, cache=None):
+        last, self.last = getattr(self, "last", 1.0), x.detach().mean()
+        return super().forward(x, story_start=story_start, cache=cache) * last
+
+
+class ReadsTheTargets(Mean):
+    """Which are not there in eval."""
+
+    def forward(self, x, *, targets=None, story_start=None, cache=None):
+        y = super().forward(x, story_start=story_start, cache=cache)
+        return y if targets is None else y + targets[..., None]
+
+
+class AddsALossInEval(Mean):
+    """Not only where it trains."""
+
+    def forward(self, x, *, shared, story_start=None, cache=None):
+        shared["losses"]["size"] += x.square().mean()
+        return super().forward(x, story_start=story_start, cache=cache)
+
+
+class AddsALossWithAxes(Mean):
+    """It forgets the mean."""
+
+    def forward(self, x, *, shared, story_start=None, cache=None):
+        if self.training:
+            shared["losses"]["size"] += x.square()
+        return super().forward(x, story_start=story_start, cache=cache)
+
+
+class DropsItself(Mean):
+    """In training, half of the time.  (B, T, D) -> (B, T, D)"""
+
+    def forward(self, x, *, story_start=None, cache=None):
+        return x if self.training and torch.rand(()) < 0.5 else super().forward(x, story_start=story_start, cache=cache)
+
+
+class HidesItsWeights(Mean):
+    """In a Python list."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        self.steps = [linear(dim, dim)]
+
+    def forward(self, x, *, story_start=None, cache=None):
+        return super().forward(self.steps[0](x), story_start=story_start, cache=cache)
+
+
+class HasUnsavedNumbers(Mean):
+    """Random ones, which the next model has not."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        self.phases = torch.randn(dim)
+
+    def forward(self, x, *, story_start=None, cache=None):
+        return super().forward(x * self.phases, story_start=story_start, cache=cache)
+
+
+class ReturnsFloat64(Mean):
+    """By a constant."""
+
+    def forward(self, x, *, story_start=None, cache=None):
+        return super().forward(x, story_start=story_start, cache=cache) * torch.ones(x.shape[-1], dtype=torch.float64)
+
+
+class ReturnsATuple(Mean):
+    """As a recurrence of torch."""
+
+    def forward(self, x, *, story_start=None, cache=None):
+        return super().forward(x, story_start=story_start, cache=cache), None
+
+
+class ForgetsSuper(Mean):
+    """In its __init__."""
+
+    def __init__(self, dim: int):
+        self.w_out = linear(dim, dim)
+
+
 class ChangesItsInput(Mean):
     """In place."""
 

@@ -258,9 +258,10 @@ MENU = "BLOCKS = {'Mine': Mine}\n"
         ("x = (", "cannot be imported: SyntaxError:"),
         ("raise RuntimeError('two\\nlines')", "cannot be imported: RuntimeError: two lines"),
         ("import sys\nsys.exit(3)", "cannot be imported: SystemExit: 3"),
-        (BLOCK, "has no BLOCKS. Give it one"),
+        ("x = nn.Linear(2, 2)", "cannot be imported: NameError: name 'nn' is not defined (an_idea.py, line 1)"),
+        (BLOCK + "BLOCK = {'Mine': Mine}", "has no BLOCKS. Give it one"),
         (BLOCK + "BLOCKS = [Mine]", "BLOCKS of the plugin 'an_idea' must be a dict"),
-        (BLOCK + "BLOCKS = {'Mine': Mine()}", "'Mine': BLOCKS must name classes of torch modules"),
+        (BLOCK + "BLOCKS = {'Mine': Mine()}", "BLOCKS must name classes of torch modules, so write Mine without ()"),
         (BLOCK + "BLOCKS = {'My-Block': Mine}", "'My-Block': take a name of letters"),
         (BLOCK + "BLOCKS = {'MLP': Mine}", "calls a block 'MLP', but that name is taken: it is that of 'baseGPT'. Rename it"),
         (BLOCK + "BLOCKS = {'ShortConv': Mine}", "'ShortConv', but that name is taken: it is that of 'baseGPT'"),
@@ -276,6 +277,11 @@ def test_a_plugin_that_fails_is_told_in_one_line_in_the_terminal(source, told, s
     assert told in printed and "Traceback" not in printed
     assert "\n" not in printed.split("error: ")[1].strip()
     assert not (folders / "runs" / "x").exists()
+
+
+def test_a_plugin_that_is_given_as_a_path_is_told_its_name():
+    for path in ("ideas/mine.py", "ideas\\mine"):
+        one_line_error(lambda path=path: all_blocks(replace(MODEL, plugins=(path,))), "write ideas.mine", error=ImportError)
 
 
 def test_two_plugins_with_one_name_are_told_apart(folders, monkeypatch):

@@ -17,6 +17,7 @@ from torch import nn
 from config import ModelConfig, TrainConfig
 from inference import Sampling, generate, next_token_probabilities, stream
 from model import GPT
+from modules.model_contract import cache_is_exact
 from modules.registry import build_model
 from runs.folder import Run
 from runs.presets import preset
@@ -193,6 +194,31 @@ class TestWhereStoriesEnd:
         for before, after in itertools.pairwise(grown):
             for row in range(2):
                 assert after[row].startswith(before[row]) and len(after[row]) <= len(before[row]) + 1
+
+
+@pytest.mark.parametrize("block, reason", [
+    ("TakesNoCache", "the block 'TakesNoCache' takes no `cache`, so token by token it misses the earlier ones"),
+    ("ForgetsItsCache", "the model 'GPT' gives another result in its block 'ForgetsItsCache' with a cache, token by token"),
+])  # fmt: skip
+def test_a_wrong_cache_is_not_used(block, reason, tokenizer, capsys):
+    layers, options = f"Norm->Attn->+->Norm->{block}->+", {"temperature": 0.0, "max_new_tokens": 20}
+    model = build(replace(TINY, layers=layers, plugins=("broken_blocks",)), tokenizer.vocab_size)
+    without = generate(model, tokenizer, PROMPTS, use_cache=False, **options)
+    assert capsys.readouterr().err == ""
+    assert [generate(model, tokenizer, PROMPTS, **options) for _ in range(2)] == [without] * 2
+    (line,) = capsys.readouterr().err.splitlines()  # once
+    assert f"generating without a cache, slower: {reason}" in line and not cache_is_exact(model)
+    one_line_error(lambda: generate(model, tokenizer, "a", use_cache=True), f"use_cache=True: {reason}", "Leave use_cache out")
+
+
+@pytest.mark.parametrize("block", ["Mean", "Attn"])
+def test_a_right_cache_of_a_plugin_is_used(block, tokenizer, capsys, monkeypatch):
+    model = build(replace(TINY, layers=f"Norm->{block}->+", plugins=("broken_blocks",)), tokenizer.vocab_size)
+    assert cache_is_exact(model)
+    lengths = []
+    model.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
+    generate(model, tokenizer, "Lily", max_new_tokens=5, temperature=0.0)
+    assert lengths == [5, 1, 1, 1, 1][: len(lengths)] and capsys.readouterr().err == ""
 
 
 def test_the_same_seed_tells_the_same_story(model, tokenizer):

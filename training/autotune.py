@@ -207,7 +207,8 @@ def verified(plan: ExecutionPlan, model: GPT, config: TrainConfig, device: torch
         return plan
     simpler = replace(plan, compile=False) if plan.compile else replace(plan, fast=False, dtype="float32")
     outcome = "so it is not used" if simpler != plan else "but there is no simpler plan"
-    say(f"{plan}: gives other numbers than the plain model ({mismatch}), {outcome}. Please report it")
+    cure = "check_model tries your plugins" if model.config.plugins else "Please report it"
+    say(f"{plan}: gives other numbers than the plain model ({mismatch}), {outcome}. {cure}")
     return verified(simpler, model, config, device) if plan.compile else simpler
 
 
@@ -234,7 +235,8 @@ def decide(measured: dict, model: GPT, config: TrainConfig) -> ExecutionPlan:
     elif config.compile == "auto" and "failed" in compiled:
         reasons.append(compiled["failed"])
     elif config.compile == "auto" and compiled.get("wrong"):
-        reasons.append(f"compiled it gives other numbers, {compiled['wrong']}. Please report it")
+        cure = "check_model tries your plugins" if model.config.plugins else "Please report it"
+        reasons.append(f"compiled it gives other numbers, {compiled['wrong']}. {cure}")
     elif config.compile == "auto" and compiled:
         run, cost, gain = expected_seconds(1 / speed, model, config), compiled["compile_seconds"], compiled["gain"]
         reasons.append(f"compile, {cost:.0f} s, for {gain:.2f} times the speed")

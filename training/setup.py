@@ -12,7 +12,7 @@ from config import ModelConfig, TrainConfig
 from data.dataset import load_data
 from metrics.cost import model_cost
 from metrics.world_grades import check_tokenizer
-from modules.contract import try_out
+from modules.model_contract import try_out
 from modules.registry import build_model
 from runs.code import code_digests
 from runs.folder import Run
