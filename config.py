@@ -17,6 +17,11 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 VERSION = 2  # of the JSON files; raise it when a field is renamed or changes its meaning, and add a step to `migrate`
 
+# What these fields of TrainConfig may name without a plugin.
+NAMES = {
+    "loss": ("cross_entropy",), "optimizer": ("AdamW", "Muon"), "schedule": ("linear", "cosine", "wsd", "constant"),
+}  # fmt: skip
+
 IGNORE = -100  # a target that is not scored, such as padding; the default ignore_index of PyTorch's cross_entropy
 
 Layers = str | list[str] | tuple[str | list[str], ...]
@@ -57,7 +62,7 @@ class ModelConfig:
     embedding_scale: float | Literal["sqrt(dim)"] = 1.0  # factor of the token embeddings
     dropout: float = 0.0  # dropout probability of embeddings, attention weights and residual updates
     model: str = "GPT"  # GPT, or a model of a plugin, with its options: Looped(times=4)
-    plugins: tuple[str, ...] = ()  # modules that add their BLOCKS, MODELS, OPTIMIZERS … to ours, e.g. experiments.mine.blocks
+    plugins: tuple[str, ...] = ()  # modules with BLOCKS, MODELS, OPTIMIZERS, SCHEDULES, LOSSES, DATA: experiments.mine.blocks
 
     def __post_init__(self):
         check_types(self)
@@ -149,11 +154,12 @@ class TrainConfig:
     eval_stories: int = 256  # number of whole validation stories per evaluation, always the same ones
     grade_stories: int = 0  # samples per evaluation that storyworld grades; 64 take some seconds
     checkpoint_every: int = 250  # steps between checkpoints
-    optimizer: Literal["AdamW", "Muon"] = "AdamW"  # Muon is for the hidden matrices, and AdamW for all other weights
+    loss: str = "cross_entropy"  # what training minimises: cross_entropy(label_smoothing=0.0), or a loss of a plugin
+    optimizer: str = "AdamW"  # AdamW, Muon (hidden matrices; AdamW does the rest), or one of a plugin: Lion(betas=(0.95, 0.98))
     muon_lr_scale: float = 1.0  # learning rate of Muon relative to that of AdamW
-    muon_momentum: float = 0.95  # momentum of Muon
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay rates of the moving averages of gradients and squared gradients
-    eps: float = 1e-8  # AdamW's epsilon
+    muon_momentum: float = 0.95  # momentum of Muon; its own option wins
+    betas: tuple[float, float] = (0.9, 0.95)  # decay rates of moving averages, in optimizers with betas; their own option wins
+    eps: float = 1e-8  # keeps optimizers from dividing by zero; their own option wins
     weight_decay: float = 0.1  # decoupled weight decay of matrices; norms and biases have none
     embedding_decay: float = 0.0  # weight decay of embeddings, tied ones included
     grad_clip: float | None = 1.0  # maximum gradient norm; None does not clip
@@ -163,7 +169,7 @@ class TrainConfig:
     lr_min: float = 0.0  # final learning rate
     warmup_steps: int = 50  # steps of linear warm-up from lr_init to lr_max
     final_flat_steps: int = 0  # steps at lr_min at the end
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # decay to lr_min; wsd in the last fifth, constant never
+    schedule: str = "linear"  # decay to lr_min: linear, cosine, wsd(decay=0.2) in the last fifth, constant, or one of a plugin
     num_restarts: int = 0  # warm restarts of the schedule
     restart_mult: float = 1.0  # length of each cycle relative to the previous one (T_mult in SGDR)
     seed: int = 0  # random seed of the first weights, the order of the data, and dropout
@@ -203,8 +209,10 @@ class TrainConfig:
         for name in ("batch_size_start", "micro_batch_size"):
             cure = f"it must divide batch_size={self.batch_size}: take one of {divisors(self.batch_size)}"
             require(getattr(self, name) in (None, "auto", *divisors(self.batch_size)), self, name, cure)
+        for name in NAMES:
+            check_name_and_options(self, name)
         require(
-            self.schedule != "constant" or self.final_flat_steps == 0, self, "final_flat_steps",
+            name_and_options(self.schedule)[0] != "constant" or self.final_flat_steps == 0, self, "final_flat_steps",
             "the constant schedule never reaches lr_min: take another schedule, or 0",
         )  # fmt: skip
         for name in ("lr_init", "lr_min"):
@@ -416,6 +424,8 @@ def migrate(config_class, values: dict[str, Any]) -> dict[str, Any]:
         if "weight_averaging" in values:
             values["ema_decay"] = values.pop("weight_averaging")
         values.setdefault("fast", TrainConfig.fast)
+    if config_class is TrainConfig:
+        values.setdefault("loss", TrainConfig.loss)  # newer than the version; older files mean the default
     return values
 
 

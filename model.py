@@ -303,6 +303,7 @@ class GPT(LoggingModule):
         num_residuals = sum(times for branch in config.branch_strings for name, _, times in all_steps(branch) if name == "+")
         scale = 0.0 if config.zero_init else max(1, num_residuals) ** -0.5
         self.losses: dict[str, Tensor] = {}  # terms of the last training loss
+        self.own_loss = None  # a function (logits, targets) -> (name, loss) that training minimises in place of cross-entropy
         self.layers = nn.ModuleList(Layer(layer, config, blocks, scale, vocab_size) for layer in config.depth_layers)
         self.norm = build_block("Norm", {}, config, blocks, vocab_size)
         self.head = linear(config.dim, vocab_size)
@@ -367,8 +368,10 @@ class GPT(LoggingModule):
             x = x * self.config.logit_scale
         logits, loss = self.predict(x, targets)
         if self.training and targets is not None:
-            losses = {"next_token": loss, **shared["losses"]}
-            self.losses = {name: value.detach() for name, value in losses.items()}
+            name, minimised = ("next_token", loss) if self.own_loss is None else self.own_loss(logits, targets)
+            assert name not in shared["losses"], f"two losses are called {name!r}"
+            losses = {name: minimised, **shared["losses"]}
+            self.losses = {name: value.detach() for name, value in {"next_token": loss, **losses}.items()}
             loss = sum(losses.values())
         return logits, loss
 

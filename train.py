@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,10 +38,12 @@ from runs.command_line import Arguments
 from runs.folder import Run, default_name
 from runs.terminal import errors_in_one_line
 from training.checkpoint import Record
+from training.losses import loss_terms
 from training.machine import is_out_of_memory, peak_memory_mb
-from training.optim import expected_steps, growing_batch_size, growing_window, scheduled_learning_rate
+from training.optim import step_optimizers
 from training.plan import apply_plan
 from training.report import dead_experts, time_left, time_spent, write_report
+from training.schedules import expected_steps, growing_batch_size, growing_window, scheduled_learning_rate
 from training.seeds import train_group, train_until_decided
 from training.setup import ctrl_c_finishes_the_step, prepare
 from training.stories import one_line
@@ -100,7 +103,7 @@ def train(
 
             # set the learning rate, batch size and attention window of this step
             num_steps = expected_steps(training.step, seconds_before, train_config)
-            learning_rate = scheduled_learning_rate(training.step, num_steps, train_config)
+            learning_rate = scheduled_learning_rate(training.step, num_steps, train_config, training.schedule)
             for param_group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
                 param_group["lr"] = learning_rate * param_group["lr_scale"]
             progress = train_config.progress(training.step, seconds_before)
@@ -113,23 +116,21 @@ def train(
             num_targets = (batch.targets != IGNORE).sum().item()
 
             # forward and backward, a micro-batch at a time; weighted, their losses add up to the mean over the batch
-            train_loss = 0.0
+            losses = Counter()  # by name; "next_token" is the cross-entropy
             for rows in torch.arange(batch_size).split(plan.micro_batch_size):
                 inputs, targets, story_ids = (part[rows].to(training.device) for part in batch)
                 options = {"story_ids": story_ids if train_config.mask_stories else None, "window": window}
                 with torch.autocast(training.device.type, torch.bfloat16, enabled=plan.dtype == "bfloat16"):
                     _, loss = model(inputs, targets, **accepted_kwargs(model, **options))
-                loss = loss * ((targets != IGNORE).sum() / num_targets)
-                loss.backward()
-                train_loss += loss.item()
+                share = (targets != IGNORE).sum() / num_targets
+                (loss * share).backward()
+                losses.update({name: (term * share).item() for name, term in loss_terms(model, loss).items()})
 
-            # clip and step
+            # clip and step, between the before_step and after_step of blocks
             gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_config.grad_clip or math.inf).item()
-            if not math.isfinite(train_loss + gradient_norm):
+            if not math.isfinite(losses.total() + gradient_norm):
                 raise training.not_finite(training.step + 1)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            step_optimizers(model, optimizers)
             if training.average is not None:
                 training.average.lr_fraction = learning_rate / train_config.lr_max
                 training.average.update_parameters(model)
@@ -139,7 +140,8 @@ def train(
             training.step, training.tokens = training.step + 1, training.tokens + num_targets
             finished = train_config.progress(training.step, clock.training) >= 1
             record = Record(
-                training.step, training.tokens, clock.training, train_loss, None, None, None, learning_rate, gradient_norm,
+                training.step, training.tokens, clock.training, losses.pop("next_token"), None, None, None, learning_rate,
+                gradient_norm, losses=dict(losses) or None,
                 tokens_per_second=num_targets / (clock.training - seconds_before), peak_memory_mb=peak_memory_mb(training.device),
                 flops=training.flops_per_token * training.tokens, overhead_seconds=clock.overhead,
             )  # fmt: skip

@@ -40,7 +40,7 @@ from runs.presets import Preset
 from training.autotune import choose_plan, matmul_peaks
 from training.configure import configure_for_training
 from training.machine import peak_memory_mb
-from training.optim import build_optimizers
+from training.optim import build_optimizers, step_optimizers
 from training.plan import STORY_TOKENS, apply_plan
 
 CPU = torch.device("cpu")
@@ -217,9 +217,7 @@ def training_step(variant: Variant) -> Callable[[], float]:
             loss.backward()
             step_loss += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        step_optimizers(model, optimizers)
         return step_loss
 
     return step

@@ -44,7 +44,8 @@ from runs.code import code_digests
 from runs.command_line import read_layers
 from runs.tables import FrameTable, show
 from runs.terminal import UsageError
-from training.optim import build_optimizers, scheduled_learning_rate
+from training.optim import build_optimizers, step_optimizers
+from training.schedules import build_schedule, scheduled_learning_rate
 
 
 @dataclass(frozen=True)
@@ -166,12 +167,12 @@ def train(model: nn.Module, task: Task, seed: int, effort: Effort, lr: float) ->
     config = TrainConfig(
         max_steps=effort.steps, lr_max=lr, warmup_steps=effort.steps // 10, schedule="cosine", weight_decay=0.0, optimizer="Muon",
     )  # fmt: skip
-    optimizers, rng = build_optimizers(model, config), task.training_rng(seed)
+    optimizers, schedule, rng = build_optimizers(model, config), build_schedule(config, ModelConfig()), task.training_rng(seed)
     losses = deque(maxlen=LAST)
     model.train()
     for step in range(effort.steps):
         for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-            group["lr"] = scheduled_learning_rate(step, effort.steps, config) * group["lr_scale"]
+            group["lr"] = scheduled_learning_rate(step, effort.steps, config, schedule) * group["lr_scale"]
         drawn = task.training_sequences(effort.batch_size, rng)
         _, loss = model(drawn.tokens, drawn.targets)
         loss.backward()
@@ -179,9 +180,7 @@ def train(model: nn.Module, task: Task, seed: int, effort: Effort, lr: float) ->
         if not math.isfinite(losses[-1]):
             return math.inf
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        step_optimizers(model, optimizers)
         if len(losses) == LAST and fmean(losses) < SOLVED:
             break
     return fmean(losses)

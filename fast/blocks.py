@@ -91,10 +91,10 @@ class RMSNorm(plain.RMSNorm):
 
 
 class ChunkedGPT(plain.GPT):
-    """GPT whose training loss is computed in chunks of loss_chunk tokens; logits are then None.  Attributes set by `use`."""
+    """GPT whose cross-entropy in training is computed in chunks of loss_chunk tokens, without logits.  `use` sets attributes."""
 
     def predict(self, x, targets):
-        if targets is None or not self.loss_chunk or not self.training:
+        if targets is None or not self.loss_chunk or not self.training or self.own_loss is not None:
             return super().predict(x, targets)
         in_place_loss = ops.cross_entropy_ if self.has_kernels and ops.supports(x) else cross_entropy_
         soft_cap = self.config.logit_soft_cap

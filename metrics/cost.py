@@ -4,8 +4,10 @@
     python -m evaluation cost --blocks                # every block of the registry
 
 FLOPs are those of matrix products and convolutions in the forward pass (a multiply-add is two), per token, as the mean over a
-sequence of T tokens. Training takes three times as many: the gradient of a product is two products of the same size. Elementwise
-operations (norms, activations, softmax, sums) and table look-ups are not counted.
+sequence of T tokens. Training takes three times those of its forward pass: the gradient of a product is two products of the same
+size. As a model may do more or less in training, such as predict further tokens or skip layers, that forward pass is in training,
+with targets, and the mean of several if it draws random numbers. Elementwise operations (norms, activations, softmax, sums) and
+table look-ups are not counted.
 
 Attention is counted by its visible pairs, (T + 1) / 2 per token if causal. A block may count itself by a method
 `flops_per_token(T)`. For all other blocks torch counts the products of a forward pass; masked products count in full.
@@ -16,13 +18,15 @@ the fixed bytes of a state that does not grow.
 B batch, T time, M tokens of memory, D model dim.
 """
 
+import copy
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import ModelConfig, TrainConfig, did_you_mean, format_step, init_parameters, layer_steps
 from metrics.counting import as_torch_does_it, cache_bytes, count_flops
@@ -36,6 +40,7 @@ from tokenizer import load_tokenizer
 from tools import LoggingModule
 
 TRAINING = 3  # forward, plus a backward pass of twice the FLOPs
+FEWEST_DRAWS, MOST_DRAWS = 8, 32  # forward passes in training to average over if they draw random numbers; fewest: all equal
 QUANTITIES = {  # heading in tables: field of Part
     "parameters": "parameters",
     "FLOPs per token": "flops",
@@ -66,6 +71,7 @@ class Cost:
 
     T: int
     parts: tuple[Part, ...]
+    training_forward: float  # FLOPs per token of a forward pass in training
 
     def total(self, quantity: str) -> float:
         """Sum a quantity of the parts, such as "parameters"."""
@@ -73,7 +79,7 @@ class Cost:
 
     parameters = property(lambda self: self.total("parameters"))
     flops = property(lambda self: self.total("flops"))  # per token, forward
-    training_flops = property(lambda self: TRAINING * self.flops)  # per token, forward and backward
+    training_flops = property(lambda self: TRAINING * self.training_forward)  # per token, forward and backward
     cache_per_token = property(lambda self: self.total("cache_per_token"))  # bytes
     cache_fixed = property(lambda self: self.total("cache_fixed"))  # bytes, independent of T
 
@@ -134,7 +140,25 @@ def model_cost(model: nn.Module, T: int | None = None) -> Cost:
                 shapes={name: tuple(weight.shape) for name, weight in weights.items()}, parameters=sum(new.values()),
                 flops=flops[module] / T, cache_per_token=per_token, cache_fixed=whole[module] - per_token * T,
             ))  # fmt: skip
-    return Cost(T, tuple(parts))
+    return Cost(T, tuple(parts), training_forward(model, positions, tokens, kwargs))
+
+
+def training_forward(model: nn.Module, positions: list[Position], tokens: Tensor, kwargs: dict[str, Tensor]) -> float:
+    """FLOPs per token of a forward pass in training, of a copy of the model; the mean of several if they draw random numbers."""
+    trial, totals = copy.deepcopy(model), []
+    copies = dict(zip(model.modules(), trial.modules(), strict=True))
+    parts = [copies[position.module] for position in positions]
+    with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())), as_torch_does_it(trial):
+        trial.train()
+        torch.manual_seed(0)
+        random_state = torch.get_rng_state()
+        for draw in range(MOST_DRAWS):
+            flops = count_flops(trial, parts, tokens, kwargs | {"targets": tokens})
+            totals.append(sum(part / tokens.numel() for part in flops.values()))
+            is_random = not torch.equal(random_state, torch.get_rng_state())
+            if not is_random or (draw + 1 == FEWEST_DRAWS and len(set(totals)) == 1):
+                break
+    return fmean(totals)
 
 
 def find_parts(model: nn.Module) -> list[Position]:

@@ -185,7 +185,7 @@ class MoE(LoggingModule):
 
     @torch.no_grad()
     def after_step(self):
-        """Called by the optimizer after every step: raise the bias of experts used too little, lower that of the others."""
+        """Called after every step of the optimizers: raise the bias of experts used too little, lower that of the others."""
         if self.bias_rate:
             uses = self.uses_in_step.float()
             self.selection_bias += self.bias_rate * (uses.mean() - uses).sign()

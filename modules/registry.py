@@ -1,6 +1,6 @@
 """The registry: blocks and models by name, those of the base model, of modules/ and of plugins alike.
 
-A plugin is any module with BLOCKS = {"MyBlock": MyBlock} or MODELS = {"MyModel": MyModel}, named in ModelConfig.plugins.
+A plugin is any module with BLOCKS = {"MyBlock": MyBlock}, MODELS, or another of the KINDS, named in ModelConfig.plugins.
 
 A model that differs from GPT in more than its blocks is a class in MODELS of a plugin, and config.model names it:
 
@@ -17,7 +17,8 @@ it trains with padded packing, or without mask_stories. window is how many recen
 window_start. cache, a model.Cache, lasts as long as a story is generated, and tokens are then only the new ones;
 cache.blocks[self] is a dict for whatever the model keeps. Without a cache all tokens are read again for each new one. Optional
 attributes, used if present: num_parameters(embeddings) -> int; an output matrix called head, which Muon leaves to AdamW; losses,
-the terms of the last training loss by name, detached, "next_token" among them: the log has a column for each;
+the terms of the last training loss by name, detached, "next_token" among them: the log has a column for each; own_loss, None or
+what --train.loss sets it to, a function (logits, targets) -> (name, loss) to minimise in place of the cross-entropy;
 flops_per_token(T) -> float, where torch cannot count them (metrics/cost.py); causal = False of a class that is not meant to read
 from left to right, which the checks before training (modules/model_contract.py) stop otherwise.
 """
@@ -25,10 +26,12 @@ from left to right, which the checks before training (modules/model_contract.py)
 import importlib
 import inspect
 import re
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Container
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
@@ -84,6 +87,10 @@ KINDS = {
     "BLOCKS": nn.Module, "MODELS": nn.Module, "OPTIMIZERS": torch.optim.Optimizer, "SCHEDULES": Callable, "LOSSES": Callable,
     "DATA": object,
 }  # fmt: skip
+NOUNS = {
+    "BLOCKS": "block", "MODELS": "model", "OPTIMIZERS": "optimizer", "SCHEDULES": "schedule", "LOSSES": "loss",
+    "DATA": "data source",
+}  # fmt: skip
 DESCRIPTIONS = {
     "BLOCKS": "classes of torch modules", "MODELS": "classes of torch modules", "OPTIMIZERS": "classes of torch optimizers",
     "SCHEDULES": "functions", "LOSSES": "functions", "DATA": "classes",
@@ -113,7 +120,7 @@ def with_plugins(config: ModelConfig, ours: dict[str, Any], kind: str) -> dict[s
         for name, block in exported(plugin, kind).items():
             if merged.get(name, block) is not block or name == "Norm":
                 owner = f"that of {owners[name]!r}" if name in owners else "the config's norm"
-                what = f"a {kind.lower()[:-1]} {name!r}"
+                what = f"{'an' if kind == 'OPTIMIZERS' else 'a'} {NOUNS[kind]} {name!r}"
                 raise ValueError(f"the plugin {plugin!r} calls {what}, but that name is taken: it is {owner}. Rename it")
             merged[name], owners[name] = block, plugin
     return merged
@@ -128,7 +135,8 @@ def exported(plugin: str, kind: str) -> dict[str, Any]:
     if not isinstance(named, dict):
         raise ValueError(f"{kind} of the plugin {plugin!r} must be a dict, such as {kind} = {{'MyName': MyClass}}")
     for name, value in named.items():
-        is_right = issubclass(value, KINDS[kind]) if isinstance(value, type) else KINDS[kind] is Callable and callable(value)
+        is_class = isinstance(value, type)
+        is_right = callable(value) and not is_class if KINDS[kind] is Callable else is_class and issubclass(value, KINDS[kind])
         if not is_right:
             cure = f", so write {type(value).__name__} without ()" if isinstance(value, nn.Module) else ""
             what = " ".join(f"{value!r:.80}".split())
@@ -136,6 +144,37 @@ def exported(plugin: str, kind: str) -> dict[str, Any]:
         if not (isinstance(name, str) and name.isidentifier()):
             raise ValueError(f"the plugin {plugin!r} calls one of its {kind} {name!r}: take a name of letters, digits and _")
     return named
+
+
+def find_with_options(
+    kind: str, text: str, ours: dict[str, Any], config: ModelConfig, supplied: int, fixed: tuple[str, ...] = ()
+) -> tuple[Any, dict[str, Any]]:
+    """The class or function that `Name(option=value)` names among ours of a kind and those of plugins, and its options.
+
+    The first `supplied` of its parameters, and the fixed ones, are no options. Raises ValueError with the nearest match for an
+    unknown name or option.
+    """
+    name, options = name_and_options(text)
+    value = look_up(NOUNS[kind], name, with_plugins(config, ours, kind))
+    parameters = list(parameters_of(value).items())[supplied:]
+    check_options(name, options, {parameter: each for parameter, each in parameters if parameter not in fixed})
+    return value, options
+
+
+def parameters_of(value: Callable) -> dict[str, inspect.Parameter]:
+    """The named parameters of a function, or of the __init__ of a class."""
+    if isinstance(value, type):
+        return init_parameters(value)
+    parameters = inspect.signature(value).parameters
+    return {name: each for name, each in parameters.items() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+
+
+def failure(error: Exception) -> str:
+    """Why code of a plugin failed: 'my_ideas.py, line 12: TypeError: ...'. Lines of torch and of training/ are left out."""
+    others = {Path(torch.__file__).parent, Path(__file__).parents[1] / "training"}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not others & {*Path(frame.filename).parents}]
+    where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: " if frames else ""
+    return " ".join(f"{where}{type(error).__name__}: {error}".split())
 
 
 def import_plugin(plugin: str) -> ModuleType:
@@ -267,11 +306,19 @@ def validate_step(name: str, options: dict, config: ModelConfig, blocks: dict[st
 def validate_options(name: str, options: dict, parameters: dict[str, inspect.Parameter], config: ModelConfig):
     """Raises ValueError for an option that the block does not have, or with a value that it or the config would not take."""
     known = config.block_values()
+    check_options(name, options, parameters, known)
+    # the config knows what its own fields may be, and which go together; those that the block does not name do not matter
+    unnamed = {name: value for name, value in FIT_ALL.items() if name not in parameters}
+    replace(config, **unnamed | {option: value for option, value in options.items() if option in known})
+
+
+def check_options(name: str, options: dict, parameters: dict[str, inspect.Parameter], unchecked: Container[str] = ()):
+    """Raises ValueError for an option that is no parameter, or whose value is not of the annotated type, unless unchecked."""
     for option, value in options.items():
         if option not in parameters:
-            there_are = ", ".join(parameters)
+            there_are = ", ".join(parameters) or "none"
             raise ValueError(f"{name} has no option {option!r}.{did_you_mean(option, parameters)} There are: {there_are}")
-        if option not in known and (annotation := parameters[option].annotation) is not inspect.Parameter.empty:
+        if option not in unchecked and (annotation := parameters[option].annotation) is not inspect.Parameter.empty:
             try:
                 is_switch = bool in (annotation, *get_args(annotation))
                 if isinstance(value, bool) and not is_switch:  # which Python would take for 0 or 1
@@ -280,6 +327,3 @@ def validate_options(name: str, options: dict, parameters: dict[str, inspect.Par
             except TypeCheckError as error:
                 expected = annotation.__name__ if isinstance(annotation, type) else annotation
                 raise ValueError(f"{format_step(name, {option: value})}: it must be {expected}") from error
-    # the config knows what its own fields may be, and which go together; those that the block does not name do not matter
-    unnamed = {name: value for name, value in FIT_ALL.items() if name not in parameters}
-    replace(config, **unnamed | {option: value for option, value in options.items() if option in known})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 CODE = (
     "model.py tokenizer.py train.py data/*.py data/storyworld/*.py fast/* metrics/scores.py modules/*.py "
-    "training/checkpoint.py training/optim.py"
+    "training/checkpoint.py training/losses.py training/optim.py training/schedules.py"
 )  # the files that affect the result of a training
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from config import Layers, ModelConfig, TrainConfig
+from config import NAMES, Layers, ModelConfig, TrainConfig, look_up, name_and_options
 from runs.folder import Run, group_members
 from runs.presets import PRESETS, Preset, preset
 from runs.terminal import UsageError, errors_in_one_line
@@ -28,6 +28,9 @@ examples:
   python train.py
   python train.py --preset 1m --train.max_minutes 10 --name my_run
   python train.py --name my_run --resume
+  python train.py --model.plugins my_ideas --train.optimizer "Lion(betas=(0.95, 0.98))"
+
+A plugin is a file of yours with BLOCKS, MODELS, OPTIMIZERS, SCHEDULES, LOSSES or DATA, each a dict by name.
 
 presets:
 """
@@ -131,9 +134,21 @@ def parse(words: list[str]) -> Arguments:
         Arguments, args=words, default=Arguments(model=defaults.model, train=defaults.train), use_underscores=True,
         registry=layers_registry(), description="Every option of train.py; --help shows those that most people need.",
     )  # fmt: skip
+    check_names(arguments)
     if resumes_one and (arguments.model, arguments.train) != defaults:
         raise UsageError("--resume keeps the options of the run: leave others out, or use --continue_from")
     return arguments
+
+
+def check_names(arguments: Arguments):
+    """Raise UsageError for an unknown optimizer, schedule or loss, before torch is imported; plugins may have others."""
+    if arguments.model.plugins:
+        return
+    for field, names in NAMES.items():
+        try:
+            look_up(field, name_and_options(getattr(arguments.train, field))[0], dict.fromkeys(names))
+        except ValueError as error:
+            raise UsageError(error) from error
 
 
 def parse_or_exit(words: list[str]) -> Arguments:
@@ -199,7 +214,7 @@ def command(
     """
     words = ["python train.py"]
     if continued_from is not None:
-        defaults = continued(model_config, train_config)
+        defaults = continued(replace(model_config, plugins=()), train_config)  # the other run may have had no plugins
         words.append(f"--continue_from {continued_from}")
     else:
         known = next((known for known, preset in PRESETS.items() if preset.model == model_config), None)

@@ -92,6 +92,7 @@ class TestModels:
         cost = model_cost(model)
         assert cost.parameters == num_parameters(model) == sum(weight.numel() for weight in model.parameters())
         assert len({part.place for part in cost.parts}) == len(cost.parts)
+        assert cost.training_flops == 3 * cost.flops
 
     def test_nothing_counted_is_lost(self, monkeypatch):
         """Without what blocks say of themselves, the parts add up to what torch counts for the whole."""

@@ -25,7 +25,7 @@ from runs.command_line import Arguments
 from runs.folder import Run
 from train import main, train
 from training.configure import configure_for_training
-from training.optim import Muon, build_optimizers
+from training.optim import Muon, build_optimizers, step_optimizers
 from training.report import dead_experts
 
 D, WIDTH = 16, 24
@@ -250,7 +250,8 @@ class TestBalance:
         for name, given in {"balanced": options, "unbalanced": {"balance_loss": 0.0}}.items():
             torch.manual_seed(0)
             moe = MoE(dim=D, mlp_dim=WIDTH, num_experts=6, **given)
-            optimizers = build_optimizers(torch.nn.ModuleList([moe, torch.nn.LayerNorm(D)]), make_config(optimizer=optimizer))
+            model = torch.nn.ModuleList([moe, torch.nn.LayerNorm(D)])
+            optimizers = build_optimizers(model, make_config(optimizer=optimizer))
             with torch.no_grad():
                 moe.w_router.weight.normal_(std=0.3)
                 moe.w_router.weight[2:, 0] = -1
@@ -261,9 +262,7 @@ class TestBalance:
                 x[..., 0] = 5
                 y = moe(x, shared=shared)
                 sum(shared["losses"].values(), y.square().mean()).backward()
-                for each in optimizers:
-                    each.step()
-                    each.zero_grad()
+                step_optimizers(model, optimizers)
             used[name] = moe.report()["least_used"]
         assert used["balanced"] > 0.1 and used["unbalanced"] < 0.02
 

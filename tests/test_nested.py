@@ -21,7 +21,7 @@ from modules.model_contract import check_model, try_out
 from modules.registry import build_branch, build_model
 from runs.command_line import read_layers, write_layers
 from tools import show_shapes
-from training.optim import build_optimizers
+from training.optim import build_optimizers, step_optimizers
 
 VOCAB_SIZE = 50
 PLUGIN = replace(CONFIG, plugins=("nested_blocks",))
@@ -228,8 +228,7 @@ class TestWhoLooksInside:
         (path, moe), *others = [(path, block) for path, block in model.named_modules() if hasattr(block, "report")]
         assert path.endswith("blocks.2.layer.blocks.0.layer.blocks.1") and not others
         assert moe.report()["dead_experts"] >= 0 and moe.uses_in_step.any()
-        for optimizer in optimizers:
-            optimizer.step()
+        step_optimizers(model, optimizers)
         assert not moe.uses_in_step.any()
 
     def test_diff_shows_what_is_in_brackets(self):

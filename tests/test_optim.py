@@ -1,4 +1,4 @@
-"""Promises of optim.py: the learning rate against torch's schedulers, and which weights are moved by what."""
+"""Promises of optim.py and schedules.py: the learning rate against torch's schedulers, and which weights are moved by what."""
 
 import itertools
 import math
@@ -8,23 +8,18 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from config import ModelConfig, TrainConfig
+from config import NAMES, ModelConfig, TrainConfig
 from conftest import MODEL
 from model import GPT
-from training.optim import (
-    Muon,
-    average_of_weights,
-    build_optimizers,
-    growing_batch_size,
-    growing_window,
-    orthogonalise,
-    scheduled_learning_rate,
-)
+from training.losses import LOSSES
+from training.optim import OPTIMIZERS, Muon, average_of_weights, build_optimizers, orthogonalise
+from training.schedules import SCHEDULES, build_schedule, growing_batch_size, growing_window, scheduled_learning_rate
 
 
 def ours(num_steps, **options):
     config = TrainConfig(max_steps=num_steps, max_minutes=None, **options)
-    return [scheduled_learning_rate(step, num_steps, config) for step in range(num_steps)]
+    schedule = build_schedule(config, MODEL)
+    return [scheduled_learning_rate(step, num_steps, config, schedule) for step in range(num_steps)]
 
 
 def theirs(num_steps, make_scheduler, lr_max):
@@ -92,14 +87,14 @@ class TestSchedule:
 
     def test_minutes_that_hold_few_steps_still_end_with_the_decay(self):
         config = TrainConfig(warmup_steps=50, max_minutes=1.0)
-        rates = [scheduled_learning_rate(step, 20, config) for step in range(20)]
+        rates = [scheduled_learning_rate(step, 20, config, SCHEDULES["linear"]) for step in range(20)]
         assert max(rates) == config.lr_max == rates[9]
         assert rates[-1] == pytest.approx(config.lr_max / 10)
 
     def test_steps_that_are_not_known_yet(self):
         """By minutes alone nobody knows at the first step how many there will be."""
         config = TrainConfig(warmup_steps=0)
-        assert scheduled_learning_rate(0, math.inf, config) == config.lr_max
+        assert scheduled_learning_rate(0, math.inf, config, SCHEDULES["linear"]) == config.lr_max
 
 
 MODELS = {
@@ -217,3 +212,8 @@ class TestWarmUps:
         assert windows[0] == 32 and windows[25] == 144 and windows[49] < 256 and set(windows[50:]) == {None}
         assert windows[:50] == sorted(windows[:50])
         assert growing_window(0.0, TrainConfig(), 256) is None
+
+
+def test_the_command_line_knows_all_names_of_ours():
+    """Without torch, which the modules with the dicts import."""
+    assert NAMES == {"loss": tuple(LOSSES), "optimizer": tuple(OPTIMIZERS), "schedule": tuple(SCHEDULES)}

@@ -1,6 +1,7 @@
 """Promises of presets.py: the sizes that they are said to have, the shapes that were published, and that they train."""
 
 import functools
+import itertools
 import math
 import re
 import subprocess
@@ -20,7 +21,7 @@ from modules.registry import build_model
 from originals.load import FAMILIES
 from runs.presets import PRESETS, preset
 from tokenizer import load_tokenizer
-from training.optim import build_optimizers
+from training.optim import build_optimizers, step_optimizers
 
 ROOT = Path(__file__).parents[1]
 VOCAB_SIZE = 1027  # bpe_tokenizer_1024 with bos, eos and pad
@@ -178,11 +179,9 @@ def test_a_preset_trains_and_generates(name, storyworld):
         batch = data.batch(2 * step, 2, seed=0)
         _, loss = model(batch.inputs, batch.targets, story_ids=batch.story_ids)
         loss.backward()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr_scale"] * train_config.lr_max * min(1, (step + 1) / 10)
-            optimizer.step()
-            optimizer.zero_grad()
+        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+            group["lr"] = group["lr_scale"] * train_config.lr_max * min(1, (step + 1) / 10)
+        step_optimizers(model, optimizers)
         losses.append(loss.item())
     assert losses[0] > math.log(tokenizer.vocab_size) - 1
     assert sum(losses[-5:]) / 5 < losses[0] - 1.3

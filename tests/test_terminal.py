@@ -54,7 +54,8 @@ def test_help_of_train_begins_with_examples_and_presets(capsys):
     with pytest.raises(SystemExit, match="0"):
         parse_or_exit(["--help"])
     before, _, options = capsys.readouterr().out.partition("-h, --help")
-    assert before.count("python train.py") == 3 and all(preset in before for preset in PRESETS)
+    assert before.count("python train.py") == 4 and all(preset in before for preset in PRESETS)
+    assert "BLOCKS, MODELS, OPTIMIZERS, SCHEDULES, LOSSES or DATA" in before
     assert {name.split(".")[-1] for name in re.findall(r"--([\w.]+)", options)} == {*COMMON, "no_resume"}
     with pytest.raises(SystemExit, match="0"):
         parse_or_exit(["--help_all"])

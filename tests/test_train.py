@@ -38,6 +38,7 @@ from training.report import command, plot_losses, write_report
 from training.stories import Stories
 
 ROOT = Path(__file__).parent.parent
+COLUMNS = [field.name for field in fields(Record) if field.name not in ("losses", "grades", "story")]  # of log_data.csv
 CLOCK = ["seconds", "tokens_per_second", "peak_memory_mb", "overhead_seconds"]  # what two equal runs differ in
 CHECKPOINT = {"model", "optimizers", "step", "tokens", "best_loss"}
 
@@ -213,7 +214,7 @@ class TestBudget:
 class TestLog:
     def test_the_log_is_plain_csv_with_the_fields_of_a_record(self, tiny_run, folders):
         log = pd.read_csv(folders / "runs" / tiny_run / "log_data.csv")
-        assert list(log) == [field.name for field in fields(Record) if field.name not in ("grades", "story")] == [
+        assert list(log) == COLUMNS == [
             "step", "tokens", "seconds", "train_loss", "validation_loss", "perplexity", "bits_per_byte", "learning_rate",
             "gradient_norm", "tokens_per_second", "peak_memory_mb", "flops", "overhead_seconds",
         ]  # fmt: skip
@@ -305,7 +306,7 @@ class TestCheckpoints:
             if record.step == 5:
                 break
         assert state("left")["step"] == 5
-        assert list(Run("left").log()) == [field.name for field in fields(Record) if field.name not in ("grades", "story")]
+        assert list(Run("left").log()) == COLUMNS
         list(train(MODEL, make_config(), "left", resume=True))
         list(train(MODEL, make_config(), "whole"))
         assert_same("left", "whole")
@@ -640,7 +641,11 @@ class TestTerminal:
         ("--train.lr_maxx 1", "--train.lr_maxx"),
         ("--preset 0.5m_short_and_thick --model.num_heads 3", "it must divide num_heads=3"),
         ("--model.dim twelve", "twelve"),
-        ("--train.schedule cosin", "cosin"),
+        ("--train.schedule cosin", "no schedule is called 'cosin'. Did you mean 'cosine'?"),
+        ("--train.optimizer adamw", "no optimizer is called 'adamw'. Did you mean 'AdamW'?"),
+        ("--train.loss cross_entrpy", "no loss is called 'cross_entrpy'. Did you mean 'cross_entropy'?"),
+        ("--train.optimizer AdamW(beta=(0.9,0.9))", "AdamW has no option 'beta'. Did you mean 'betas'?"),
+        ("--train.optimizer AdamW(lr=0.1)", "parameter groups set lr: give --train.lr_max instead"),
         ("--train.batch_size 0", "batch_size=0: give a whole number of at least 1"),
         ("--name a/b/c", "'a/b/c' cannot be a run's name"),
         ("--name tiny", "a run called 'tiny' exists. Take another --name, or go on with it by --resume"),

@@ -1,9 +1,12 @@
 """Everything around the training loop of train.py.
 
-optim.py       build_optimizers, scheduled_learning_rate, average_of_weights: optimizers, weight EMA and schedules
+optim.py       build_optimizers, step_optimizers, average_of_weights: optimizers, parameter groups and weight EMA
+schedules.py   build_schedule, scheduled_learning_rate: learning rate, batch size and window in the course of a run
+losses.py      build_loss, loss_terms: what training minimises
+trials.py      try_optimizers, try_loss: those of a plugin, before training
 checkpoint.py  Training, Record: the training state, saving and resuming
 setup.py       prepare: model, data, optimizers and run folder before the first step
-configure.py   configure_for_training: activation checkpointing, and what a model must support
+configure.py   configure_for_training: the loss, activation checkpointing, and what a model must support
 autotune.py    choose_plan: the fastest number format, kernels, micro-batch and threads on this machine
 plan.py        apply_plan: set a model up by a plan; its speed, memory and agreement with the plain model
 compile_trial.py  measure_compiled: try torch.compile in a subprocess

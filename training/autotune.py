@@ -101,8 +101,9 @@ def read_measurements(path: Path) -> dict[str, Any]:
 
 def cache_key(model: GPT, config: TrainConfig, device: torch.device) -> str:
     """Hash everything that the measurements depend on."""
-    prescribed = [getattr(config, field) for field in ("batch_size", "mask_stories", "loss_chunk", "gradient_checkpointing",
-                                                       "dtype", "micro_batch_size", "threads", "fast")]  # fmt: skip
+    fields = ("batch_size", "mask_stories", "loss", "loss_chunk", "gradient_checkpointing", "dtype", "micro_batch_size",
+              "threads", "fast")  # fmt: skip
+    prescribed = [getattr(config, field) for field in fields]
     machine = [describe_machine(device), most_threads(), build.fingerprint(), os.environ.get("CXX")]
     text = json.dumps([machine, to_json(model.config), model.vocab_size, prescribed])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

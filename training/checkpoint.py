@@ -4,6 +4,7 @@ Weights, optimizers, random states and a few counters suffice to resume bit for 
 position in the stream of rows.
 """
 
+import itertools
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean
@@ -21,20 +22,22 @@ from runs.execution import ExecutionPlan, Stage
 from runs.folder import Run
 from tokenizer import Tokenizer
 from training.machine import describe_machine
+from training.schedules import Schedule, linear
 from training.stopwatch import Stopwatch
 
 STORY_TOKENS = 200  # of the story at every evaluation
+LOSS = "loss_"  # how the columns of log_data.csv with other losses than that of the next token start
 SAMPLES = ("step", "tokens", "bits_per_byte", "story")  # columns of samples.csv
 
 
 @dataclass(frozen=True)
 class Record:
-    """The metrics of one step. A row of log_data.csv has the means of train_loss and tokens_per_second over its steps."""
+    """The metrics of one step. A row of log_data.csv has the means of losses and tokens_per_second over its steps."""
 
     step: int  # steps done
     tokens: int  # tokens predicted so far
     seconds: float  # of training so far: forward, backward, optimizer and data
-    train_loss: float  # nats per token
+    train_loss: float  # nats per token: cross-entropy, whatever else is minimised; for a model without `losses`, its whole loss
     validation_loss: float | None  # nats per token; like the next two None between evaluations
     perplexity: float | None  # exp(validation_loss)
     bits_per_byte: float | None  # of the validation stories
@@ -44,6 +47,7 @@ class Record:
     peak_memory_mb: float  # resident memory of the process so far; of the GPU on CUDA
     flops: float | None = None  # of training so far, forward and backward; None in old checkpoints
     overhead_seconds: float | None = None  # all other time so far: compiling, evaluating, saving …; None in old checkpoints
+    losses: dict[str, float] | None = None  # other losses by name, each a column loss_NAME of the log; None if there are none
     grades: dict[str, float] | None = None  # storyworld grades, a column of the log each; None if no samples are graded
     story: str | None = None  # what the model writes, a row of samples.csv; like the losses None between evaluations
 
@@ -62,6 +66,7 @@ class Training:
     average: AveragedModel | None = None  # weight EMA; if there is one, it is evaluated and saved as the model
     code: dict[str, str] = field(default_factory=dict)  # digest of every file that affects the numbers
     plan: ExecutionPlan | None = None  # how this machine trains the model
+    schedule: Schedule = linear  # the height of the learning rate in the course of the run
     flops_per_token: float = 0.0  # forward and backward, at the full context length
     continued_from: str | None = None  # the run whose weights this one started from
     rows: int = 0  # rows of the stream consumed so far, including those of continued_from
@@ -79,7 +84,7 @@ class Training:
         model, tokenizer = load_model(name)
         if tokenizer.fingerprint != self.tokenizer.fingerprint:
             raise ValueError(f"the run {name!r} was trained with another tokenizer: give --train.tokenizer {tokenizer.name}")
-        if model.config != self.model.config:
+        if replace(model.config, plugins=self.model.config.plugins) != self.model.config:  # a plugin may be for training alone
             raise ValueError(f"the run {name!r} has another architecture: leave the --model options and --preset out")
         self.model.load_state_dict(model.state_dict())
         self.continued_from, self.rows = name, Run(name).load("model.pth", {"rows_read"})["rows_read"]
@@ -128,13 +133,19 @@ class Training:
         if record.validation_loss is not None or record.step % log_every == 0:
             loss = fmean(record.train_loss for record in self.unlogged)
             speed = fmean(record.tokens_per_second for record in self.unlogged)
-            row = asdict(replace(record, train_loss=loss, tokens_per_second=speed))
-            self.log.append({column: row.get(column) for column in self.log_columns} | (record.grades or {}))
+            row = asdict(replace(record, train_loss=loss, tokens_per_second=speed)) | (record.grades or {}) | self.mean_losses()
+            self.log.append({name: value for name, value in row.items() if name not in ("losses", "grades", "story")})
             self.unlogged = []
         if record.validation_loss is not None:
             for path, block in self.reporting_blocks.items():
                 row = {"step": record.step, "block": path}
                 self.block_log += [row | {"name": name, "value": value} for name, value in block.report().items()]
+
+    def mean_losses(self) -> dict[str, float]:
+        """The means of the other losses over the unlogged steps, by column; a loss that a step lacks counts as 0."""
+        losses = [record.losses or {} for record in self.unlogged]
+        names = dict.fromkeys(itertools.chain(*losses))
+        return {f"{LOSS}{name}": fmean(each.get(name, 0.0) for each in losses) for name in names}
 
     @property
     def reporting_blocks(self) -> dict[str, torch.nn.Module]:
@@ -143,8 +154,9 @@ class Training:
 
     @property
     def log_columns(self) -> list[str]:
-        columns = [field.name for field in fields(Record) if field.name not in ("grades", "story")]
-        return columns + list(GRADES) * (self.grade_stories > 0)
+        columns = [field.name for field in fields(Record) if field.name not in ("losses", "grades", "story")]
+        losses = [column for column in dict.fromkeys(itertools.chain(*self.log)) if column.startswith(LOSS)]
+        return columns + list(GRADES) * (self.grade_stories > 0) + losses
 
     def save_model(self):
         """Write model.pth: the weights, and which tokenizer and data they belong to."""

@@ -1,4 +1,4 @@
-"""Apply the training options to a model: check that it supports them; activation checkpointing."""
+"""Apply the training options to a model: check that it supports them; the loss; activation checkpointing."""
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from config import TrainConfig
 from model import Layer
 from modules.registry import accepted_kwargs
+from training.losses import build_loss
 
 
 class CheckpointedLayer(Layer):
@@ -26,7 +27,7 @@ class CheckpointedLayer(Layer):
 
 
 def configure_for_training(model: nn.Module, config: TrainConfig):
-    """Apply gradient_checkpointing. Raises ValueError for an option that the model does not support."""
+    """Apply the loss and gradient_checkpointing. Raises ValueError for an option that the model does not support."""
     name = model.config.model
     if config.mask_stories and config.packing == "packed" and not accepted_kwargs(model, story_ids=None):
         raise ValueError(
@@ -35,6 +36,11 @@ def configure_for_training(model: nn.Module, config: TrainConfig):
         )
     if config.window_start is not None and not accepted_kwargs(model, window=None):
         raise ValueError(f"window_start={config.window_start}: the model {name!r} does not accept a window: leave it out")
+    loss = build_loss(config, model)
+    if loss is not None:
+        if not hasattr(model, "own_loss"):
+            raise ValueError(f"loss={config.loss!r}: the model {name!r} computes its loss itself: leave --train.loss out")
+        model.own_loss = loss
     if config.gradient_checkpointing:
         layers = [module for module in model.modules() if type(module) in (Layer, CheckpointedLayer)]
         if not layers:

@@ -1,5 +1,6 @@
-"""Optimizers, weight EMA, and schedules for learning rate, batch size and window."""
+"""Optimizers, parameter groups, and weight EMA."""
 
+import inspect
 import itertools
 import math
 from collections import defaultdict
@@ -8,42 +9,129 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from config import TrainConfig
-from model import GPT
+from config import ModelConfig, TrainConfig, init_parameters, name_and_options
+from data.cache import say
+from modules.registry import failure, find_with_options
 
 
-def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Build AdamW for all parameters, or Muon for the hidden matrices and AdamW for the others.
+def build_optimizers(model: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Build the optimizer that config.optimizer names, of ours or of a plugin; one like Muon leaves some weights to AdamW.
 
-    Matrices get weight_decay, embeddings embedding_decay, norms and biases none. A group's learning rate is that of the step
-    times its lr_scale. A block's `after_step` method, if it has one, is called after every step.
+    Each parameter group has its weight_decay, and lr_scale, which the learning rate of a step is multiplied by. Raises ValueError
+    for an unknown name or option, and for what an optimizer does not accept.
     """
-    tables = {id(table.weight) for table in model.modules() if isinstance(table, torch.nn.Embedding)}
-    matrices, embeddings, vectors = [], [], []
+    return [build_optimizer(*part, config) for part in optimizer_parts(model, config)]
+
+
+def optimizer_parts(model: torch.nn.Module, config: TrainConfig) -> list[tuple[type, list[dict], dict]]:
+    """The class of each optimizer, its parameter groups, and its options."""
+    fields = {"lr": "lr_max", "weight_decay": "weight_decay"}
+    for option in fields.keys() & name_and_options(config.optimizer)[1]:
+        raise ValueError(f"optimizer={config.optimizer!r}: parameter groups set {option}: give --train.{fields[option]} instead")
+    model_config = getattr(model, "config", ModelConfig())
+    optimizer, options = find_with_options(
+        "OPTIMIZERS", config.optimizer, OPTIMIZERS, model_config, supplied=1, fixed=tuple(fields)
+    )  # fmt: skip
+    is_split = getattr(optimizer, "hidden_matrices_only", False)
+    hidden, others = parameter_groups(model, config, is_split)
+    if not is_split:
+        return [(optimizer, others, options)]
+    if not hidden:
+        say(f"optimizer={config.optimizer!r}: the model has no hidden matrices, so AdamW trains all weights")
+    parts = (optimizer, hidden, {"momentum": config.muon_momentum, **options}), (torch.optim.AdamW, others, {})
+    return [part for part in parts if part[1]]
+
+
+def build_optimizer(optimizer: type, groups: list[dict], options: dict, config: TrainConfig) -> torch.optim.Optimizer:
+    """Build one optimizer; each argument of its __init__ comes from the options, or else from the config. `lr` is lr_max."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"optimizer={config.optimizer!r}: its step needs a closure that computes the loss again, but train.py calls step() "
+            "once after each backward pass: take an optimizer whose step works without a closure"
+        )
+    fused = {"fused": True} if optimizer is torch.optim.AdamW else {}
+    values = {**vars(config), "lr": config.lr_max, **fused, **options}
+    _, *arguments = init_parameters(optimizer).values()
+    for argument in arguments:
+        if argument.name not in values and argument.default is argument.empty:
+            cure = f"which is no field of the config: write {optimizer.__name__}({argument.name}=...)"
+            raise ValueError(f"optimizer={config.optimizer!r} needs {argument.name!r}, {cure}")
+    try:
+        return optimizer(groups, **{argument.name: values[argument.name] for argument in arguments if argument.name in values})
+    except Exception as error:  # a plugin is a reader's own code: anything may be wrong in it
+        raise ValueError(f"optimizer={config.optimizer!r} cannot be built ({failure(error)})") from error
+
+
+def parameter_groups(model: torch.nn.Module, config: TrainConfig, is_split: bool) -> tuple[list[dict], list[dict]]:
+    """Groups of weights with equal weight_decay and lr_scale: the hidden matrices if they are split off, and all others.
+
+    Matrices get weight_decay, embeddings embedding_decay, norms and biases none. Hidden matrices are the weights of linear layers
+    other than heads. A weight may say otherwise by its attributes decay, lr_scale and by_muon (CONTRIBUTING.md).
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    linears = hidden_linears(model)
+    kinds = {kind: defaultdict(list) for kind in ("hidden", "vectors", "embeddings", "matrices")}
     for name, weight in model.named_parameters():
         is_matrix = weight.ndim >= 2 and not name.endswith("bias")
-        (embeddings if id(weight) in tables else matrices if is_matrix else vectors).append(weight)
-    groups = [
-        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
-        {"params": embeddings, "weight_decay": config.embedding_decay, "lr_scale": 1.0},
-    ]
-    optimizers = []
-    if config.optimizer == "Muon":
-        linears = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
-        head = getattr(getattr(model, "head", None), "weight", None)  # a model of a plugin may have none
-        hidden = [weight for weight in matrices if id(weight) in linears and weight is not head]
-        hidden_ids = {id(weight) for weight in hidden}
-        matrices = [weight for weight in matrices if id(weight) not in hidden_ids]
-        hidden_group = {"params": hidden, "lr_scale": config.muon_lr_scale}
-        optimizers.append(Muon([hidden_group], config.lr_max, config.weight_decay, config.muon_momentum))
-    groups.append({"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0})
-    optimizers.append(torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr_max, betas=config.betas, eps=config.eps, fused=True,
-    ))  # fmt: skip
-    for block in model.modules():
-        if hasattr(block, "after_step"):
-            optimizers[-1].register_step_post_hook(lambda *_, after_step=block.after_step: after_step())
-    return optimizers
+        kind = "embeddings" if id(weight) in tables else "matrices" if is_matrix else "vectors"
+        check_marks(name, weight)
+        decay = getattr(weight, "decay", kind != "vectors")
+        if isinstance(decay, bool):
+            decay = decay * (config.embedding_decay if kind == "embeddings" else config.weight_decay)
+        lr_scale = float(getattr(weight, "lr_scale", 1.0))
+        if is_split and getattr(weight, "by_muon", kind == "matrices" and id(weight) in linears):
+            kind, lr_scale = "hidden", lr_scale * config.muon_lr_scale
+        kinds[kind][decay, lr_scale].append(weight)
+    hidden, *others = (
+        [{"params": weights, "weight_decay": decay, "lr_scale": scale} for (decay, scale), weights in groups.items()]
+        for groups in kinds.values()
+    )
+    return hidden, list(itertools.chain(*others))
+
+
+def hidden_linears(model: torch.nn.Module) -> set[int]:
+    """The ids of the weights of all linear layers but the model's head and heads inside of blocks.
+
+    A head inside of a block has vocab_size outputs, which marks it unless other layers of the config are just as wide.
+    """
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    head, config = getattr(model, "head", None), getattr(model, "config", ModelConfig())
+    values = config.block_values()
+    widths = {values["dim"], values["mlp_dim"], *(values[heads] * values["head_dim"] for heads in ("num_heads", "num_kv_heads"))}
+    outputs = {getattr(model, "vocab_size", None)} - widths
+    return {id(layer.weight) for layer in linears if layer is not head and layer.out_features not in outputs}
+
+
+def check_marks(name: str, weight: Tensor):
+    """Raises ValueError for an impossible value of a weight's attribute decay, lr_scale or by_muon."""
+    decay, lr_scale, by_muon = (getattr(weight, *mark) for mark in (("decay", True), ("lr_scale", 1.0), ("by_muon", False)))
+    if not (isinstance(decay, int | float) and 0 <= decay < math.inf):
+        raise ValueError(f"decay={decay!r} of the weight {name}: give False, True for the config's, or a number of at least 0")
+    if not (isinstance(lr_scale, int | float) and 0 < lr_scale < math.inf):
+        raise ValueError(f"lr_scale={lr_scale!r} of the weight {name}: give a positive number")
+    if not isinstance(by_muon, bool):
+        raise ValueError(f"by_muon={by_muon!r} of the weight {name}: give True or False")
+    if by_muon and weight.ndim < 2:
+        raise ValueError(f"by_muon=True of the weight {name}: it is no matrix, as its shape is {tuple(weight.shape)}")
+
+
+def step_optimizers(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]):
+    """Take a step with the gradients, between the `before_step` and the `after_step` of the model and blocks that have them."""
+    modules = list(model.modules())
+    call_all(modules, "before_step")
+    for optimizer in optimizers:
+        optimizer.step()
+    call_all(modules, "after_step")
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+
+
+def call_all(modules: list[torch.nn.Module], method: str):
+    """Call a method of every module that has it. hasattr(module, method) would be slow, as torch formats an error inside."""
+    for module in modules:
+        if hasattr(type(module), method) or method in vars(module):
+            getattr(module, method)()
 
 
 class Muon(torch.optim.Optimizer):
@@ -53,6 +141,8 @@ class Muon(torch.optim.Optimizer):
     equal shape are stacked. Updates have the RMS of AdamW's, so that both optimizers share a learning rate (Liu et al. 2025,
     arXiv 2502.16982, section 2.2).
     """
+
+    hidden_matrices_only = True
 
     def __init__(self, weights: list[Tensor] | list[dict], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -76,6 +166,8 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, list(updates.unbind()), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
 
+
+OPTIMIZERS = {"AdamW": torch.optim.AdamW, "Muon": Muon}
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932, appendix): polynomials a x + b x^3 + c x^5 that drive singular values to 1.
 # These are the last four of the paper's five, for singular values in [0.008, 1] instead of [0.001, 1].
@@ -127,52 +219,3 @@ def average_of_weights(model: torch.nn.Module, decay: float) -> AveragedModel:
     average = AveragedModel(model, multi_avg_fn=blend, use_buffers=False)
     average.lr_fraction = 1.0
     return average
-
-
-def scheduled_learning_rate(step: int, num_steps: float, config: TrainConfig) -> float:
-    """Learning rate of a step (counted from 0) out of num_steps: warm-up, schedule with restarts, final steps at lr_min."""
-    warmup = min(config.warmup_steps, num_steps / 2) if config.max_minutes else config.warmup_steps  # minutes may hold few steps
-    if step < warmup:
-        return config.lr_init + (config.lr_max - config.lr_init) * min(1.0, (step + 1) / warmup)
-    if config.schedule == "constant":
-        return config.lr_max
-    if step >= num_steps - config.final_flat_steps:
-        return config.lr_min
-    done = (step - warmup) / (num_steps - config.final_flat_steps - warmup)
-
-    lengths = [config.restart_mult**cycle for cycle in range(config.num_restarts + 1)]
-    ends = [end / sum(lengths) for end in itertools.accumulate(lengths)]
-    cycle = next((cycle for cycle, end in enumerate(ends) if done < end), config.num_restarts)
-    start = ends[cycle - 1] if cycle else 0.0
-    done = (done - start) / (ends[cycle] - start)
-
-    if config.schedule == "cosine":
-        height = (1 + math.cos(math.pi * done)) / 2
-    elif config.schedule == "linear":
-        height = 1 - done
-    else:
-        height = min(1.0, (1 - done) / 0.2)
-    return config.lr_min + (config.lr_max - config.lr_min) * height
-
-
-def expected_steps(step: int, seconds: float, config: TrainConfig) -> float:
-    """Estimate the total number of steps from the progress so far; with max_steps alone it is max_steps, up to rounding."""
-    progress = config.progress(step, seconds)
-    return step / progress if progress else config.max_steps or math.inf
-
-
-def growing_batch_size(done: float, config: TrainConfig) -> int:
-    """Batch size after a fraction `done` of the run: doubled at equal intervals from batch_size_start, batch_size from 0.5 on.
-
-    Small batches make the fastest progress early, larger ones reach a lower loss in the end.
-    """
-    start = config.batch_size_start or config.batch_size
-    doublings = math.ceil(math.log2(config.batch_size / start))
-    return min(config.batch_size, start * 2 ** int(2 * done * doublings))
-
-
-def growing_window(done: float, config: TrainConfig, max_seq_len: int) -> int | None:
-    """Attention window after a fraction `done` of the run: grows linearly from window_start, None (unlimited) from 0.5 on."""
-    if config.window_start is None or done >= 0.5:
-        return None
-    return config.window_start + int((max_seq_len - config.window_start) * 2 * done)

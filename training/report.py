@@ -17,6 +17,7 @@ from metrics.world_grades import is_world
 from metrics.world_report import draw_floors, lines_of_the_world, plot_grades
 from runs.command_line import command
 from runs.folder import Run
+from training.checkpoint import LOSS
 from training.stories import Stories
 
 PROMPTS = ("Once upon a time", "One day, Lily", "Tim was")
@@ -246,6 +247,8 @@ def write_report(name: str) -> Stories:
         f"- best at step {int(best.step):,}: {best.bits_per_byte:.4f} bits per byte, loss {best.validation_loss:.4f} nats per "
         f"token, perplexity {best.perplexity:.2f}, on the first {saved['validation_stories']} of them",
     ]
+    if other := {name.removeprefix(LOSS): last[name] for name in log if name.startswith(LOSS)}:
+        numbers.append(f"- other losses in the last row of the log: {', '.join(f'{n} {v:.4g}' for n, v in other.items())}")
     numbers += [f"- {line}" for line in lines_of_the_world(name)]
     if dead := dead_experts(name):
         numbers.append(f"- {dead}")

@@ -22,7 +22,9 @@ from training.checkpoint import Training
 from training.configure import configure_for_training
 from training.machine import available_memory, choose_device, is_out_of_memory
 from training.optim import average_of_weights, build_optimizers
+from training.schedules import build_schedule
 from training.stopwatch import Stopwatch
+from training.trials import try_loss, try_optimizers
 
 
 def prepare(
@@ -46,17 +48,20 @@ def prepare(
     device = choose_device(train_config.device)
     model = build_within_memory(model_config, tokenizer.vocab_size, device)
     configure_for_training(model, train_config)
+    optimizers, schedule = build_optimizers(model, train_config), build_schedule(train_config, model_config)
     if not resume:
         try_out(model)
+        try_optimizers(model, train_config)
+        try_loss(model, train_config)
     data = load_data(
         train_config.data, tokenizer, model_config.max_seq_len,
         packing=train_config.packing, max_stories=train_config.max_stories,
     )  # fmt: skip
-    optimizers = build_optimizers(model, train_config)
     validation = data.validation[: train_config.eval_stories]
     average = average_of_weights(model, train_config.ema_decay) if train_config.ema_decay else None
     training = Training(run, model, optimizers, tokenizer, data, validation, train_config.grade_stories, average, clock=clock)
-    training.flops_per_token, training.code = model_cost(model).training_flops, code_digests(model_config.plugins)
+    training.schedule, training.flops_per_token = schedule, model_cost(model).training_flops
+    training.code = code_digests(model_config.plugins)
     if resume:
         training.restore()
         training.plan = resumed_plan(training.plan, model, train_config, device)
