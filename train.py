@@ -108,15 +108,18 @@ def train(
             window = growing_window(progress, train_config, model_config.max_seq_len)
 
             # gather the batch
-            batch = data.batch(training.rows, batch_size, data_seed)  # inputs, targets, story_ids: each (B, T)
+            batch = data.batch(training.rows, batch_size, data_seed)  # inputs, targets, story_ids: (B, T); memory
             training.rows += batch_size
             num_targets = (batch.targets != IGNORE).sum().item()
 
             # forward and backward, a micro-batch at a time; weighted, their losses add up to the mean over the batch
             train_loss = 0.0
             for rows in torch.arange(batch_size).split(plan.micro_batch_size):
-                inputs, targets, story_ids = (part[rows].to(training.device) for part in batch)
-                options = {"story_ids": story_ids if train_config.mask_stories else None, "window": window}
+                parts = (None if part is None else part[rows].to(training.device) for part in batch)
+                inputs, targets, story_ids, memory = parts
+                if (targets == IGNORE).all():
+                    continue
+                options = {"story_ids": story_ids if train_config.mask_stories else None, "window": window, "memory": memory}
                 with torch.autocast(training.device.type, torch.bfloat16, enabled=plan.dtype == "bfloat16"):
                     _, loss = model(inputs, targets, **accepted_kwargs(model, **options))
                 loss = loss * ((targets != IGNORE).sum() / num_targets)
