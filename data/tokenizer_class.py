@@ -95,9 +95,12 @@ def checked_ids(tokenizer, twin, text: str) -> list[int]:
     decoded = tokenizer.decode(whole)
     require(isinstance(decoded, str), f"the ids of {shown} are decoded to {type(decoded).__name__}: return a str")
     cure = "make ids of the text alone, and text of the ids alone"
-    is_pure = tokenizer.normalise(text) == decoded == twin.decode(ids)
-    require(is_pure, f"the ids of {shown} are decoded to another text at another time: {cure}")
-    require(twin.encode(text) == ids, f"another tokenizer of the class gives {shown} other ids: {cure}")
+    require(tokenizer.normalise(text) == decoded, f"the ids of {shown} are decoded to another text at another time: {cure}")
+    try:
+        is_equal = twin.decode(ids) == decoded and twin.encode(text) == ids
+    except Exception as error:  # a reader's own code
+        raise Mistake(f"another tokenizer of the class cannot read the ids of {shown} ({error}): {cure}") from error
+    require(is_equal, f"another tokenizer of the class has other ids for {shown}: {cure}")
     pieces = len(tokenizer.tokens(text))
     require(pieces == len(ids), f"tokens() of {shown} has {pieces} pieces for {len(ids)} ids: return one for each id")
     return ids

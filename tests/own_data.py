@@ -1,6 +1,6 @@
-"""A plugin of DATA: changed rows, an order, a memory, and stories; and a model that reads bytes by the tokenizer.
+"""A plugin of DATA: changed rows, an order, and stories; a model that asks for the tokenizer; and a tokenizer of bytes.
 
-B batch, T time, V vocabulary, M tokens of memory, D model dim.
+B batch, T time.  docs/data.md has more of them.
 """
 
 import numpy as np
@@ -12,22 +12,6 @@ from config import IGNORE
 from data.dataset import Batch
 from data.plugin import DataPlugin
 from tokenizer import Tokenizer
-
-
-class PrefixLM(DataPlugin):
-    """Score what follows a random cut of each row (Raffel et al. 2020, arXiv 1910.10683, section 3.2.1)."""
-
-    def __init__(self, data, longest: float = 0.5):
-        super().__init__(data)
-        self.longest = longest
-
-    def batch(self, start, batch_size, seed):
-        batch = self.data.batch(start, batch_size, seed)
-        targets = batch.targets.clone()  # (B, T)
-        for number, row in enumerate(targets, start):
-            cut = np.random.default_rng((seed, number)).uniform(0, self.longest)
-            row[: int(cut * len(row))] = IGNORE
-        return batch._replace(targets=targets)
 
 
 class SpanCorruption(DataPlugin):
@@ -87,26 +71,6 @@ class ShortFirst(DataPlugin):
         return self.data.to_batch(self.data.take(self.order[number % len(self.order)] for number in numbers))
 
 
-class Neighbour(DataPlugin):
-    """Retrieval: the memory is the training story whose first tokens have most in common with those of the story."""
-
-    def __init__(self, data, prefix: int = 12, length: int = 32, size: int = 1000):
-        super().__init__(data)
-        self.prefix = prefix
-        table = data.take(range(min(size, data.num_rows)))
-        self.starts, self.stories = table[:, :prefix], table[:, :length]  # (N, prefix), (N, M)
-        self.bags = self.bag(self.starts)  # (N, V)
-
-    def bag(self, tokens):
-        return F.one_hot(tokens, self.data.tokenizer.vocab_size).sum(dim=1).clamp(max=1).float()
-
-    def memory(self, prefixes):
-        prefixes = torch.tensor(prefixes)  # (B, prefix)
-        overlap = self.bag(prefixes) @ self.bags.T  # (B, N)
-        is_itself = (prefixes[:, None] == self.starts).all(dim=-1)
-        return self.stories[overlap.masked_fill(is_itself, -1).argmax(dim=1)]  # (B, M)
-
-
 class Fables:
     """Stories of its own."""
 
@@ -152,5 +116,5 @@ class Bytes(Tokenizer):
         return bytes(index for index in ids if index < 256).decode(errors="replace")
 
 
-DATA = {data.__name__: data for data in (PrefixLM, SpanCorruption, FillInTheMiddle, ShortFirst, Neighbour, Fables)}
+DATA = {data.__name__: data for data in (SpanCorruption, FillInTheMiddle, ShortFirst, Fables)}
 MODELS = {"Patches": Patches}
