@@ -148,9 +148,9 @@ def generate_tokens(
     num_cached, source = 0, getattr(model, "memory_source", None)
     while any(remaining):
         if source is not None and "memory" not in kwargs and position >= source.prefix:
-            kwargs |= accepted_kwargs(model, memory=source.memory([row[: source.prefix] for row in rows]).to(device))
-            kwargs |= {name: Cache() for name in kwargs if name == "cache"}
-            num_cached = 0
+            kwargs["memory"] = source.memory([row[: source.prefix] for row in rows]).to(device)
+            if "cache" in kwargs:  # its tokens were read without the memory
+                kwargs["cache"], num_cached = Cache(), 0
         # read the tokens that are not in the cache, and predict the next one
         logits, _ = model(torch.tensor([row[num_cached:] for row in rows], device=device), **kwargs)
         num_cached = position if "cache" in kwargs else 0

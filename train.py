@@ -140,11 +140,12 @@ def train(
 
             # log, evaluate and save
             training.step, training.tokens = training.step + 1, training.tokens + num_targets
+            training.tokens_read += data.num_read(batch)
             finished = train_config.progress(training.step, clock.training) >= 1
             record = Record(
                 training.step, training.tokens, clock.training, train_loss, None, None, None, learning_rate, gradient_norm,
                 tokens_per_second=num_targets / (clock.training - seconds_before), peak_memory_mb=peak_memory_mb(training.device),
-                flops=training.flops_per_token * training.tokens, overhead_seconds=clock.overhead,
+                flops=training.flops_per_token * training.tokens_read, overhead_seconds=clock.overhead,
             )  # fmt: skip
             if finished or training.step % train_config.eval_every == 0:
                 record = training.evaluated(record)

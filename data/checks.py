@@ -14,7 +14,7 @@ MAX_COPIED = 0.5  # share of the targets that may equal the input at their posit
 
 
 def check_rows(plugin: DataPlugin) -> str:
-    """Check what `batch` and `memory` return, and digest it: a fingerprint that changes with the rows, not with the code.
+    """Check what `batch` and `memory` return, and digest it: the result changes with the rows, not with the code.
 
     Raises ValueError for rows that cannot be trained on; prints a warning for those that can, but look wrong.
     """
@@ -29,7 +29,7 @@ def check_rows(plugin: DataPlugin) -> str:
         parts += [checked_memory(plugin)] if plugin.memory is not None else []
     except ValueError as error:
         raise ValueError(f"data={plugin.name!r}: {error}") from error
-    return digest(plugin.data.fingerprint, plugin.name, *(part.numpy().tobytes() for part in parts))
+    return digest(*(part.numpy().tobytes() for part in parts))
 
 
 def require(condition: Any, problem: str):
@@ -64,7 +64,7 @@ def batch_of(plugin: DataPlugin, start: int) -> Batch:
 
 def checked_batch(plugin: DataPlugin, start: int) -> Batch:
     """A batch whose types, shapes and tokens are right. Raises ValueError; warns of targets that look wrong."""
-    batch, data = batch_of(plugin, start), plugin.data
+    batch, vocab_size = batch_of(plugin, start), plugin.tokenizer.vocab_size
     for name in ("inputs", "targets", "story_ids"):
         part = getattr(batch, name)
         if part is None and name == "story_ids":
@@ -75,16 +75,16 @@ def checked_batch(plugin: DataPlugin, start: int) -> Batch:
         is_right = part.dim() == 2 and len(part) == SIZE and part.shape == batch.inputs.shape
         require(is_right, f"{where} of shape {tuple(part.shape)}: it must be ({SIZE}, T), with one T for all")
     T, scored = batch.inputs.shape[1], batch.targets != IGNORE
-    require(1 <= T <= data.max_seq_len, f"{call(start)} has {T} tokens a row: give 1 to max_seq_len={data.max_seq_len}")
+    require(1 <= T <= plugin.max_seq_len, f"{call(start)} has {T} tokens a row: give 1 to max_seq_len={plugin.max_seq_len}")
     require(scored.any(), f"{call(start)} has no targets: all are IGNORE")
-    check_tokens(f"the inputs of {call(start)}", batch.inputs, data.tokenizer.vocab_size)
-    check_tokens(f"the targets of {call(start)}, besides IGNORE = {IGNORE},", batch.targets[scored], data.tokenizer.vocab_size)
+    check_tokens(f"the inputs of {call(start)}", batch.inputs, vocab_size)
+    check_tokens(f"the targets of {call(start)}, besides IGNORE = {IGNORE},", batch.targets[scored], vocab_size)
     require(batch.memory is None or plugin.memory is not None, f"{call(start)} has a memory, but the plugin has no method "
             "memory(prefixes), by which stories are scored and written")  # fmt: skip
     if (share := share_equal(batch.targets[scored], batch.inputs[scored])) > MAX_COPIED:
         warn(plugin, f"{share:.0%} of the targets equal the input at their position, so the model copies what it reads. "
              "The target of a position is the token after it")  # fmt: skip
-    if (share := share_equal(batch.targets[scored], torch.tensor(data.tokenizer.pad_id))) > 0:
+    if (share := share_equal(batch.targets[scored], torch.tensor(plugin.tokenizer.pad_id))) > 0:
         warn(plugin, f"{share:.0%} of the targets are padding. Set them to IGNORE")
     return batch
 
@@ -100,11 +100,11 @@ def share_equal(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def checked_memory(plugin: DataPlugin) -> torch.Tensor:
     """The memory of two stories, (2, M) or (2, M, D). Raises ValueError if it depends on more than the prefix of a story."""
-    data, prefix = plugin.data, plugin.prefix
-    is_right = isinstance(prefix, int) and 1 <= prefix < data.max_seq_len
-    require(is_right, f"prefix={prefix!r}: give a number of tokens, from 1 to below max_seq_len={data.max_seq_len}")
-    require(data.packing == "padded", "a memory belongs to one story: take --train.packing padded, which is one story a row")
-    starts = [tokens[:prefix] for tokens in data.tokenizer.encode_batch(plugin.validation[:200], bos=True)]
+    prefix, tokenizer = plugin.prefix, plugin.tokenizer
+    is_right = isinstance(prefix, int) and 1 <= prefix < plugin.max_seq_len
+    require(is_right, f"prefix={prefix!r}: give a number of tokens, from 1 to below max_seq_len={plugin.max_seq_len}")
+    require(plugin.packing == "padded", "a memory belongs to one story: take --train.packing padded, which is one story a row")
+    starts = [tokens[:prefix] for tokens in tokenizer.encode_batch(plugin.validation[:200], bos=True)]
     starts = [tokens for tokens in starts if len(tokens) == prefix][:2]
     require(len(starts) == 2, f"prefix={prefix}: hardly a story has as many tokens, so give fewer")
     with failures_of("memory(prefixes)"):
@@ -114,7 +114,7 @@ def checked_memory(plugin: DataPlugin) -> torch.Tensor:
     cure = "return (2, M) tokens of torch.long or (2, M, D) of torch.float32"
     require(is_right, f"memory(prefixes) of two prefixes is {dtype} of shape {shape}: {cure}")
     if dtype == torch.long:
-        check_tokens("the rows of memory(prefixes)", memory.flatten(), data.tokenizer.vocab_size)
+        check_tokens("the rows of memory(prefixes)", memory.flatten(), tokenizer.vocab_size)
     require(not memory.requires_grad, "memory(prefixes) needs a gradient, but only the model is trained: return memory.detach()")
     require(memory.equal(again), "memory(prefixes) gives something else when it is called again: seed what it draws")
     for row, other in zip(memory, alone, strict=True):

@@ -95,6 +95,10 @@ class Data:
         not_scored = (rows[:, 1:] == self.tokenizer.pad_id) | (ids[:, 1:] != ids[:, :-1])
         return Batch(rows[:, :-1], rows[:, 1:].masked_fill(not_scored, IGNORE), ids[:, :-1])
 
+    def num_read(self, batch: Batch) -> int:
+        """The tokens of a batch that FLOPs are counted for: those that are predicted."""
+        return (batch.targets != IGNORE).sum().item()
+
     def take(self, numbers: Iterable[int]):
         """Rows by their numbers, from 0 to num_rows - 1, padded with pad_id: LongTensor (B, T + 1)."""
         import torch

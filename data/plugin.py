@@ -35,7 +35,9 @@ class DataPlugin:
     Attributes
     ----------
     data : Data
-        Those of the option data=, with batch, rows, take, to_batch, num_rows, tokenizer, max_seq_len and packing.
+        Those of the option data=, with batch, rows, take, to_batch and num_rows.
+    tokenizer, max_seq_len, packing
+        Those of the rows.
     memory : callable, optional
         memory(prefixes: list of list of int) -> Tensor: for the first `prefix` tokens of each story a row of (B, M) tokens or of
         (B, M, D) floats, with the same M at every call. Nothing but these tokens can reach it, in training, scoring and writing
@@ -51,6 +53,7 @@ class DataPlugin:
         self.data = data
         self.name, self.fingerprint = data.name, data.fingerprint  # replaced when it is loaded
         self.num_stories, self.validation = data.num_stories, data.validation
+        self.tokenizer, self.max_seq_len, self.packing = data.tokenizer, data.max_seq_len, data.packing
 
     def batch(self, start: int, batch_size: int, seed: int) -> Batch:
         """batch_size rows of an endless stream, from row `start` on: a pure function of its arguments.
@@ -65,6 +68,10 @@ class DataPlugin:
         targets = batch.targets.clone()
         targets[:, : self.prefix - 1] = IGNORE
         return batch._replace(targets=targets, memory=self.memory(batch.inputs[:, : self.prefix].tolist()))
+
+    def num_read(self, batch: Batch) -> int:
+        """The tokens of a batch that FLOPs are counted for: all but padding, as few of them may be predicted."""
+        return (batch.inputs != self.tokenizer.pad_id).sum().item()
 
     def __deepcopy__(self, memo) -> "DataPlugin":  # a copy of a model reads the same data
         return self

@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 
 from config import ModelConfig, TrainConfig, did_you_mean, format_step, init_parameters, look_up, name_and_options
-from data.cache import say
+from data.cache import digest, say
 from data.checks import check_rows
 from data.dataset import Data, load_data
 from data.plugin import DataPlugin, failures_of, source_of
 from data.sources import HUB_NAMES, SIZES, Source, open_source
+from model import Branch
 from modules.registry import accepted_kwargs, validate_options, with_plugins
 
 OURS = dict.fromkeys(("auto", *HUB_NAMES, *SIZES))
@@ -46,7 +47,8 @@ def load_training_data(train: TrainConfig, config: ModelConfig, tokenizer) -> Da
         raise ValueError(f"data={train.data!r}: call super().__init__(data), and leave `validation` as it is, as scores on other "
                          "stories would not compare")  # fmt: skip
     plugin.name = format_step(name, options | {"data": inner.name})
-    plugin.fingerprint = check_rows(plugin)
+    own = {key: value for key, value in options.items() if key != "data"}
+    plugin.fingerprint = digest(inner.fingerprint, format_step(name, own), check_rows(plugin))
     return plugin
 
 
@@ -76,8 +78,9 @@ def takes_data(plugin: type) -> bool:
         if "data" not in init_parameters(plugin):
             raise ValueError(f"{plugin.__name__} is a DataPlugin, so its __init__ takes the `data` whose rows it changes")
         return True
-    if not callable(getattr(plugin, "stories", None)):
-        raise ValueError(f"{plugin.__name__} is no DATA: derive it from data.plugin.DataPlugin, or give it a method stories()")
+    if not callable(getattr(plugin, "stories", None)) or "data" in init_parameters(plugin):
+        raise ValueError(f"{plugin.__name__} is no DATA: derive it from data.plugin.DataPlugin if it takes `data`, or give it a "
+                         "method stories()")  # fmt: skip
     return False
 
 
@@ -108,21 +111,18 @@ def build_plugin(name: str, options: dict[str, Any], plugins: tuple[str, ...]) -
 def attach_memory(model: nn.Module, data: Data | DataPlugin):
     """Let a model be scored and write with the memory of its data, as model.memory_source.
 
-    Raises ValueError if one has a memory and the other takes none; warns if no block of a GPT reads it.
+    Raises ValueError if the model takes no memory; warns if no block of a GPT reads it, or one reads what is not there.
     """
     has_memory = getattr(data, "memory", None) is not None
-    readers = [module for module in model.modules() if module is not model and accepted_kwargs(module, memory=None)]
-    if readers and not has_memory:
-        block = type(readers[0]).__name__
-        raise ValueError(f"{block} reads a memory, but data={data.name!r} have none, so it would never learn: leave it out of "
-                         "the layers, or take a DATA plugin with a memory (docs/data.md)")  # fmt: skip
-    if not has_memory:
-        return
-    if not accepted_kwargs(model, memory=None):
+    branches = [module for module in model.modules() if isinstance(module, Branch)]
+    readers = [block for branch in branches for block in branch.blocks if accepted_kwargs(block, memory=None)]
+    if model.config.model == "GPT" and has_memory != bool(readers):
+        say(f"warning: data={data.name!r} have a memory, but no block reads it, as CrossAttn does" if has_memory else
+            f"warning: {type(readers[0]).__name__} reads a memory, but data={data.name!r} have none (docs/data.md)")  # fmt: skip
+    if has_memory and not accepted_kwargs(model, memory=None):
         raise ValueError(f"data={data.name!r} have a memory, but forward of {model.config.model!r} takes none: add memory=None")
-    if model.config.model == "GPT" and not readers:
-        say(f"warning: data={data.name!r} have a memory, but no block reads it, as CrossAttn does")
-    model.memory_source = data
+    if has_memory:
+        model.memory_source = data
 
 
 def restore_memory(model: nn.Module, train: TrainConfig, tokenizer):

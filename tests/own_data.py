@@ -22,7 +22,7 @@ class SpanCorruption(DataPlugin):
         self.rate, self.length = rate, length
 
     def batch(self, start, batch_size, seed):
-        bos, T = self.data.tokenizer.bos_id, self.data.max_seq_len
+        bos, T = self.tokenizer.bos_id, self.max_seq_len
         num_spans = max(1, round(self.rate * T / self.length))
         inputs, targets = [], []
         for number, row in enumerate(self.data.rows(start, batch_size, seed).tolist(), start):
@@ -46,8 +46,8 @@ class FillInTheMiddle(DataPlugin):
     """
 
     def batch(self, start, batch_size, seed):
-        pad, T = self.data.tokenizer.pad_id, self.data.max_seq_len
-        marks = [[self.data.tokenizer.vocab_size - back] for back in (3, 2, 1)]
+        pad, T = self.tokenizer.pad_id, self.max_seq_len
+        marks = [[self.tokenizer.vocab_size - back] for back in (3, 2, 1)]
         rows = self.data.rows(start, batch_size, seed)  # (B, T + 1)
         for number, row in enumerate(rows, start):
             tokens = row[row != pad][: T + 1 - 3].tolist()

@@ -118,7 +118,7 @@ class ScoresPadding(Wrong):
     """warning: of the targets are padding. Set them to IGNORE"""
 
     def change(self, batch):
-        return batch._replace(targets=batch.targets.masked_fill(batch.targets == IGNORE, self.data.tokenizer.pad_id))
+        return batch._replace(targets=batch.targets.masked_fill(batch.targets == IGNORE, self.tokenizer.pad_id))
 
 
 class RepeatsItself(DataPlugin):
@@ -216,7 +216,7 @@ class RemembersTooMuch(Remembers):
 
 
 class TellsNothing:
-    """TellsNothing is no DATA: derive it from data.plugin.DataPlugin, or give it a method stories()"""
+    """TellsNothing is no DATA: derive it from data.plugin.DataPlugin if it takes `data`, or give it a method stories()"""
 
 
 class TellsOnce:
