@@ -9,7 +9,7 @@ from data.cache import digest, say
 from data.dataset import Batch
 from data.plugin import DataPlugin, failures_of
 
-SIZE = 4  # rows of a batch
+SIZE = 32  # rows of a batch
 MAX_COPIED = 0.5  # share of the targets that may equal the input at their position
 
 
@@ -19,14 +19,14 @@ def check_rows(plugin: DataPlugin) -> str:
     Raises ValueError for rows that cannot be trained on; prints a warning for those that can, but look wrong.
     """
     try:
+        memory = [] if plugin.memory is None else [checked_memory(plugin)]
         batches = [checked_batch(plugin, start) for start in (0, SIZE)]
         for start, batch in zip((0, SIZE), batches, strict=True):
             cure = "draw random numbers from a generator that is seeded by `seed` and the number of the row"
             require(equal(batch, batch_of(plugin, start)), f"{call(start)} gives other rows when it is called again: {cure}")
         if equal(*batches):
             warn(plugin, f"{call(0)} and {call(SIZE)} are the same rows. Let them depend on `start`")
-        parts = [part for batch in batches for part in batch if part is not None]
-        parts += [checked_memory(plugin)] if plugin.memory is not None else []
+        parts = memory + [part for batch in batches for part in batch if part is not None]
     except ValueError as error:
         raise ValueError(f"data={plugin.name!r}: {error}") from error
     return digest(*(part.numpy().tobytes() for part in parts))

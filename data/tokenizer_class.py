@@ -85,8 +85,10 @@ def checked_ids(tokenizer, twin, text: str) -> list[int]:
     """The ids of a text, if they are right, and if another tokenizer of the class makes and reads the same ones."""
     ids, most = tokenizer.encode(text), tokenizer.vocab_size - 1
     shown = f"the text {text[:20]!r}…"
-    wrong = [index for index in ids if type(index) is not int or not 0 <= index <= most]
-    require(not wrong, f"{shown} has the id {wrong[:1]}: ids are whole numbers from 0 to vocab_size - 1 = {most}")
+    for index in ids:
+        is_right = type(index) is int and 0 <= index <= most
+        kind = type(index).__name__
+        require(is_right, f"{shown} has the id {index}, of type {kind}: ids are int, from 0 to vocab_size - 1 = {most}")
     special = {*ids} & {*special_ids(tokenizer)}
     require(not special, f"{shown} has the ids {sorted(special)} of bos, eos or pad, which no text may have")
     whole = [tokenizer.bos_id, *ids, tokenizer.eos_id]

@@ -14,77 +14,77 @@ class Wrong(DataPlugin):
 
 
 class ReturnsATuple(Wrong):
-    """batch(0, 4, seed=0) returns tuple: return a Batch(inputs, targets)"""
+    """batch(0, 32, seed=0) returns tuple: return a Batch(inputs, targets)"""
 
     def change(self, batch):
         return batch.inputs, batch.targets
 
 
 class HasFloatTargets(Wrong):
-    """the targets of batch(0, 4, seed=0) are torch.float32: make them a tensor of torch.long"""
+    """the targets of batch(0, 32, seed=0) are torch.float32: make them a tensor of torch.long"""
 
     def change(self, batch):
         return batch._replace(targets=batch.targets.float())
 
 
 class HasLists(Wrong):
-    """the inputs of batch(0, 4, seed=0) are list: make them a tensor of torch.long"""
+    """the inputs of batch(0, 32, seed=0) are list: make them a tensor of torch.long"""
 
     def change(self, batch):
         return batch._replace(inputs=batch.inputs.tolist())
 
 
 class HasFewerTargets(Wrong):
-    """the targets of batch(0, 4, seed=0) are of shape (4, 47): it must be (4, T), with one T for all"""
+    """the targets of batch(0, 32, seed=0) are of shape (32, 47): it must be (32, T), with one T for all"""
 
     def change(self, batch):
         return batch._replace(targets=batch.targets[:, 1:])
 
 
 class HasFewerRows(Wrong):
-    """the inputs of batch(0, 4, seed=0) are of shape (3, 48): it must be (4, T)"""
+    """the inputs of batch(0, 32, seed=0) are of shape (31, 48): it must be (32, T)"""
 
     def change(self, batch):
         return Batch(batch.inputs[1:], batch.targets[1:])
 
 
 class IsTooLong(Wrong):
-    """batch(0, 4, seed=0) has 96 tokens a row: give 1 to max_seq_len=48"""
+    """batch(0, 32, seed=0) has 96 tokens a row: give 1 to max_seq_len=48"""
 
     def change(self, batch):
         return Batch(batch.inputs.repeat(1, 2), batch.targets.repeat(1, 2))
 
 
 class HasNoTargets(Wrong):
-    """batch(0, 4, seed=0) has no targets: all are IGNORE"""
+    """batch(0, 32, seed=0) has no targets: all are IGNORE"""
 
     def change(self, batch):
         return batch._replace(targets=torch.full_like(batch.targets, IGNORE))
 
 
 class IgnoresByMinusOne(Wrong):
-    """the targets of batch(0, 4, seed=0), besides IGNORE = -100, hold [-1], but tokens go from 0 to 130"""
+    """the targets of batch(0, 32, seed=0), besides IGNORE = -100, hold [-1], but tokens go from 0 to 130"""
 
     def change(self, batch):
         return batch._replace(targets=batch.targets.masked_fill(batch.targets == IGNORE, -1))
 
 
 class UsesAnUnknownToken(Wrong):
-    """the inputs of batch(0, 4, seed=0) hold [131], but tokens go from 0 to 130"""
+    """the inputs of batch(0, 32, seed=0) hold [131], but tokens go from 0 to 130"""
 
     def change(self, batch):
         return batch._replace(inputs=batch.inputs.clone().fill_(131))
 
 
 class DrawsFromTheGlobalState(Wrong):
-    """batch(0, 4, seed=0) uses torch's global random state, as dropout does"""
+    """batch(0, 32, seed=0) uses torch's global random state, as dropout does"""
 
     def change(self, batch):
         return batch._replace(targets=batch.targets.masked_fill(torch.rand(batch.targets.shape) < 0.1, IGNORE))
 
 
 class DrawsFromAStateOfItsOwn(Wrong):
-    """batch(0, 4, seed=0) gives other rows when it is called again"""
+    """batch(0, 32, seed=0) gives other rows when it is called again"""
 
     random = np.random.default_rng(0)
 
@@ -94,14 +94,14 @@ class DrawsFromAStateOfItsOwn(Wrong):
 
 
 class Fails(Wrong):
-    """batch(0, 4, seed=0) fails (wrong_data.py, line 100: KeyError: 'rows')"""
+    """batch(0, 32, seed=0) fails (wrong_data.py, line 100: KeyError: 'rows')"""
 
     def change(self, batch):
         return {}["rows"]
 
 
 class BringsAMemoryAlone(Wrong):
-    """batch(0, 4, seed=0) has a memory, but the plugin has no method memory(prefixes)"""
+    """batch(0, 32, seed=0) has a memory, but the plugin has no method memory(prefixes)"""
 
     def change(self, batch):
         return batch._replace(memory=batch.inputs)
@@ -122,7 +122,7 @@ class ScoresPadding(Wrong):
 
 
 class RepeatsItself(DataPlugin):
-    """warning: batch(0, 4, seed=0) and batch(4, 4, seed=0) are the same rows. Let them depend on `start`"""
+    """warning: batch(0, 32, seed=0) and batch(32, 32, seed=0) are the same rows. Let them depend on `start`"""
 
     def batch(self, start, batch_size, seed):
         return self.data.batch(0, batch_size, seed)

@@ -32,14 +32,14 @@ class CountsItself(Bytes):
 
 
 class GivesArrays(Bytes):
-    """has the id [79]: ids are whole numbers"""
+    """has the id 79, of type uint8: ids are int, from 0 to vocab_size - 1 = 258"""
 
     def ids_of(self, text):
         return np.frombuffer(text.encode(), np.uint8)
 
 
 class GivesCharacters(Bytes):
-    """has the id [8217]: ids are whole numbers from 0 to vocab_size - 1 = 258"""
+    """has the id 8217, of type int: ids are int, from 0 to vocab_size - 1 = 258"""
 
     def ids_of(self, text):
         return list(map(ord, text))
@@ -105,14 +105,14 @@ class Sorts(Bytes):
 
 
 class HasTooFewPieces(Bytes):
-    """pieces for 114 ids: return one for each id"""
+    """pieces for 117 ids: return one for each id"""
 
     def tokens(self, text):
         return text.split()
 
 
 class LosesCapitals(Bytes):
-    """loses 3.5% of plain English, such as 'OLT': it is not counted as predicted, and beyond 1% the run is not compared"""
+    """loses 3.4% of plain English, such as 'OLT': it is not counted as predicted, and beyond 1% the run is not compared"""
 
     def ids_of(self, text):
         return list(text.lower().encode())
