@@ -24,6 +24,7 @@ def check_rows(plugin: DataPlugin) -> str:
         for start, batch in zip((0, SIZE), batches, strict=True):
             cure = "draw random numbers from a generator that is seeded by `seed` and the number of the row"
             require(equal(batch, batch_of(plugin, start)), f"{call(start)} gives other rows when it is called again: {cure}")
+        warn_of_targets(plugin, batches[0])
         if equal(*batches):
             warn(plugin, f"{call(0)} and {call(SIZE)} are the same rows. Let them depend on `start`")
         parts = memory + [part for batch in batches for part in batch if part is not None]
@@ -63,7 +64,7 @@ def batch_of(plugin: DataPlugin, start: int) -> Batch:
 
 
 def checked_batch(plugin: DataPlugin, start: int) -> Batch:
-    """A batch whose types, shapes and tokens are right. Raises ValueError; warns of targets that look wrong."""
+    """A batch whose types, shapes and tokens are right. Raises ValueError."""
     batch, vocab_size = batch_of(plugin, start), plugin.tokenizer.vocab_size
     for name in ("inputs", "targets", "story_ids"):
         part = getattr(batch, name)
@@ -81,17 +82,22 @@ def checked_batch(plugin: DataPlugin, start: int) -> Batch:
     check_tokens(f"the targets of {call(start)}, besides IGNORE = {IGNORE},", batch.targets[scored], vocab_size)
     require(batch.memory is None or plugin.memory is not None, f"{call(start)} has a memory, but the plugin has no method "
             "memory(prefixes), by which stories are scored and written")  # fmt: skip
-    if (share := share_equal(batch.targets[scored], batch.inputs[scored])) > MAX_COPIED:
-        warn(plugin, f"{share:.0%} of the targets equal the input at their position, so the model copies what it reads. "
-             "The target of a position is the token after it")  # fmt: skip
-    if (share := share_equal(batch.targets[scored], torch.tensor(plugin.tokenizer.pad_id))) > 0:
-        warn(plugin, f"{share:.0%} of the targets are padding. Set them to IGNORE")
     return batch
 
 
 def check_tokens(what: str, tokens: torch.Tensor, vocab_size: int):
     wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
     require(not len(wrong), f"{what} hold {wrong[:1].tolist()}, but tokens go from 0 to {vocab_size - 1}")
+
+
+def warn_of_targets(plugin: DataPlugin, batch: Batch):
+    """Print a line for targets that the model is shown, or that are padding."""
+    scored = batch.targets != IGNORE
+    if (share := share_equal(batch.targets[scored], batch.inputs[scored])) > MAX_COPIED:
+        warn(plugin, f"{share:.0%} of the targets equal the input at their position, so the model copies what it reads. "
+             "The target of a position is the token after it")  # fmt: skip
+    if (share := share_equal(batch.targets[scored], torch.tensor(plugin.tokenizer.pad_id))) > 0:
+        warn(plugin, f"{share:.0%} of the targets are padding. Set them to IGNORE")
 
 
 def share_equal(one: torch.Tensor, other: torch.Tensor) -> float:
