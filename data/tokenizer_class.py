@@ -28,8 +28,7 @@ def load_class(name: str, base: type) -> Any:
         classes = vars(importlib.import_module(module))
     except Exception as error:  # a reader's own code: anything may be wrong in it
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ImportError(f"the tokenizer {name!r} cannot be imported: {reason}. Put its file beside train.py or where you start "
-                          "it") from error  # fmt: skip
+        raise ImportError(f"the tokenizer {name!r} cannot be imported: {reason}. Put its file beside train.py") from error
     if class_name not in classes:
         raise ValueError(f"the tokenizer {name!r}: {module} has no {class_name}.{did_you_mean(class_name, classes)}")
     made = classes[class_name]
