@@ -137,8 +137,8 @@ class ModelConfig:
 class TrainConfig:
     """How a model is trained."""
 
-    data: str = "auto"  # tinystories, storyworld, hub:owner/name, a file or a folder; auto: tinystories, offline storyworld_small
-    tokenizer: str = "bpe_tokenizer_1024"  # a name in tokenizers/, a path, or hf:name for the Hugging Face hub
+    data: str = "auto"  # tinystories (auto; offline storyworld_small), storyworld, hub:owner/name, a path, DATA of a plugin
+    tokenizer: str = "bpe_tokenizer_1024"  # a name in tokenizers/, a path, hf:name for the Hugging Face hub, or module:Class
     max_stories: int | None = 200_000  # number of training stories to read; None is all
     packing: Literal["packed", "padded"] = "packed"  # several stories per row, or one story per row with padding
     mask_stories: bool = True  # keep tokens from attending to other stories in their row
@@ -198,8 +198,9 @@ class TrainConfig:
         require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "give two numbers from 0 to below 1")
         require(0 <= self.muon_momentum < 1, self, "muon_momentum", "give a number from 0 to below 1")
         require(self.eval_stories >= 200, self, "eval_stories", "give at least 200, as fewer cannot tell models apart")
+        world = stories_of(self.data).split(":")[0]
         require(
-            self.grade_stories == 0 or self.data.split(":")[0] in ("storyworld", "storyworld_small"), self, "grade_stories",
+            self.grade_stories == 0 or world in ("storyworld", "storyworld_small"), self, "grade_stories",
             f"only storyworld can grade stories, and not data={self.data!r}: give data='storyworld', or 0",
         )  # fmt: skip
         require(self.max_steps or self.max_minutes, self, "max_steps", "give max_steps or max_minutes")
@@ -359,6 +360,19 @@ def name_and_options(text: str) -> tuple[str, dict[str, Any]]:
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{text!r} cannot be read: write Name or Name(option=value)") from error
     return call.func.id, options
+
+
+def stories_of(data: str) -> str:
+    """The source of the stories in TrainConfig.data, without the DATA plugins around it.
+
+    >>> stories_of("SpanCorruption(data='storyworld:200', rate=0.15)"), stories_of("storyworld:200")
+    ('storyworld:200', 'storyworld:200')
+    """
+    try:
+        _, options = name_and_options(data)
+    except ValueError:  # a path or a name of the hub
+        return data
+    return stories_of(options["data"]) if isinstance(options.get("data"), str) else data
 
 
 def format_step(name: str, options: dict[str, Any]) -> str:

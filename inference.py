@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from data.cache import say
 from model import GPT, Cache
 from modules.cached_decoding import find_inexact_cache
+from modules.data_plugins import restore_memory
 from modules.model_trial import is_causal, takes
 from modules.registry import build_model
 from runs.command_line import InferenceArguments
@@ -62,8 +63,9 @@ def load_model(name: str, device: str = "cpu"):
     tokenizer = load_tokenizer(run.train_config.tokenizer)
     if tokenizer.fingerprint != saved["tokenizer_fingerprint"]:
         raise ValueError(f"the tokenizer {tokenizer.name!r} has changed since the run {name!r} was trained: restore the old one")
-    model = build_model(config, saved["vocab_size"])
+    model = build_model(config, saved["vocab_size"], tokenizer)
     load_weights(model, saved["model"], "model.pth", name)
+    restore_memory(model, run.train_config, tokenizer)
     return model.to(device).eval(), tokenizer
 
 
@@ -138,7 +140,8 @@ def generate_tokens(
 
     All rows are at the same position, so that no padding is needed: the common length is read at once, then a row that still has
     prompt tokens is given the next one, and the others the one that they have drawn. Row i stops after max_new_tokens[i], and is
-    drawn with seed + i, which gives the same tokens as if it were alone.
+    drawn with seed + i, which gives the same tokens as if it were alone. If the data of the model have a memory, it is made as
+    soon as the rows are long enough, and they are read again with it.
     """
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     device = next(model.parameters()).device
@@ -146,11 +149,15 @@ def generate_tokens(
     rows = [prompt[:position] for prompt in prompts]
     remaining = list(max_new_tokens)
     kwargs = {"cache": Cache()} if uses_cache(model, use_cache) else {}
-    num_cached = 0
+    num_cached, source = 0, getattr(model, "memory_source", None)
     while any(remaining):
+        if source is not None and "memory" not in kwargs and position >= source.prefix:
+            kwargs["memory"] = source.memory([row[: source.prefix] for row in rows]).to(device)
+            if "cache" in kwargs:  # its tokens were read without the memory
+                kwargs["cache"], num_cached = Cache(), 0
         # read the tokens that are not in the cache, and predict the next one
         logits, _ = model(torch.tensor([row[num_cached:] for row in rows], device=device), **kwargs)
-        num_cached = position if kwargs else 0
+        num_cached = position if "cache" in kwargs else 0
         probabilities = next_token_probabilities(logits[:, -1].float().cpu(), sampling)
 
         # append to each row: the next token of its prompt, a drawn token, or eos if it is finished

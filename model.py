@@ -319,9 +319,9 @@ class GPT(LoggingModule):
         """Logits (B, T, V), and the loss if targets are given (else None): the mean of nats per target.
 
         tokens and targets (B, T), targets are IGNORE where nothing is to be predicted. story_ids (B, T): stories packed into a
-        row do not see each other. window: how many recent tokens are visible. memory (B, M, ...): for cross-attention. cache:
-        a Cache of earlier tokens. Raises ValueError beyond max_seq_len. In training the loss includes those of blocks; afterwards
-        self.losses has the terms by name.
+        row do not see each other. window: how many recent tokens are visible. memory: (B, M) tokens or (B, M, D) for
+        cross-attention. cache: a Cache of earlier tokens. Raises ValueError beyond max_seq_len. In training the loss includes
+        those of blocks; afterwards self.losses has the terms by name.
         """
         x, shared = self.hidden_states(tokens, targets, story_ids, window, memory, cache)
         return self.score(x, targets, shared)
@@ -349,6 +349,8 @@ class GPT(LoggingModule):
             x = x + self.sinusoids[positions]
         rope = (self.rope_cos[None, start:S], self.rope_sin[None, start:S]) if self.config.positions == "rope" else None
         x = F.dropout(x, self.dropout, self.training)
+        if memory is not None and not memory.is_floating_point():
+            memory = self.embedding(memory) * self.embedding_scale  # (B, M, config.dim)
 
         # go through the layers
         shared = {"losses": defaultdict(float)}

@@ -1,4 +1,4 @@
-"""Text to token ids and back: the character-pair tokenizer, and any Hugging Face tokenizer behind the same interface.
+"""Text to token ids and back: the character-pair tokenizer, any Hugging Face tokenizer, and classes of one's own.
 
     python tokenizer.py --data ../stories.txt --vocab_size 1024 --name my_tokenizer
 
@@ -17,8 +17,10 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
+
+from data.tokenizer_class import load_class
 
 TOKENIZERS_DIR = Path(__file__).resolve().parent / "tokenizers"
 REPLACEMENT = "\ufffd"
@@ -83,37 +85,26 @@ def count_replacements(texts: str | Iterable[str]) -> int:
 
 
 class Tokenizer:
-    """A tokenizer of Hugging Face's `tokenizers`, from its JSON.
+    """Base class of all tokenizers. Your own sets four numbers and writes two methods, which know nothing of bos, eos and pad:
 
-    bos, eos and pad are added tokens with one of the usual names, or are appended; vocab_size includes them. Only `bos=True` and
-    `eos=True` put them into the ids: "<bos>" in a text is ordinary text.
+        class Bytes(Tokenizer):
+            vocab_size, bos_id, eos_id, pad_id = 259, 256, 257, 258
+
+            def ids_of(self, text: str) -> list[int]:
+                return list(text.encode())
+
+            def text_of(self, ids: list[int]) -> str:
+                return bytes(ids).decode(errors="replace")
+
+    Only `bos=True` and `eos=True` put the special tokens into the ids: "<bos>" in a text is ordinary text.
     """
 
-    def __init__(self, name: str, content: str):
-        from tokenizers import Tokenizer as Engine
-
-        self.name, self.content = name, content
-        self.engine = Engine.from_str(content)
-        self.engine.no_truncation()
-        self.engine.no_padding()
-        self.engine.post_processor = None
-        self.bos_id = self._special_id(BOS_NAMES)
-        self.eos_id = self._special_id(EOS_NAMES)
-        self.pad_id = self._special_id(PAD_NAMES)
-        self.engine.encode_special_tokens = True
-        self.vocab_size = max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
-        self.fingerprint = _fingerprint(json.loads(content))
-
-    def _special_id(self, names: list[str]) -> int:
-        added = {token.content: index for index, token in self.engine.get_added_tokens_decoder().items()}
-        for name in names:
-            if name in added:
-                return added[name]
-        self.engine.add_special_tokens([names[0]])
-        return self.engine.token_to_id(names[0])
-
-    def __reduce__(self):
-        return type(self), (self.name, self.content)
+    name: str = ""  # what load_tokenizer was given
+    fingerprint: str  # of what it does; load_tokenizer makes it for a class of your own
+    vocab_size: int  # bos, eos and pad included
+    bos_id: int
+    eos_id: int
+    pad_id: int
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, vocab_size={self.vocab_size})"
@@ -126,9 +117,8 @@ class Tokenizer:
         return self.encode_batch([text], bos, eos)[0]
 
     def encode_batch(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
-        """The ids of each text; much faster than one call per text."""
-        encodings = self.engine.encode_batch_fast([self._prepare(text) for text in texts], add_special_tokens=False)
-        return [[self.bos_id] * bos + encoding.ids + [self.eos_id] * eos for encoding in encodings]
+        """The ids of each text; with `tokenizers` much faster than one call per text."""
+        return [[self.bos_id] * bos + list(self.ids_of(self._prepare(text))) + [self.eos_id] * eos for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids, without bos, eos and pad. Raises ValueError for an id outside of the vocabulary."""
@@ -137,19 +127,18 @@ class Tokenizer:
             wrong = next(index for index in ids if not 0 <= index < self.vocab_size)
             raise ValueError(f"{self.name} has no token {wrong}: its ids go from 0 to {self.vocab_size - 1}")
         special = (self.bos_id, self.eos_id, self.pad_id)
-        return self.engine.decode([index for index in ids if index not in special], skip_special_tokens=True)
+        return self.text_of([index for index in ids if index not in special])
 
     def normalise(self, text: str) -> str:
         """The text after encoding and decoding: decode(encode(text))."""
         return self.decode(self.encode(text))
 
     def tokens(self, text: str) -> list[str]:
-        """The piece of text of each id, for display. A character made of several ids is shown with the first."""
-        text, pieces, end = self._prepare(text), [], 0
-        for start, stop in self.engine.encode(text, add_special_tokens=False).offsets:
-            pieces.append(text[max(start, end) : stop])
-            end = max(end, stop)
-        return pieces
+        """The piece of text of each id, for display. A character made of several ids is shown with the last."""
+        ids = self.encode(text)
+        ends = [len(self.decode(ids[:end]).rstrip(REPLACEMENT)) for end in range(len(ids))] + [None]
+        whole = self.decode(ids)
+        return [whole[start:end] for start, end in pairwise(ends)]
 
     def kept_bytes(self, text: str) -> int:
         """UTF-8 bytes of the characters of a text that `decode` gives back; those that it changes or drops are lost.
@@ -182,7 +171,55 @@ class Tokenizer:
         return f'<div style="white-space:pre-wrap; font-family:monospace; line-height:1.6">{bar.join(spans)}</div>'
 
 
-class CharacterPairTokenizer(Tokenizer):
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of Hugging Face's `tokenizers`, from its JSON.
+
+    bos, eos and pad are added tokens with one of the usual names, or are appended.
+    """
+
+    def __init__(self, name: str, content: str):
+        from tokenizers import Tokenizer as Engine
+
+        self.name, self.content = name, content
+        self.engine = Engine.from_str(content)
+        self.engine.no_truncation()
+        self.engine.no_padding()
+        self.engine.post_processor = None
+        self.bos_id = self._special_id(BOS_NAMES)
+        self.eos_id = self._special_id(EOS_NAMES)
+        self.pad_id = self._special_id(PAD_NAMES)
+        self.engine.encode_special_tokens = True
+        self.vocab_size = max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
+        self.fingerprint = _fingerprint(json.loads(content))
+
+    def _special_id(self, names: list[str]) -> int:
+        added = {token.content: index for index, token in self.engine.get_added_tokens_decoder().items()}
+        for name in names:
+            if name in added:
+                return added[name]
+        self.engine.add_special_tokens([names[0]])
+        return self.engine.token_to_id(names[0])
+
+    def __reduce__(self):
+        return type(self), (self.name, self.content)
+
+    def encode_batch(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
+        encodings = self.engine.encode_batch_fast([self._prepare(text) for text in texts], add_special_tokens=False)
+        return [[self.bos_id] * bos + encoding.ids + [self.eos_id] * eos for encoding in encodings]
+
+    def text_of(self, ids: list[int]) -> str:
+        return self.engine.decode(ids, skip_special_tokens=True)
+
+    def tokens(self, text: str) -> list[str]:
+        """The piece of text of each id, for display. A character made of several ids is shown with the first."""
+        text, pieces, end = self._prepare(text), [], 0
+        for start, stop in self.engine.encode(text, add_special_tokens=False).offsets:
+            pieces.append(text[max(start, end) : stop])
+            end = max(end, stop)
+        return pieces
+
+
+class CharacterPairTokenizer(HuggingFaceTokenizer):
     """Ids: ALPHABET (0 to 94), the merges in the order in which they were learned, bos, eos, pad."""
 
     def _prepare(self, text: str) -> str:
@@ -327,8 +364,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     Parameters
     ----------
     name : str
-        A name in tokenizers/ ("bpe_tokenizer_1024"), a .model or tokenizer.json file, a folder with one, or "hf:" and a name
-        on the Hugging Face hub ("hf:gpt2") or a local path.
+        A name in tokenizers/ ("bpe_tokenizer_1024"), a .model or tokenizer.json file, a folder with one, "hf:" and a name
+        on the Hugging Face hub ("hf:gpt2") or a local path, or your own class ("my_module:Bytes", "my_module:Bytes(size=1)").
 
     Returns
     -------
@@ -337,8 +374,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        If there is no such tokenizer, or its file is damaged.
+    FileNotFoundError, ImportError, ValueError
+        If there is no such tokenizer, its file is damaged, or its class makes a mistake.
 
     Examples
     --------
@@ -348,6 +385,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     >>> tokenizer.decode(tokenizer.encode("Once upon a time"))
     'Once upon a time'
     """
+    if re.fullmatch(r"(?!hf:)[\w.]+:[^\W\d]\w*(\(.*\))?", str(name)):
+        return load_class(str(name), Tokenizer)
     path = _find_tokenizer(str(name))
     try:
         content = path.read_text(encoding="utf-8")
@@ -357,7 +396,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         vocabulary = parsed["model"]["vocab"]
         is_ours = isinstance(vocabulary, dict) and sorted(vocabulary, key=vocabulary.get)[: len(ALPHABET)] == list(ALPHABET)
-        return (CharacterPairTokenizer if is_ours else Tokenizer)(str(name), content)
+        return (CharacterPairTokenizer if is_ours else HuggingFaceTokenizer)(str(name), content)
     except Exception as error:  # `tokenizers` raises bare Exceptions
         raise ValueError(f"{path} is JSON, but not of a tokenizer ({error!r}): give a file that `tokenizers` wrote") from error
 
@@ -377,7 +416,9 @@ def _find_tokenizer(name: str) -> Path:
     names = available_tokenizers()
     close = difflib.get_close_matches(name, names, n=1, cutoff=0)
     hint = f"Did you mean {close[0]!r}? " if close else ""
-    raise FileNotFoundError(f"no tokenizer is called {name!r}. {hint}There are: {', '.join(names)}; or one of the hub: hf:gpt2")
+    raise FileNotFoundError(
+        f"no tokenizer is called {name!r}. {hint}There are: {', '.join(names)}; of the hub: hf:gpt2; or your own: module:Class"
+    )
 
 
 def _download(repository: str) -> Path:

@@ -111,15 +111,18 @@ def train(
             window = growing_window(progress, train_config, model_config.max_seq_len)
 
             # gather the batch
-            batch = data.batch(training.rows, batch_size, data_seed)  # inputs, targets, story_ids: each (B, T)
+            batch = data.batch(training.rows, batch_size, data_seed)  # inputs, targets, story_ids: (B, T); memory
             training.rows += batch_size
             num_targets = (batch.targets != IGNORE).sum().item()
 
             # forward and backward, a micro-batch at a time; weighted, their losses add up to the mean over the batch
             losses = Counter()  # by name; "next_token" is the cross-entropy
             for rows in torch.arange(batch_size).split(plan.micro_batch_size):
-                inputs, targets, story_ids = (part[rows].to(training.device) for part in batch)
-                options = {"story_ids": story_ids if train_config.mask_stories else None, "window": window}
+                parts = (None if part is None else part[rows].to(training.device) for part in batch)
+                inputs, targets, story_ids, memory = parts
+                if (targets == IGNORE).all():
+                    continue
+                options = {"story_ids": story_ids if train_config.mask_stories else None, "window": window, "memory": memory}
                 with torch.autocast(training.device.type, torch.bfloat16, enabled=plan.dtype == "bfloat16"):
                     _, loss = model(inputs, targets, **accepted_kwargs(model, **options))
                 share = (targets != IGNORE).sum() / num_targets
@@ -138,12 +141,13 @@ def train(
 
             # log, evaluate and save
             training.step, training.tokens = training.step + 1, training.tokens + num_targets
+            training.tokens_read += data.num_read(batch)
             finished = train_config.progress(training.step, clock.training) >= 1
             record = Record(
                 training.step, training.tokens, clock.training, losses.pop("next_token"), None, None, None, learning_rate,
                 gradient_norm, losses=dict(losses) or None,
                 tokens_per_second=num_targets / (clock.training - seconds_before), peak_memory_mb=peak_memory_mb(training.device),
-                flops=training.flops_per_token * training.tokens, overhead_seconds=clock.overhead,
+                flops=training.flops_per_token * training.tokens_read, overhead_seconds=clock.overhead,
             )  # fmt: skip
             if finished or training.step % train_config.eval_every == 0:
                 record = training.evaluated(record)

@@ -33,11 +33,12 @@ PIECE = np.dtype([("start", "<u8"), ("length", "<u4")])
 
 
 class Batch(NamedTuple):
-    """The input of a training step: LongTensors, each (B, T)."""
+    """The input of a training step: LongTensors, the first three (B, T)."""
 
     inputs: Any
     targets: Any  # the next token of each input; IGNORE where it is not scored
-    story_ids: Any  # numbers the stories of a row
+    story_ids: Any = None  # numbers the stories of a row, which do not see each other; None: one story a row
+    memory: Any = None  # (B, M) tokens or (B, M, D) floats for blocks that ask for `memory`; see data/plugin.py
 
 
 class Data:
@@ -56,15 +57,21 @@ class Data:
         beginnings of stories that fill gaps.
     validation : list of str
         At most 3000 whole stories, in the order of their hashes.
+    tokenizer : Tokenizer
+        The one of the rows.
+    max_seq_len : int
+        T.
+    packing : str
+        "packed" or "padded", see `load_data`.
     """
 
-    def __init__(self, name: str, fingerprint: str, stories_dir: Path, rows_dir: Path, info: dict, capacity: int, tokenizer):
+    def __init__(self, name: str, fingerprint: str, stories_dir: Path, rows_dir: Path, info: dict, tokenizer, max_seq_len: int,
+                 packing: str):  # fmt: skip
         self.name, self.fingerprint = name, fingerprint
+        self.tokenizer, self.max_seq_len, self.packing = tokenizer, max_seq_len, packing
         self.num_stories, self.num_tokens, self.num_rows = info["stories"], info["tokens"], info["rows"]
         self.wasted, self.left_out, self.repeated = info["wasted"], info["left_out"], info["repeated"]
         self.validation: list[str] = json.loads((stories_dir / "validation.json").read_text(encoding="utf-8"))
-        self._capacity = capacity
-        self._bos_id, self._eos_id, self._pad_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
         self._tokens = np.asarray(np.memmap(stories_dir / "tokens.bin", token_dtype(tokenizer.vocab_size), "r"))
         self._pieces = np.asarray(np.memmap(rows_dir / "pieces.bin", PIECE, "r"))
         self._row_starts = np.asarray(np.memmap(rows_dir / "first.bin", "<u8", "r"))
@@ -74,20 +81,31 @@ class Data:
 
         The stream goes through all rows once per epoch, in a new order each time. A batch may span two epochs.
         """
-        rows = self.rows(start, batch_size, seed)  # (B, T + 1)
-        ids = story_ids(rows, self._bos_id, self._eos_id)
-        # do not score padding, nor the first token of the next story, which cannot be predicted from this one
-        not_scored = (rows[:, 1:] == self._pad_id) | (ids[:, 1:] != ids[:, :-1])
-        return Batch(rows[:, :-1], rows[:, 1:].masked_fill(not_scored, IGNORE), ids[:, :-1])
+        return self.to_batch(self.rows(start, batch_size, seed))
 
     def rows(self, start: int, batch_size: int, seed: int):
         """The tokens of these rows of the stream, padded with pad_id: LongTensor (B, T + 1)."""
+        places = (divmod(position, self.num_rows) for position in range(start, start + batch_size))
+        return self.take([shuffled(self.num_rows, seed, epoch)[index] for epoch, index in places])
+
+    def to_batch(self, rows) -> Batch:
+        """Inputs, targets and story ids of rows of tokens, a LongTensor (B, T + 1)."""
+        ids = story_ids(rows, self.tokenizer.bos_id, self.tokenizer.eos_id)
+        # do not score padding, nor the first token of the next story, which cannot be predicted from this one
+        not_scored = (rows[:, 1:] == self.tokenizer.pad_id) | (ids[:, 1:] != ids[:, :-1])
+        return Batch(rows[:, :-1], rows[:, 1:].masked_fill(not_scored, IGNORE), ids[:, :-1])
+
+    def num_read(self, batch: Batch) -> int:
+        """The tokens of a batch that FLOPs are counted for: those that are predicted."""
+        return (batch.targets != IGNORE).sum().item()
+
+    def take(self, numbers: Iterable[int]):
+        """Rows by their numbers, from 0 to num_rows - 1, padded with pad_id: LongTensor (B, T + 1)."""
         import torch
 
-        rows = np.full((batch_size, self._capacity), self._pad_id, np.int64)
-        for position, row in enumerate(rows, start):
-            epoch, index = divmod(position, self.num_rows)
-            number = shuffled(self.num_rows, seed, epoch)[index]
+        numbers = list(numbers)
+        rows = np.full((len(numbers), self.max_seq_len + 1), self.tokenizer.pad_id, np.int64)
+        for number, row in zip(numbers, rows, strict=True):
             end = 0
             for offset, length in self._pieces[self._row_starts[number]:self._row_starts[number + 1]].tolist():
                 row[end:end + length] = self._tokens[offset:offset + length]
@@ -95,7 +113,7 @@ class Data:
         return torch.from_numpy(rows)
 
 
-def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packed", max_stories: int | None = None,
+def load_data(source: str | Source, tokenizer, max_seq_len: int, *, packing: str = "packed", max_stories: int | None = None,
               cache_dir: str | Path | None = None, progress: bool = True) -> Data:
     """Tokenise and pack a source, or open what an earlier call has left in the cache.
 
@@ -103,8 +121,8 @@ def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packe
 
     Parameters
     ----------
-    source : str
-        As in `read_stories`.
+    source : str or Source
+        A name as in `read_stories`, or what `open_source` returns.
     tokenizer : Tokenizer
         From `load_tokenizer`.
     max_seq_len : int
@@ -141,20 +159,21 @@ def load_data(source: str, tokenizer, max_seq_len: int, *, packing: str = "packe
     if tokenizer.pad_id in (tokenizer.bos_id, tokenizer.eos_id):
         raise ValueError(f"{tokenizer.name} pads with its bos or eos token ({tokenizer.pad_id}), which the loss would ignore. "
                          "Give it a pad token of its own")
-    opened, cache_dir, capacity = open_source(source), Path(cache_dir or default_cache_dir()), max_seq_len + 1
+    opened = open_source(source) if isinstance(source, str) else source
+    cache_dir = Path(cache_dir or default_cache_dir())
     key, fingerprint = keys(opened, tokenizer, max_seq_len, packing, max_stories, cache_dir)
     stories_dir, rows_dir = cache_dir / f"stories-{key}", cache_dir / f"rows-{fingerprint}-2"  # 2: with `repeated`
 
     stories, tokenised = open_or_build(stories_dir, lambda folder: _tokenise(opened, tokenizer, max_stories, folder, progress))
     lengths = np.memmap(stories_dir / "lengths.bin", np.uint32, "r")
-    rows, packed = open_or_build(rows_dir, lambda folder: _write_rows(lengths, capacity, packing, folder))
+    rows, packed = open_or_build(rows_dir, lambda folder: _write_rows(lengths, max_seq_len + 1, packing, folder))
     if tokenised:
         opened.say(Counter(stories["skipped"]))
     if tokenised or packed:
         say(f"{opened.name}: {stories['stories']:,} stories, {stories['tokens'] / 1e6:.1f}M tokens, "
             f"{rows['wasted']:.1%} padding, {rows['left_out']:.1%} left out, "
             f"{rows['repeated']:.1%} of the targets are repeated beginnings of stories")
-    return Data(opened.name, fingerprint, stories_dir, rows_dir, stories | rows, capacity, tokenizer)
+    return Data(opened.name, fingerprint, stories_dir, rows_dir, stories | rows, tokenizer, max_seq_len, packing)
 
 
 def keys(source: Source, tokenizer, max_seq_len: int, packing: str, max_stories: int | None, cache_dir: Path) -> tuple[str, str]:

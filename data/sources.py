@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from config import format_step, name_and_options, stories_of
 from data.cache import digest, first_line, say
 
 HUB_NAMES = {
@@ -42,7 +43,7 @@ class Source:
         """The non-empty stories, stripped; skipped rows are counted. SEPARATOR in a text starts another story."""
         for text in self.splits[split]():
             if not isinstance(text, str | None):
-                raise ValueError(f"{self.name}: the column of the stories holds {text!r:.40}. It has to be strings")
+                raise ValueError(f"{self.name}: one of the stories is {text!r:.40}. It has to be a string")
             stories = [story for part in (text or "").split(SEPARATOR) if (story := part.strip())]
             if not stories:
                 skipped["null rows skipped" if text is None else "empty rows skipped"] += 1
@@ -123,9 +124,12 @@ def open_source(source: str) -> Source:
 def portable_name(source: str) -> str:
     """A source by a name that means the same on another machine: the last part of a path, which BASEGPT_DATA finds again.
 
-    >>> portable_name("../my_stories"), portable_name("hub:owner/name"), portable_name("storyworld:300")
-    ('my_stories', 'hub:owner/name', 'storyworld:300')
+    >>> portable_name("../my_stories"), portable_name("hub:owner/name"), portable_name("PrefixLM(data='../my_stories')")
+    ('my_stories', 'hub:owner/name', "PrefixLM(data='my_stories')")
     """
+    if stories_of(source) != source:  # DATA of a plugin
+        name, options = name_and_options(source)
+        return format_step(name, options | {"data": portable_name(options["data"])})
     if source in HUB_NAMES.values() or re.fullmatch(r"hub:(\w[\w.-]*/)?\w[\w.-]*", source):
         return source
     return re.split(r"[/\\]", source.rstrip("/\\"))[-1].removeprefix("hub:")

@@ -120,7 +120,9 @@ def format_size(size: float, digits: int = 3) -> str:
     return f"{size / 1e6:.{digits}g}m"
 
 
-def ladder(architecture: str, config: ModelConfig, vocab_size: int, sizes: list[int]) -> list[Rung]:
+def ladder(
+    architecture: str, config: ModelConfig, vocab_size: int, sizes: list[int], tokenizer: str | None = None
+) -> list[Rung]:
     """Scale the architecture to each size. Raises ValueError for a size it cannot match."""
 
     @cache
@@ -128,13 +130,13 @@ def ladder(architecture: str, config: ModelConfig, vocab_size: int, sizes: list[
         """Count the parameters at this dim; None if the dim is invalid."""
         try:
             with torch.random.fork_rng(devices=[]):
-                model = build_model(at_width(config, dim), vocab_size)
+                model = build_model(at_width(config, dim), vocab_size, tokenizer)
         except ValueError:  # dim is not divisible by heads or groups
             return None
         return sum(weight.numel() for weight in model.parameters())
 
     with torch.random.fork_rng(devices=[]):
-        build_model(config, vocab_size)  # raise errors that do not depend on dim
+        build_model(config, vocab_size, tokenizer)  # raise errors that do not depend on dim
     rungs = []
     for size in sizes:
         dim = nearest_width(config.dim, size, parameters)
@@ -224,7 +226,7 @@ def plan(specs: tuple[str, ...], sizes: tuple[str, ...], seeds: int = SEEDS, bud
     if seeds == 1:
         notes.append("--seeds 1: a single seed gives estimates, without intervals and verdicts")
     for spec, (config, _) in architectures.items():
-        for rung in ladder(spec, replace(config, max_seq_len=context), vocab_size, targets):
+        for rung in ladder(spec, replace(config, max_seq_len=context), vocab_size, targets, train.tokenizer):
             *experiment, own = spec.split("/")
             run_name = "/".join([*experiment, f"{name}-{own}-{rung.label}-{budget}"])
             rungs.append(rung)

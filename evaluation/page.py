@@ -175,10 +175,11 @@ def where_the_loss_is(
     """
     stories_of, available = {}, []
     for group in groups:
-        data = Run(group.members[0].name).train_config.data
+        run = Run(group.members[0].name)
+        data = run.train_config.data, data_if_missing, run.model_config.plugins
         try:
             if data not in stories_of:
-                stories_of[data] = validation_stories(data, data_if_missing)
+                stories_of[data] = validation_stories(*data)
         except OSError as error:
             notes.append(f"the loss of {group.name} by position and kind of word was not measured: {error}")
             continue

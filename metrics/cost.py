@@ -220,11 +220,20 @@ def config_of(spec: str | ModelConfig) -> tuple[ModelConfig, int]:
     return model_config, load_tokenizer(train_config.tokenizer).vocab_size
 
 
+def tokenizer_of(spec: str | ModelConfig) -> str:
+    """The name of the tokenizer of a run, group of seeds or preset; the default one of a config."""
+    if isinstance(spec, ModelConfig) or "->" in spec:  # a config, or a layer string
+        return TrainConfig().tokenizer
+    if spec in {*run_names(), *group_names()}:
+        return Run(group_members(spec)[0]).train_config.tokenizer
+    return preset(spec).train.tokenizer
+
+
 def cost_of(spec: str | ModelConfig, T: int | None = None) -> Cost:
     """Measure the cost of a run, group of seeds, preset or config, for T tokens. Raises as config_of and model_cost do."""
     config, vocab_size = config_of(spec)
     with torch.random.fork_rng(devices=[]):
-        return model_cost(build_model(config, vocab_size), T)
+        return model_cost(build_model(config, vocab_size, tokenizer_of(spec)), T)
 
 
 def num_parameters(model, embeddings: bool = True) -> int:

@@ -4,14 +4,15 @@ Bits per byte count the bytes that the tokenizer gives back, so models compare i
 their tokenizers keep the text, or normalise it in the same way.
 
 A story is bos + text + eos. Every token after bos, eos included, is predicted once, with as much of the story as the context
-holds: a story longer than the context is read in windows that overlap by half.
+holds: a story longer than the context is read in windows that overlap by half. If the data of the model have a memory
+(data/plugin.py), the tokens that it is made from are predicted without it, and all others with it.
 
 B batch, T time, V vocabulary.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,7 @@ class Window:
     inputs: list[int]
     targets: list[int]
     start: int  # position of its first token in the story
+    prefix: list[int] | None = None  # what its memory is made from; None: it is read without a memory
 
 
 def windows(stories: list[list[int]], max_seq_len: int) -> list[Window]:
@@ -82,6 +84,17 @@ def windows(stories: list[list[int]], max_seq_len: int) -> list[Window]:
     return pieces
 
 
+def windows_with_memory(stories: list[list[int]], max_seq_len: int, prefix: int) -> list[Window]:
+    """Cut stories into windows without a memory, for their first `prefix` tokens, and with the memory of these for the others."""
+    pieces = windows([tokens[:prefix] for tokens in stories], max_seq_len)
+    for piece in windows(stories, max_seq_len):
+        known = max(0, prefix - 1 - piece.start)  # targets that the memory is made from
+        targets = [IGNORE] * min(known, len(piece.targets)) + piece.targets[known:]
+        if any(target != IGNORE for target in targets):
+            pieces.append(replace(piece, targets=targets, prefix=stories[piece.story][:prefix]))
+    return pieces
+
+
 @torch.no_grad()
 def predictions(
     model: GPT, tokenizer, tokenised: list[list[int]], batch_size: int = 32
@@ -90,8 +103,22 @@ def predictions(
 
     A batch has at most batch_size windows, and fewer if their logits would take more than 16 MB.
     """
+    source = getattr(model, "memory_source", None)
+    if source is None:
+        yield from predictions_of(model, tokenizer, windows(tokenised, model.config.max_seq_len), batch_size)
+    else:
+        pieces = windows_with_memory(tokenised, model.config.max_seq_len, source.prefix)
+        for with_memory in (False, True):
+            chosen = [piece for piece in pieces if (piece.prefix is not None) == with_memory]
+            yield from predictions_of(model, tokenizer, chosen, batch_size)
+
+
+def predictions_of(
+    model: GPT, tokenizer, pieces: list[Window], batch_size: int
+) -> Iterator[tuple[list[Window], Tensor, Tensor]]:
+    """As `predictions`, of windows that are all with a memory, or all without."""
     device = next(model.parameters()).device
-    pieces = sorted(windows(tokenised, model.config.max_seq_len), key=lambda piece: len(piece.inputs))
+    pieces = sorted(pieces, key=lambda piece: len(piece.inputs))
     if pieces:
         batch_size = max(1, min(batch_size, MAX_LOGITS // (len(pieces[-1].inputs) * model.vocab_size)))
     bar = {"desc": "scoring", "delay": 1.0, "leave": False, "disable": None}  # after a second, and only in a terminal
@@ -100,7 +127,10 @@ def predictions(
         width = max(len(piece.inputs) for piece in batch)
         inputs = torch.tensor([piece.inputs + [tokenizer.pad_id] * (width - len(piece.inputs)) for piece in batch])
         targets = torch.tensor([piece.targets + [IGNORE] * (width - len(piece.targets)) for piece in batch])
-        logits, _ = model(inputs.to(device))
+        memory = {}
+        if batch[0].prefix is not None:
+            memory["memory"] = model.memory_source.memory([piece.prefix for piece in batch]).to(device)
+        logits, _ = model(inputs.to(device), **memory)
         yield batch, logits, targets.to(device)
 
 

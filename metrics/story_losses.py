@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from data.dataset import MAX_LOST, choose_validation, fingerprint
 from data.sources import open_source, portable_name
+from modules.data_plugins import open_data
 from runs.code import digest
 from runs.folder import Run
 
@@ -47,7 +48,7 @@ def save_losses(name: str, source_if_missing: str | None = None):
 
     run = Run(name)
     model, tokenizer = load_model(name)
-    data, stories = validation_stories(run.train_config.data, source_if_missing)
+    data, stories = validation_stories(run.train_config.data, source_if_missing, run.model_config.plugins)
     score = evaluate(model, tokenizer, stories, top_k=TOP_K)
     saved = run.load("model.pth", {"data"})
     digests = [digest(story.encode(errors="surrogatepass")) for story in stories]
@@ -63,13 +64,15 @@ def save_losses(name: str, source_if_missing: str | None = None):
     run.save_text("story_losses.json", json.dumps(asdict(scored), indent=2) + "\n")
 
 
-def validation_stories(source: str, source_if_missing: str | None) -> tuple[str, list[str]]:
+def validation_stories(
+    source: str, source_if_missing: str | None, plugins: tuple[str, ...] = ()
+) -> tuple[str, list[str]]:
     """Return the name of a source and its validation stories, or those of source_if_missing if it is not available.
 
-    Raises OSError if neither is available.
+    The source may be DATA of the plugins. Raises OSError if neither is available.
     """
     try:
-        opened = open_source(source)
+        opened = open_data(source, plugins)
     except OSError as error:  # no such file or folder, or no connection to the hub
         if source_if_missing is None:
             raise type(error)(f"{error}. To score on other stories, give data_if_missing, such as auto") from error

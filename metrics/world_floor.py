@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from config import stories_of
 from data.cache import say
 from data.dataset import choose_validation, fingerprint
 from data.sources import open_source
@@ -36,7 +37,7 @@ def world_floor(name: str) -> Floor | None:
     saved = run.load("model.pth", {"data", "validation_stories", "validation_fingerprint"})
     if not is_world(saved["data"]):
         return None
-    stories = validation_of(saved["data"] if source == "auto" else source)[: saved["validation_stories"]]
+    stories = validation_of(stories_of(saved["data"] if source == "auto" else source))[: saved["validation_stories"]]
     if fingerprint(stories) != saved["validation_fingerprint"]:
         say(f"the storyworld has changed since the run {name!r} was trained: the entropy of its stories is not known any more")
         return None
@@ -51,7 +52,7 @@ def floor_of(stories: list[str], tokenizer, data: str) -> Floor | None:
     if not keeps_stories(tokenizer):
         say(f"{tokenizer.name} does not keep the stories of the world as they are: their entropy in its tokens is not known")
         return None
-    nats = sum(nats_of(story, data.split(":")[0]) for story in stories)
+    nats = sum(nats_of(story, stories_of(data).split(":")[0]) for story in stories)
     num_tokens = sum(map(len, tokenizer.encode_batch(stories, eos=True)))
     return Floor(nats / num_tokens, nats / math.log(2) / sum(len(story.encode()) for story in stories))
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
+from config import stories_of
 from data.cache import say
 from data.storyworld.world import WORLDS, score, sentence_spans, stories
 from inference import generate, load_model
@@ -57,8 +58,8 @@ class Grades:
 
 
 def is_world(data: str) -> bool:
-    """Whether a source is one of the worlds, with or without :COUNT."""
-    return data.split(":")[0] in WORLDS
+    """Whether a source is one of the worlds, with or without :COUNT, or a DATA plugin that changes the rows of one."""
+    return stories_of(data).split(":")[0] in WORLDS
 
 
 def as_told(text: str) -> str:

@@ -304,6 +304,12 @@ def check_one_token_and_no_rope(trial: Trial):
     require(trial.run(trial.inputs.times(slice(1))).isfinite().all(), "it is not finite for a single token")
     if "rope" in trial.accepted:
         require(trial.run(trial.inputs, rope=False).isfinite().all(), "it is not finite where rope is None")
+    if "memory" in trial.accepted:
+        try:
+            trial.run(replace(trial.inputs, memory=None))
+        except Exception as error:  # a reader's own code
+            cure = "add nothing then, as for the tokens that the memory is made from"
+            raise ContractError(f"it fails where memory is None ({error}): {cure}") from error
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from tools import LoggingModule
 class CrossAttention(LoggingModule):
     """Attention of every token to the whole memory, without a mask.  (B, T, D) -> (B, T, D)
 
-    Vaswani et al. 2017, arXiv 1706.03762, section 3.2.3. The memory (B, M, memory_dim) comes from `model(tokens, memory=...)`;
-    memory_dim is by default that of the model. With a cache, keys and values are computed only once.
+    Vaswani et al. 2017, arXiv 1706.03762, section 3.2.3. The memory (B, M, memory_dim) is that of a DATA plugin, see
+    data/plugin.py; memory_dim is by default that of the model. Without a memory it adds nothing. With a cache, keys and values
+    are computed only once.
     """
 
     examples = ("CrossAttn", "Norm->Attn->+->Norm->CrossAttn(num_kv_heads=1, qk_norm=True)->+")
@@ -38,8 +39,10 @@ class CrossAttention(LoggingModule):
         self.k_norm = norm(head_dim, norm_eps=norm_eps) if qk_norm else None
 
     def forward(self, x, *, memory=None, cache=None):
-        """Raises ValueError if the memory is missing, or has another width or number of rows."""
+        """Raises ValueError for a memory of another width or number of rows."""
         B, T, D = x.shape
+        if memory is None and not cache:
+            return torch.zeros_like(x)
         q = self.w_q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, num_heads, T, head_dim)
         q = q if self.q_norm is None else self.q_norm(q)
         k, v = (cache["k"], cache["v"]) if cache else self.read(memory, B)
@@ -51,8 +54,6 @@ class CrossAttention(LoggingModule):
 
     def read(self, memory, B):
         """Keys and values of the memory, each (B, num_kv_heads, M, head_dim)."""
-        if memory is None:
-            raise ValueError("CrossAttn reads a memory, but there is none: call model(tokens, memory=...)")
         if memory.dim() != 3 or memory.shape[0] != B or memory.shape[2] != self.memory_dim:
             raise ValueError(f"memory {tuple(memory.shape)}: CrossAttn reads ({B}, M, {self.memory_dim}). Set its memory_dim")
         M = memory.shape[1]

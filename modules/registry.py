@@ -7,15 +7,16 @@ A model that differs from GPT in more than its blocks is a class in MODELS of a 
     Model(config: ModelConfig, vocab_size: int), a torch module with
     forward(tokens, targets=None, *, story_ids=None, window=None, cache=None) -> (logits, loss)
 
-If its __init__ has an argument `blocks`, as GPT's, it is given all blocks by name; a subclass of GPT must pass them on. tokens
-and targets (B, T) are integers; a target that is model.IGNORE is not scored. The softmax of logits (B, T, V) predicts the next
-token; evaluation and generation read nothing else. loss is what training minimises, a mean over the targets, None without
-targets. While training with targets, logits may be None.
+If its __init__ has an argument `blocks`, as GPT's, it is given all blocks by name; a subclass of GPT must pass them on. An
+argument `tokenizer` is the one that it is trained with. tokens and targets (B, T) are integers; a target that is model.IGNORE is
+not scored. The softmax of logits (B, T, V) predicts the next token; evaluation and generation read nothing else. loss is what
+training minimises, a mean over the targets, None without targets. While training with targets, logits may be None.
 
 Each of the keywords is optional. story_ids (B, T) number the stories of a row, which must not see each other: a model without
 it trains with padded packing, or without mask_stories. window is how many recent tokens may be seen: without it there is no
 window_start. cache, a model.Cache, lasts as long as a story is generated, and tokens are then only the new ones;
-cache.blocks[self] is a dict for whatever the model keeps. Without a cache all tokens are read again for each new one. Optional
+cache.blocks[self] is a dict for whatever the model keeps. Without a cache all tokens are read again for each new one. A keyword
+memory is what DATA plugins supply (data/plugin.py), None without. Optional
 attributes, used if present: num_parameters(embeddings) -> int; an output matrix called head, which Muon leaves to AdamW; losses,
 the terms of the last training loss by name, detached, "next_token" among them: the log has a column for each; own_loss, None or
 what --train.loss sets it to, a function (logits, targets) -> (name, loss) to minimise in place of the cross-entropy;
@@ -74,6 +75,7 @@ from modules import (
 )
 from modules.explain import explain
 from runs.moved import moved_to
+from tokenizer import Tokenizer, load_tokenizer
 
 FAMILIES = (
     model, norms, attention, latent_attention, sparse_attention, cross_attention, linear_attention, deltanet, griffin, mamba,
@@ -120,7 +122,8 @@ def with_plugins(config: ModelConfig, ours: dict[str, Any], kind: str) -> dict[s
         for name, block in exported(plugin, kind).items():
             if merged.get(name, block) is not block or name == "Norm":
                 owner = f"that of {owners[name]!r}" if name in owners else "the config's norm"
-                what = f"{'an' if kind == 'OPTIMIZERS' else 'a'} {NOUNS[kind]} {name!r}"
+                article = {"OPTIMIZERS": "an ", "DATA": ""}.get(kind, "a ")
+                what = f"{article}{NOUNS[kind]} {name!r}"
                 raise ValueError(f"the plugin {plugin!r} calls {what}, but that name is taken: it is {owner}. Rename it")
             merged[name], owners[name] = block, plugin
     return merged
@@ -210,8 +213,10 @@ def build_branch(layer: str, config: ModelConfig, vocab_size: int) -> model.Bran
     return model.Branch(layer, config, blocks, residual_scale=1.0, vocab_size=vocab_size)
 
 
-def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
+def build_model(config: ModelConfig, vocab_size: int, tokenizer: Tokenizer | str | None = None) -> nn.Module:
     """Build the model that config.model names; it has the attributes `config` and `vocab_size`.
+
+    tokenizer is for models that ask for it, which then have it as an attribute; its name suffices, and is loaded only for these.
 
     Raises ValueError with the place of what is wrong in a layer string, with the nearest match for an unknown name or option, and
     what the model itself raises.
@@ -220,12 +225,17 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
     model_class, given = look_up("model", name, with_plugins(config, MODELS, "MODELS")), dict(options)
     parameters = init_parameters(model_class)
     check_signature(name, model_class, parameters)
-    supplied = ("config", "vocab_size", "blocks")
+    supplied = ("config", "vocab_size", "blocks", "tokenizer")
     validate_options(name, options, {key: value for key, value in parameters.items() if key not in supplied}, config)
     if "blocks" in parameters:
         given["blocks"] = all_blocks(config)
         for layer in dict.fromkeys(config.layer_strings):
             validate_layer(layer, config, given["blocks"])
+    if "tokenizer" in parameters:
+        if tokenizer is None:
+            raise ValueError(f"the model {name!r} asks for the tokenizer, but there is none here: call build_model(config, "
+                             "vocab_size, tokenizer), or take another model where there is no text, as in probes")  # fmt: skip
+        given["tokenizer"] = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     try:
         built = model_class(config, vocab_size, **given)
     except Exception as error:  # a plugin is a reader's own code: anything may be wrong in it
@@ -236,6 +246,8 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
             raise
         raise ValueError(f"the model {name!r} cannot be built: {reason}") from error
     built.config, built.vocab_size = config, vocab_size
+    if "tokenizer" in given:
+        built.tokenizer = given["tokenizer"]
     return built
 
 

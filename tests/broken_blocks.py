@@ -291,6 +291,13 @@ class CountsNegativeFlops(Mean):
         return -1.0
 
 
+class NeedsAMemory(Mean):
+    """It reads a memory that is not always there."""
+
+    def forward(self, x, *, memory, story_start=None, cache=None):
+        return super().forward(x, story_start=story_start, cache=cache) + memory.mean(dim=1, keepdim=True)
+
+
 class DoesNotReadItsMemory(Mean):
     """It takes the memory and ignores it."""
 
@@ -367,7 +374,8 @@ class ReadsMemory(Mean):
     """Add the mean of the memory.  (B, T, D) -> (B, T, D)"""
 
     def forward(self, x, *, memory, story_start=None, cache=None):
-        return super().forward(x, story_start=story_start, cache=cache) + memory.mean(dim=1, keepdim=True)
+        y = super().forward(x, story_start=story_start, cache=cache)
+        return y if memory is None else y + memory.mean(dim=1, keepdim=True)
 
 
 class LooksBothWays(Mean):

@@ -51,6 +51,7 @@ PROBLEMS = {
     "NeedsAnOption": "NeedsAnOption needs 'height', which is no field of the config",
     "ReportsNoNumber": "report() says 'share': nan",
     "CountsNegativeFlops": "flops_per_token(71) is -1.0",
+    "NeedsAMemory": "it fails where memory is None",
     "DoesNotReadItsMemory": "no gradient reaches the memory",
     "IsFastButWrong": "a faster class gives other numbers (with several stories in a row)",
     "HasOtherFastGradients": "a faster class has other gradients (off by",

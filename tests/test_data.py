@@ -83,7 +83,8 @@ def folder(tmp_path):
 
 def all_rows(opened):
     """Every row of an epoch, each once, as lists without padding."""
-    return [[token for token in row if token != opened._pad_id] for row in opened.rows(0, opened.num_rows, seed=3).tolist()]
+    rows = opened.rows(0, opened.num_rows, seed=3).tolist()
+    return [[token for token in row if token != opened.tokenizer.pad_id] for row in rows]
 
 
 # Packing
@@ -157,10 +158,10 @@ def test_a_batch_is_a_function_of_its_arguments(folder, tmp_path):
     opened = load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
     rows, batch = opened.rows(160, 32, seed=1), opened.batch(160, 32, seed=1)
     assert rows.shape == (32, 65) and rows.dtype == torch.long
-    assert all(part.shape == (32, 64) and part.dtype == torch.long for part in batch)
+    assert all(part.shape == (32, 64) and part.dtype == torch.long for part in batch[:3])
     again = load_data(str(folder), Characters(), 64, cache_dir=tmp_path / "cache", progress=False)
     assert torch.equal(rows, again.rows(160, 32, seed=1))
-    assert all(torch.equal(one, other) for one, other in zip(batch, again.batch(160, 32, seed=1), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(batch[:3], again.batch(160, 32, seed=1)[:3], strict=True))
     assert not torch.equal(rows, opened.rows(160, 32, seed=2))
 
 
@@ -192,7 +193,7 @@ def test_a_batch_is_inputs_targets_and_story_ids(folder, tmp_path, tokenizer, pa
     opened = load_data(str(folder), tokenizer, 128, packing=packing, cache_dir=tmp_path / "cache", progress=False)
     rows, batch = opened.rows(3, 200, seed=0), opened.batch(3, 200, seed=0)
     wanted = (torch.tensor(part) for part in zip(*(slow_batch(row, tokenizer) for row in rows.tolist()), strict=True))
-    for part, expected in zip(batch, wanted, strict=True):
+    for part, expected in zip(batch[:3], wanted, strict=True):
         assert torch.equal(part, expected)
     assert data.IGNORE == IGNORE and (batch.targets == tokenizer.eos_id).any(), "the end of a story is to be predicted"
     assert not (batch.targets == tokenizer.pad_id).any() and (batch.targets == IGNORE).any()
@@ -526,7 +527,7 @@ def _broken_inside(path):
     ("a.parquet", lambda path: write_parquet(path, one=["a"], two=["b"], three=[1]),
      r"a.parquet has no column called 'text', and 2 columns of strings. The columns are: one, two, three. Rename"),
     ("a.jsonl", lambda path: path.write_text('{"n": 1}\n'), "0 columns of strings. The columns are: n"),
-    ("a.parquet", lambda path: write_parquet(path, text=[7, 8]), "a.parquet: the column of the stories holds 7. It has to be"),
+    ("a.parquet", lambda path: write_parquet(path, text=[7, 8]), "a.parquet: one of the stories is 7. It has to be"),
     ("a.txt", lambda path: path.touch(), "a.txt is empty. "),
     ("a.txt", lambda path: path.write_text("\n\n \n"), "a.txt has 0 train stories, too few"),
     ("a.txt", lambda path: path.write_text("only one"), "a.txt has 1 train stories, too few"),

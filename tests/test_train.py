@@ -595,7 +595,7 @@ class TestMachine:
         assert "\n" not in str(error.value) and not Run("broken").folder.exists()
 
     def test_a_model_larger_than_memory_leaves_no_run(self, make_config, monkeypatch):
-        def too_large(config, vocab_size):
+        def too_large(config, vocab_size, tokenizer):
             return torch.empty(2**60)
 
         monkeypatch.setattr(setup, "build_model", too_large)

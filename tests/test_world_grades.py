@@ -36,7 +36,7 @@ from metrics.world_grades import (
 )
 from metrics.world_report import graded_log, log_with_excess, plot_grades
 from runs.folder import Run
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import HuggingFaceTokenizer, load_tokenizer
 from train import train
 from training.report import plot_losses, table, write_report
 
@@ -105,22 +105,22 @@ def with_word(text: str, mention: Mention, word: str) -> str:
     return text[: mention.start] + word + text[mention.start + len(mention.word) :]
 
 
-def bert_like(texts: list[str]) -> Tokenizer:
+def bert_like(texts: list[str]) -> HuggingFaceTokenizer:
     """A tokenizer that writes all in small letters."""
     engine = hf.Tokenizer(hf.models.WordPiece(unk_token="[UNK]"))
     engine.normalizer, engine.pre_tokenizer = hf.normalizers.Lowercase(), hf.pre_tokenizers.BertPreTokenizer()
     engine.decoder = hf.decoders.WordPiece()
     engine.train_from_iterator(texts, hf.trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]"]))
-    return Tokenizer("small_letters", engine.to_str())
+    return HuggingFaceTokenizer("small_letters", engine.to_str())
 
 
-def llama_like(texts: list[str]) -> Tokenizer:
+def llama_like(texts: list[str]) -> HuggingFaceTokenizer:
     """A tokenizer that puts a space in front of a text, and leaves it there."""
     engine = hf.Tokenizer(hf.models.BPE())
     engine.pre_tokenizer = hf.pre_tokenizers.Metaspace()
     engine.decoder = hf.decoders.Sequence([hf.decoders.Replace("▁", " "), hf.decoders.Fuse()])
     engine.train_from_iterator(texts, hf.trainers.BpeTrainer(vocab_size=400))
-    return Tokenizer("space_in_front", engine.to_str())
+    return HuggingFaceTokenizer("space_in_front", engine.to_str())
 
 
 class TestTexts:

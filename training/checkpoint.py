@@ -72,6 +72,7 @@ class Training:
     rows: int = 0  # rows of the stream consumed so far, including those of continued_from
     step: int = 0
     tokens: int = 0
+    tokens_read: int = 0  # that FLOPs are counted for: the same, but for own data that predict few of their tokens
     clock: Stopwatch = field(default_factory=Stopwatch)
     best_loss: float = math.inf
     unlogged: list[Record] = field(default_factory=list)  # steps since the last row of the log
@@ -182,7 +183,8 @@ class Training:
             self.run.save_log(self.block_log, ["step", "block", "name", "value"], "blocks.csv")
         self.run.save("checkpoint.pth", {
             "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step, "tokens": self.tokens, "seconds": self.clock.training, "overhead_seconds": self.clock.overhead,
+            "step": self.step, "tokens": self.tokens, "tokens_read": self.tokens_read,
+            "seconds": self.clock.training, "overhead_seconds": self.clock.overhead,
             "best_loss": self.best_loss,
             "unlogged": [asdict(record) for record in self.unlogged], "data": self.data.fingerprint,
             "average": self.average and self.average.state_dict(),
@@ -204,6 +206,7 @@ class Training:
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.step, self.tokens, self.best_loss = saved["step"], saved["tokens"], saved["best_loss"]
+        self.tokens_read = saved.get("tokens_read", self.tokens)  # missing in old checkpoints
         self.clock.restore(saved["seconds"], saved.get("overhead_seconds", math.nan))  # old checkpoints count all as training
         self.continued_from, self.rows = saved["continued_from"], saved["rows"]
         stages = [stage for stage in self.run.stages if stage.from_step < self.step] or self.run.stages[:1]

@@ -81,7 +81,7 @@ def run_compile_trial():
     config = from_json(TrainConfig, request["train"])
     plan, eager = ExecutionPlan(**request["plan"]), ExecutionPlan(**request["eager"])
     device = torch.device(request["device"])
-    model = build_model(from_json(ModelConfig, request["model"]), request["vocab_size"]).to(device)
+    model = build_model(from_json(ModelConfig, request["model"]), request["vocab_size"], config.tokenizer).to(device)
     configure_for_training(model, config)
     plain = copy.deepcopy(model)
     apply_plan(plan, model, config)

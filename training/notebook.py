@@ -138,7 +138,7 @@ def preset_table():
 
     rows = {}
     for name, (model, train) in PRESETS.items():
-        size = num_parameters(build_model(model, load_tokenizer(train.tokenizer).vocab_size))
+        size = num_parameters(build_model(model, load_tokenizer(train.tokenizer).vocab_size, train.tokenizer))
         heads = f"{model.num_heads} / {model.num_kv_heads}"
         rows[name] = [f"{size:,}", model.dim, model.num_layers, heads, what_is_special(model)]
     columns = ["parameters", "dim", "layers", "heads / kv heads", "what is special"]

@@ -138,9 +138,9 @@ def table(
     for name in names:
         model, tokenizer = load_model(name)
         log = log_with_flops(name)
-        source = Run(name).train_config.data
+        source = Run(name).train_config.data, data_if_missing, model.config.plugins
         if source not in validation:
-            validation[source] = validation_stories(source, data_if_missing)
+            validation[source] = validation_stories(*source)
         data, stories = validation[source]
         data = label(Run(name), data, stories)
         score = evaluate(model, tokenizer, stories[:num_stories], top_k=top_k)

@@ -77,7 +77,7 @@ def side_by_side(arguments: Arguments, count: int) -> bool:
     if config.threads == 1:
         say(f"{count} seeds with one thread each: {min(cores, count)} side by side")
         return True
-    model = build_model(arguments.model, load_tokenizer(config.tokenizer).vocab_size)
+    model = build_model(arguments.model, load_tokenizer(config.tokenizer).vocab_size, config.tokenizer)
     with autotune.preserve_random_state_and_threads():
         guess = autotune.first_guess(config, autotune.micro_batch_sizes(model, config, device), device)
         plans = [replace(guess, threads=threads) for threads in (1, cores)]

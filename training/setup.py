@@ -9,14 +9,14 @@ from dataclasses import replace
 import torch
 
 from config import ModelConfig, TrainConfig
-from data.dataset import load_data
 from metrics.cost import model_cost
 from metrics.world_grades import check_tokenizer
+from modules.data_plugins import attach_memory, load_training_data
 from modules.model_contract import try_out
 from modules.registry import build_model
 from runs.code import code_digests
 from runs.folder import Run
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 from training.autotune import choose_plan, resumed_plan
 from training.checkpoint import Training
 from training.configure import configure_for_training
@@ -46,17 +46,15 @@ def prepare(
     if train_config.grade_stories:
         check_tokenizer(tokenizer)
     device = choose_device(train_config.device)
-    model = build_within_memory(model_config, tokenizer.vocab_size, device)
+    model = build_within_memory(model_config, tokenizer, device)
     configure_for_training(model, train_config)
     optimizers, schedule = build_optimizers(model, train_config), build_schedule(train_config, model_config)
     if not resume:
         try_out(model)
         try_optimizers(model, train_config)
         try_loss(model, train_config)
-    data = load_data(
-        train_config.data, tokenizer, model_config.max_seq_len,
-        packing=train_config.packing, max_stories=train_config.max_stories,
-    )  # fmt: skip
+    data = load_training_data(train_config, model_config, tokenizer)
+    attach_memory(model, data)
     validation = data.validation[: train_config.eval_stories]
     average = average_of_weights(model, train_config.ema_decay) if train_config.ema_decay else None
     training = Training(run, model, optimizers, tokenizer, data, validation, train_config.grade_stories, average, clock=clock)
@@ -86,10 +84,10 @@ def prepare(
     return training
 
 
-def build_within_memory(config: ModelConfig, vocab_size: int, device: torch.device) -> torch.nn.Module:
+def build_within_memory(config: ModelConfig, tokenizer: Tokenizer, device: torch.device) -> torch.nn.Module:
     """Build the model on its device. Raises MemoryError if not even its weights fit."""
     try:
-        return build_model(config, vocab_size).to(device)
+        return build_model(config, tokenizer.vocab_size, tokenizer).to(device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
