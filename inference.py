@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT, Cache
+from modules.randomness import seeded
 from modules.registry import accepted_kwargs, build_model
 from runs.command_line import InferenceArguments
 from runs.folder import Run
@@ -271,7 +272,8 @@ def generate(model: GPT, tokenizer, prompts: str | list[str], **options) -> str 
     """
     if isinstance(prompts, str):
         return generate(model, tokenizer, [prompts], **options)[0]
-    *_, rows = continue_prompts(model, tokenizer, prompts, **options)
+    with seeded(options.get("seed", 0)):  # for a model that draws random numbers in its forward
+        *_, rows = continue_prompts(model, tokenizer, prompts, **options)
     return [tokenizer.decode(row) for row in rows]
 
 

@@ -213,7 +213,7 @@ class TestBudget:
 class TestLog:
     def test_the_log_is_plain_csv_with_the_fields_of_a_record(self, tiny_run, folders):
         log = pd.read_csv(folders / "runs" / tiny_run / "log_data.csv")
-        assert list(log) == [field.name for field in fields(Record) if field.name not in ("grades", "story")] == [
+        assert list(log) == [field.name for field in fields(Record) if field.name not in checkpoint.NOT_LOGGED] == [
             "step", "tokens", "seconds", "train_loss", "validation_loss", "perplexity", "bits_per_byte", "learning_rate",
             "gradient_norm", "tokens_per_second", "peak_memory_mb", "flops", "overhead_seconds",
         ]  # fmt: skip
@@ -305,7 +305,7 @@ class TestCheckpoints:
             if record.step == 5:
                 break
         assert state("left")["step"] == 5
-        assert list(Run("left").log()) == [field.name for field in fields(Record) if field.name not in ("grades", "story")]
+        assert list(Run("left").log()) == [field.name for field in fields(Record) if field.name not in checkpoint.NOT_LOGGED]
         list(train(MODEL, make_config(), "left", resume=True))
         list(train(MODEL, make_config(), "whole"))
         assert_same("left", "whole")
