@@ -11,6 +11,7 @@ the probabilities sum to one. A model with `story_nats` scores whole stories its
 B batch, T time, V vocabulary.
 """
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,16 +154,17 @@ def checked_logits(output, shape: tuple[int, int, int], name: str) -> Tensor:
     return logits.float()
 
 
-def story_nats(model: nn.Module, tokenised: list[list[int]], batch_size: int = 32) -> Tensor:
-    """The losses by the model's own story_nats, in nats.  (stories,)
+def story_nats(model: nn.Module, tokenised: list[list[int]], batch_size: int = 32, seed: int = 0) -> Tensor:
+    """The losses by the model's own story_nats, in nats; seed: of a model that seeds its own draws.  (stories,)
 
     Raises ValueError for anything but a number of at least 0 for each story.
     """
     nats, name = torch.zeros(len(tokenised), dtype=torch.float64), type(model).__name__
     order = sorted(range(len(tokenised)), key=lambda story: len(tokenised[story]))
+    seeds = {"seed": seed} if "seed" in inspect.signature(model.story_nats).parameters else {}
     for start in tqdm(range(0, len(order), batch_size), **BAR):
         batch = order[start : start + batch_size]
-        given = model.story_nats([list(tokenised[story]) for story in batch])
+        given = model.story_nats([list(tokenised[story]) for story in batch], **seeds)
         if type(given) is not Tensor or not given.is_floating_point() or given.shape != (len(batch),):
             raise ValueError(f"story_nats of {name} must return a float tensor of shape ({len(batch)},), not {describe(given)}")
         if (given < 0).any():

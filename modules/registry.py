@@ -26,8 +26,8 @@ A model whose probabilities are not those of its logits is scored by a method of
 
 the nats of all tokens after bos, eos included. The class attribute is_bound says whether they are upper bounds, which every table
 marks by "≤", or exact. Exact ones are also asked for the starts of stories, without eos: the probabilities of all next tokens sum
-to 1. causal = False marks a model that sees later tokens, or a block; such a model needs story_nats to be scored.
-metrics/audit/ tests the scores of every model of a plugin.
+to 1. A method that seeds its own draws takes a keyword `seed`, 0 by default. causal = False marks a model, or a block, that sees
+later tokens: the model then needs story_nats to be scored. metrics/audit/ tests the scores of every model of a plugin.
 """
 
 import importlib

@@ -33,7 +33,7 @@ ALPHA = 1e-4  # chance that an honest model fails on the known distribution
 def whole_nats(model: nn.Module, stories: list[list[int]], seed: int = 0) -> Tensor:
     """Nats of each story.  (stories,)"""
     with scoring(model, seed):
-        return story_nats(model, stories)
+        return story_nats(model, stories, seed=seed)
 
 
 def probabilities(subject: Subject, stories: list[list[int]]) -> Tensor:
@@ -42,9 +42,8 @@ def probabilities(subject: Subject, stories: list[list[int]]) -> Tensor:
     if not subject.model.is_bound:
         return (-whole_nats(model, stories)).exp()
     draws = torch.empty(REPEATS, len(stories), dtype=torch.float64)
-    for seed, row in enumerate(draws):  # in another order each time, as some models seed themselves
-        order = subject.random.sample(range(len(stories)), len(stories))
-        row[order] = whole_nats(model, [stories[story] for story in order], seed)
+    for seed, row in enumerate(draws):
+        row[:] = whole_nats(model, stories, seed)
     mean = draws.mean(dim=0)
     usable = draws[:, mean.isfinite()]
     scatter = ((usable - usable.mean(dim=0)).square().sum() / usable.square().sum().clamp(min=1e-9)).sqrt().item()
