@@ -25,6 +25,7 @@ from model import GPT, Cache
 from modules.cached_decoding import find_inexact_cache
 from modules.data_plugins import restore_memory
 from modules.model_trial import is_causal, takes
+from modules.randomness import seeded
 from modules.registry import build_model
 from runs.command_line import InferenceArguments
 from runs.folder import Run
@@ -303,7 +304,8 @@ def generate(model: GPT, tokenizer, prompts: str | list[str], **options) -> str 
     """
     if isinstance(prompts, str):
         return generate(model, tokenizer, [prompts], **options)[0]
-    *_, rows = continue_prompts(model, tokenizer, prompts, **options)
+    with seeded(options.get("seed", 0)):  # for a model that draws random numbers in its forward
+        *_, rows = continue_prompts(model, tokenizer, prompts, **options)
     return [tokenizer.decode(row) for row in rows]
 
 

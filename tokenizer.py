@@ -15,7 +15,7 @@ import json
 import os
 import re
 import unicodedata
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
@@ -84,6 +84,27 @@ def count_replacements(texts: str | Iterable[str]) -> int:
     return sum(normalise(text).count(REPLACEMENT) for text in ([texts] if isinstance(texts, str) else texts))
 
 
+def kept_bytes(text: str, decoded: str) -> int:
+    """UTF-8 bytes of the characters of a text that a tokenizer gives back, in their order: the longest common subsequence.
+
+    By bits, a row of the table in one number (Hyyro 2004, "Bit-parallel LCS-length computation revisited").
+
+    >>> kept_bytes("“Hi”, Zoë", '"Hi", Zoe')  # all but the quotes and the ë
+    6
+    """
+    if text == decoded:
+        return len(text.encode("utf-8", "replace"))
+    text, decoded = ("".join(char * len(char.encode("utf-8", "replace")) for char in each) for each in (text, decoded))
+    positions: dict[str, int] = defaultdict(int)  # of each character in the text, as bits
+    for position, character in enumerate(text):
+        positions[character] |= 1 << position
+    row = whole = (1 << len(text)) - 1
+    for character in decoded:
+        matches = row & positions.get(character, 0)
+        row = (row + matches | row - matches) & whole
+    return len(text) - row.bit_count()
+
+
 class Tokenizer:
     """Base class of all tokenizers. Your own sets four numbers and writes two methods, which know nothing of bos, eos and pad:
 
@@ -146,8 +167,7 @@ class Tokenizer:
         >>> load_tokenizer("bpe_tokenizer_1024").kept_bytes("“Да”, Zoë")  # of 16 bytes: the comma, the space, Z and o
         4
         """
-        kept = Counter(text) & Counter(self.normalise(text))
-        return sum(len(character.encode("utf-8", "replace")) * count for character, count in kept.items())
+        return kept_bytes(text, self.normalise(text))
 
     def lost_share(self, texts: Sequence[str]) -> float:
         """Share of the UTF-8 bytes of the texts that `decode` does not give back."""

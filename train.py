@@ -36,6 +36,7 @@ from model import IGNORE
 from modules.registry import accepted_kwargs
 from runs.command_line import Arguments
 from runs.folder import Run, default_name
+from runs.tables import at_most
 from runs.terminal import errors_in_one_line
 from training.checkpoint import Record
 from training.losses import loss_terms
@@ -190,7 +191,7 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
         if bar is None:  # only now, after the lines that preparing prints
             bar = tqdm(total=1.0, miniters=0, bar_format="{percentage:3.0f}%|{bar}| {desc}")
         if record.bits_per_byte is not None:
-            score = f", {record.bits_per_byte:.3f} bits/byte"
+            score = f", {at_most(record.bits_per_byte, record.is_bound, '.3f')} bits/byte"
             say(one_line(f"step {record.step:,}{score}", record.story))
         line = f"{time_left(record, config)} of training left, step {record.step:,}, loss {record.train_loss:.3f}{score}"
         line += f", {record.tokens_per_second:,.0f} tokens/s"
@@ -207,7 +208,7 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
     if dead := dead_experts(name):
         print(f"\n{dead}")
     print(f"""
-{record.bits_per_byte:.3f} bits per byte after {record.step:,} steps: {time_spent(run)}
+{at_most(record.bits_per_byte, record.is_bound, ".3f")} bits per byte after {record.step:,} steps: {time_spent(run)}
 Loss curve:           {shown_path(run.folder / "loss.png")}
 More stories:         {python} inference.py {name} "Once upon a time"
 Compare with others:  {python} -m evaluation compare {name} ANOTHER, or open model_evaluation.ipynb""")

@@ -27,6 +27,7 @@ from metrics.story_losses import read_losses
 from model import GPT
 from runs.folder import Run, group_members, group_of
 from runs.presets import preset
+from runs.tables import at_most
 from tools import show_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,8 @@ def results(names: list[str]) -> str:
         members = [Run(member) for member in group_members(name)]
         scored = [read_losses(run.name) for run in members]
         bits = [bits_per_byte(losses) for losses, _ in scored]
-        reached = f"{sum(bits) / len(bits):.3f}" + f" ({min(bits):.3f} to {max(bits):.3f}, {len(bits)} seeds)" * (len(bits) > 1)
+        reached = at_most(sum(bits) / len(bits), scored[0][1].is_bound, ".3f")
+        reached += f" ({min(bits):.3f} to {max(bits):.3f}, {len(bits)} seeds)" * (len(bits) > 1)
         minutes = sum(run.log()["seconds"].iloc[-1] for run in members) / len(members) / 60
         kind = "in all" if members[0].seconds_include_overhead() else "of training"
         facts = scored[0][1].data, f"{scored[0][1].parameters:,}", f"{minutes:.1f} {kind}", reached

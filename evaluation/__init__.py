@@ -1,6 +1,7 @@
 """Comparing several models: `python -m evaluation --help`.
 
 comparison.py   compare: which run, or group of seeds, is better, and how sure that is
+audit.py        audit_saved: whether the scores of a run can be right
 page.py         write_page: a comparison as one HTML page
 pairwise.py     by_seeds, by_stories, pairing: the verdict on two of them
 statistics.py   over_seeds, over_stories, Difference, Correction: intervals and p-values

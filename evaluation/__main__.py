@@ -1,6 +1,7 @@
 """Evaluate and compare models from the terminal: `python -m evaluation --help`.
 
     python -m evaluation compare A B C      # which run, or group of seeds, is better, and by how much
+    python -m evaluation audit A            # whether the scores can be right: no future, no memory of the validation stories …
     python -m evaluation measures A         # loss by position and word class, calibration, repetition
     python -m evaluation probes A B         # what the architectures learn on synthetic tasks
     python -m evaluation scaling A B --sizes 0.25m 0.5m 1m 2m    # how their losses fall with size, and which overtakes which
@@ -21,11 +22,11 @@ from runs.terminal import errors_in_one_line, parse_command
 
 PROG = "python -m evaluation"
 COMMANDS = {name: getattr(arguments, name.capitalize()) for name in (
-    "compare", "measures", "probes", "scaling", "grade", "cost", "diff", "judge",
+    "compare", "audit", "measures", "probes", "scaling", "grade", "cost", "diff", "judge",
 )}  # fmt: skip
 MODULES = {  # whose `main` runs the command; imported only then, as most need torch
-    "measures": "metrics.measures", "probes": "evaluation.probes", "scaling": "evaluation.scaling", "cost": "metrics.cost",
-    "grade": "metrics.world_grades", "diff": "evaluation.diff", "judge": "evaluation.judge.judging",
+    "audit": "evaluation.audit", "measures": "metrics.measures", "probes": "evaluation.probes", "scaling": "evaluation.scaling",
+    "cost": "metrics.cost", "grade": "metrics.world_grades", "diff": "evaluation.diff", "judge": "evaluation.judge.judging",
 }  # fmt: skip
 STOPPED = "stopped; what was finished is saved, and the same command continues from there"
 

@@ -42,6 +42,19 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """Whether the scores of runs can be right: no future, no state, no memory of the validation stories. Exits with 1 if not."""
+
+    names: Runs  # runs in trained_models/
+    num_stories: int = 100  # validation stories of each check
+    data_if_missing: str | None = None  # data to score a run on if its own are not available
+
+    def __post_init__(self):
+        check(len(self.names) > 0, "name at least one run")
+        check(self.num_stories >= 2, "--num_stories must be at least 2")
+
+
+@dataclass(frozen=True)
 class Measures:
     """Loss by position and word class, calibration and repetition of runs."""
 

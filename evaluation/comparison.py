@@ -20,10 +20,10 @@ from config import TrainConfig
 from data.sources import portable_name
 from evaluation.pairwise import Candidate, Member, by_seeds, by_stories, format_p
 from evaluation.statistics import BITS
-from metrics.story_losses import NOT_ITS_OWN, TOP_K, data_of, losses_of, too_lossy
+from metrics.story_losses import NOT_ITS_OWN, TOP_K, data_of, losses_of, why_left_out
 from runs.execution import different_execution
 from runs.folder import Run, group_members
-from runs.tables import FrameTable, paragraphs, plain
+from runs.tables import BOUND, FrameTable, marked, paragraphs, plain
 
 AT = ("end", "parameters", "step", "tokens", "flops", "seconds")
 SAME_SIZE = 0.05  # relative difference in parameters that counts as equal
@@ -95,6 +95,7 @@ def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missi
     candidates, by_story = at_budget(candidates, at, notes) if candidates else ([], True)
     if at == "end" and len(candidates) > 1:
         notes += unequal(candidates)
+    notes += upper_bounds(candidates)
     notes += older_minutes(candidates, at)
     pairs = [pair for pair in itertools.combinations(candidates, 2)
              if (all_pairs or pair[0] is candidates[0]) and comparable(*pair, at, notes)]  # fmt: skip
@@ -126,9 +127,11 @@ def gather(name: str, notes: list[str], data_if_missing: str | None) -> Candidat
         if not np.isfinite(losses["nats"]).all():
             notes.append(f"{run.name} diverged and is left out: not all of its losses are finite")
             continue
-        if problem := too_lossy(run.name, scored):
+        if problem := why_left_out(run.name, scored):
             notes.append(problem)
             continue
+        if scored.audit is None and run.model_config.plugins:
+            notes.append(f"{run.name} has plugins and was not audited yet: python -m evaluation audit {run.name}")
         trace = f"{scored.tokenizer} loses {scored.lost:.2%} of the text, which is not counted as predicted"
         notes += [trace] * (scored.lost > 0 and trace not in notes)
         config = replace(run.train_config, data=portable_name(run.train_config.data))
@@ -208,6 +211,15 @@ def unequal(candidates: list[Candidate]) -> list[str]:
     return notes
 
 
+def upper_bounds(candidates: list[Candidate]) -> list[str]:
+    """Note what a comparison of upper bounds can show."""
+    bounds = [candidate.name for candidate in candidates if candidate.is_bound]
+    if not bounds:
+        return []
+    return [f"{BOUND.strip()} marks an upper bound, as of {', '.join(bounds)}, which may be better than it looks: a bound below "
+            "a loss is truly better, and one above it proves nothing"]  # fmt: skip
+
+
 def budget_of(config: TrainConfig) -> str:
     steps = [f"{config.max_steps:,} steps"] if config.max_steps else []
     minutes = [f"{config.max_minutes:g} minutes"] if config.max_minutes else []
@@ -282,10 +294,16 @@ def summary_of(candidate: Candidate) -> dict:
         return np.mean([member.log[column].max() for member in candidate.members])
 
     return {
-        "seeds": len(candidate.values), BITS: candidate.values.mean(),
+        "seeds": len(candidate.values), BITS: marked(candidate.values.mean(), candidate.is_bound),
         "deviation of seeds": candidate.values.std(ddof=1) if len(candidate.values) > 1 else float("nan"),
         "parameters": f"{candidate.parameters:,}", "steps": f"{mean_of('step'):,.0f}", "tokens": f"{mean_of('tokens'):,.0f}",
         "minutes": f"{mean_of('seconds') / 60:.1f}",
-        **{f"top-{k}": f"{np.mean([m.losses[f'top{k}'].sum() / m.losses['tokens'].sum() for m in candidate.members]):.1%}"
-           for k in TOP_K},
+        **{f"top-{k}": top_share(candidate, k) for k in TOP_K},
     }  # fmt: skip
+
+
+def top_share(candidate: Candidate, k: int) -> str | None:
+    """Share of the tokens that were among the k most likely; None for a model that gives no probabilities of tokens."""
+    if candidate.members[0].losses[f"top{k}"].isna().any():
+        return None
+    return f"{np.mean([m.losses[f'top{k}'].sum() / m.losses['tokens'].sum() for m in candidate.members]):.1%}"

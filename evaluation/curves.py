@@ -16,6 +16,7 @@ from metrics.plots import add_legend, in_style, line_colour
 from metrics.world_floor import world_floor
 from metrics.world_report import draw_entropy
 from runs.folder import Run, group_members
+from runs.tables import BOUND
 from training.report import AXES, log_with_flops
 
 
@@ -129,6 +130,7 @@ def plot_curves(*names: str, by: str = "step", axes=None, members: dict[str, tup
     for number, drawn in enumerate(curves):
         several = drawn.seeds > 1
         label = f"{drawn.name} (mean of {drawn.seeds} seeds)" if several else f"{drawn.name} (one seed, no band)"
+        label = f"{BOUND * Run(members[drawn.name][0]).is_bound}{label}"
         axes.plot(drawn.x, drawn.mean, color=line_colour(number), linewidth=1.8 if several else 0.8, label=label)
         if several:
             axes.fill_between(drawn.x, drawn.low, drawn.high, color=line_colour(number), alpha=0.25, linewidth=0)

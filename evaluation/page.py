@@ -32,10 +32,12 @@ from evaluation.statistics import BITS
 from inference import generate, load_model
 from metrics.measures import calibration, distinct, loss_by_position, loss_by_word_class, repetition, token_scores
 from metrics.plots import STYLE, alt_text
+from metrics.scores import count_bytes
 from metrics.story_losses import NOT_ITS_OWN, label, validation_stories
 from pages import render
 from runs.command_line import command as training_command
 from runs.folder import Run
+from runs.tables import marked
 from training.machine import cpu_name
 from training.report import PROMPTS, samples
 
@@ -183,6 +185,10 @@ def where_the_loss_is(
         except OSError as error:
             notes.append(f"the loss of {group.name} by position and kind of word was not measured: {error}")
             continue
+        if group.members[0].losses["top1"].isna().any():
+            notes.append(f"the loss of {group.name} by position and kind of word was not measured: it gives no probabilities of "
+                         "the next token")  # fmt: skip
+            continue
         source, stories = stories_of[data]
         if (source := label(Run(group.members[0].name), source, stories)).endswith(NOT_ITS_OWN):
             notes.append(f"the loss of {group.name} by position and kind of word is measured on {source}")
@@ -218,7 +224,7 @@ def measures_of(member: Member, stories: list[str]) -> tuple[pd.Series, pd.Serie
     model, tokenizer = load_model(member.name)
     scores = token_scores(model, tokenizer, stories)
     classes = loss_by_word_class(scores, tokenizer, stories)
-    num_bytes = sum(map(tokenizer.kept_bytes, stories))
+    num_bytes = sum(count_bytes(tokenizer, stories, tokenizer.encode_batch(stories)))
     bits = classes["loss"] * classes["tokens"] / num_bytes / math.log(2)
     samples = generate(model, tokenizer, [""] * NUM_SAMPLES)
     manner = {"calibration error": calibration(scores)[0], "4 words repeated": repetition(samples)}
@@ -238,7 +244,8 @@ def runs_table(group: Candidate) -> Markup:
     for member, bits in zip(group.members, group.values, strict=True):
         last = member.log.iloc[-1]
         rows[member.name] = {
-            "seed": member.config.seed, BITS: bits, "steps": f"{last['step']:,.0f}", "minutes": f"{last['seconds'] / 60:.1f}",
+            "seed": member.config.seed, BITS: marked(bits, member.scored.is_bound), "steps": f"{last['step']:,.0f}",
+            "minutes": f"{last['seconds'] / 60:.1f}",
             "tokens/s": f"{member.log['tokens_per_second'].median():,.0f}", "threads": member.config.threads,
         }  # fmt: skip
     return html_table(pd.DataFrame.from_dict(rows, orient="index"))

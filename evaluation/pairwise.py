@@ -49,6 +49,10 @@ class Candidate:
     def parameters(self) -> int:
         return self.members[0].scored.parameters
 
+    @property
+    def is_bound(self) -> bool:
+        return any(member.scored.is_bound for member in self.members)
+
 
 def format_p(p: float) -> str:
     return "–" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
@@ -102,6 +106,12 @@ def by_seeds(one: Candidate, other: Candidate, comparisons: int, notes: list[str
     evidence = f"{' and '.join(map(str, sorted({len(a), len(b)})))} seeds, p {'' if p_corrected < 0.001 else '= '}"
     evidence += format_p(p_corrected) + (f", corrected for {' and '.join(reasons)}" if reasons else "")
     amount = f"{by} ± {difference.margin:.4f} {BITS}"
+    if p_corrected <= SIGNIFICANCE and worse.is_bound:
+        score = "upper bound" if better.is_bound else "loss"
+        return row, (f"no verdict on {one.name} and {other.name}: the {score} of {better.name} is lower than the upper bound of "
+                     f"{worse.name} by {amount} ({evidence}), which may be better than its bound")  # fmt: skip
+    if p_corrected <= SIGNIFICANCE and better.is_bound:
+        return row, f"{better.name} is better than {worse.name} by {amount} at least, as its loss is an upper bound ({evidence})"
     if p_corrected <= SIGNIFICANCE:
         return row, f"{better.name} is better than {worse.name} by {amount} ({evidence})"
     more = more_seeds(a, b, bool(pairs), correction)

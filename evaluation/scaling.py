@@ -29,13 +29,13 @@ from evaluation.ladder import EQUAL_STEPS, MIN_SIZES, SEEDS, Budget, Plan, archi
 from evaluation.loss_law import Law, Race, fit, race
 from evaluation.statistics import BITS, CONFIDENCE
 from metrics.plots import add_legend, in_style, line_colour
-from metrics.story_losses import losses_of, too_lossy
+from metrics.story_losses import losses_of, why_left_out
 from runs.folder import Run
-from runs.tables import FrameTable, paragraphs, plain, show
+from runs.tables import FrameTable, marked, paragraphs, plain, show
 from runs.terminal import UsageError
 from training.seeds import is_over, member_names
 
-COLUMNS = ["architecture", "size", "parameters", "seed", BITS, "tokens", "minutes", "run"]
+COLUMNS = ["architecture", "size", "parameters", "seed", BITS, "tokens", "minutes", "is bound", "run"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Scaling:
         rows = {}
         for (name, size), runs in self.runs.groupby(["architecture", "size"], sort=False):
             parameters, losses = runs["parameters"].iloc[0], runs[BITS]
-            row = {"parameters": f"{parameters:,}", "seeds": len(runs), BITS: losses.mean(), "deviation": losses.std(ddof=1)}
+            bits = marked(losses.mean(), runs["is bound"].any())
+            row = {"parameters": f"{parameters:,}", "seeds": len(runs), BITS: bits, "deviation": losses.std(ddof=1)}
             if law := self.laws.get(name):
                 row["law"] = law.at([parameters])[0] if law.is_determined else np.nan
                 if law.has_noise and law.fits:
@@ -147,14 +148,16 @@ def gather(planned: Plan) -> tuple[pd.DataFrame, list[str]]:
                 notes.append(f"{run.name} diverged and is left out: {problem}. Try a lower --train.lr_max, with another --name")
                 continue
             losses, scored = losses_of(run.name)
-            if problem := too_lossy(run.name, scored):
+            if problem := why_left_out(run.name, scored):
                 notes.append(problem)
                 continue
             facts[run.name], log = scored, run.log()
             rows.append([
                 rung.architecture, rung.label, rung.parameters, run.train_config.seed, bits_per_byte(losses),
-                int(log["tokens"].max()), log["seconds"].max() / 60, run.name,
+                int(log["tokens"].max()), log["seconds"].max() / 60, scored.is_bound, run.name,
             ])  # fmt: skip
+    bounds = list(dict.fromkeys(row[0] for row in rows if facts[row[-1]].is_bound))
+    notes += [f"{name} is scored by upper bounds: its laws are those of the bounds" for name in bounds]
     return pd.DataFrame(rows, columns=COLUMNS), notes + check_same_data(facts)
 
 

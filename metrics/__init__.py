@@ -1,6 +1,7 @@
 """Metrics of one model: scores, losses by story, cost, and storyworld grades.
 
-scores.py        evaluate, predictions: loss, bits per byte and top-k accuracy on whole stories
+scores.py        evaluate, predictions, story_nats: loss, bits per byte and top-k accuracy on whole stories
+audit/           audit: whether the scores of a model can be right, whatever its code does
 story_losses.py  losses_of, save_losses, validation_stories, data_of: losses by story, saved in the run folder
 measures.py      token_scores, loss_by_position, calibration, repetition: a closer look at loss and samples
 cost.py          cost_of, model_cost, cost_table, block_costs, num_parameters: parameters, FLOPs and cache bytes

@@ -16,7 +16,7 @@ import torch
 
 from data.cache import say
 from inference import generate, load_model
-from metrics.scores import predictions
+from metrics.scores import predictions, scoring
 from metrics.story_losses import label, validation_stories
 from metrics.world_floor import floor_of
 from metrics.world_grades import is_world
@@ -52,22 +52,22 @@ class TokenScores:
     correct: np.ndarray  # whether that is the true token
 
 
-@torch.no_grad()
 def token_scores(model: GPT, tokenizer, stories: list[str]) -> TokenScores:
-    """Score every token of whole stories, with the windows of `evaluate`. The model stays in its mode (train or eval)."""
+    """Score every token of whole stories, with the windows of `evaluate`. Mode and random state stay as they are.
+
+    Raises ValueError for a model without logits.
+    """
     columns = []
-    was_training = model.training
-    model.eval()
-    for batch, logits, targets in predictions(model, tokenizer, tokenizer.encode_batch(stories, bos=True, eos=True)):
-        log_probs = logits.double().log_softmax(dim=-1)  # (B, T, V)
-        best, prediction = log_probs.max(dim=-1)
-        nats = -log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-        story = torch.tensor([piece.story for piece in batch], device=targets.device)[:, None].expand_as(targets)
-        start = torch.tensor([piece.start for piece in batch], device=targets.device)[:, None]
-        position = start + 1 + torch.arange(targets.shape[1], device=targets.device)
-        scored = targets != IGNORE
-        columns.append([column[scored].cpu() for column in (story, position, nats, best.exp(), prediction == targets)])
-    model.train(was_training)
+    with scoring(model):
+        for batch, logits, targets in predictions(model, tokenizer, tokenizer.encode_batch(stories, bos=True, eos=True)):
+            log_probs = logits.double().log_softmax(dim=-1)  # (B, T, V)
+            best, prediction = log_probs.max(dim=-1)
+            nats = -log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+            story = torch.tensor([piece.story for piece in batch], device=targets.device)[:, None].expand_as(targets)
+            start = torch.tensor([piece.start for piece in batch], device=targets.device)[:, None]
+            position = start + 1 + torch.arange(targets.shape[1], device=targets.device)
+            scored = targets != IGNORE
+            columns.append([column[scored].cpu() for column in (story, position, nats, best.exp(), prediction == targets)])
     return TokenScores(*(torch.cat(column).numpy() for column in zip(*columns, strict=True)))
 
 

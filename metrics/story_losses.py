@@ -2,16 +2,17 @@
 
 story_losses.csv has a row for each story of the whole validation set: its digest, the bytes that the tokenizer gives back, its
 tokens, summed loss in nats, and how many of its tokens were among the 1, 5 and 10 most likely.  story_losses.json says what was
-scored: the weights, the stories, and the data and code of the training.
+scored: the weights, the stories, and the data and code of the training; whether the losses are upper bounds; and the problems
+that the audit of a model or tokenizer of a plugin found.
 """
 
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from data.dataset import MAX_LOST, choose_validation, fingerprint
-from data.sources import open_source, portable_name
+from data.sources import Source, open_source, portable_name
 from modules.data_plugins import open_data
 from runs.code import digest
 from runs.folder import Run
@@ -35,12 +36,15 @@ class Scored:
     code: dict[str, str] | None  # digest of each file that affected the training; None in old runs
     parameters: int
     flops_per_token: float  # of training
+    is_bound: bool = False  # the losses are upper bounds
+    audit: list[str] | None = None  # the problems that an audit found; None: there was none
 
 
 def save_losses(name: str, source_if_missing: str | None = None):
     """Score the best weights of a run on its whole validation set, and save the losses in its folder.
 
-    If its data are not available, source_if_missing is scored instead, which is printed; OSError is raised without one.
+    A model or tokenizer of a plugin is audited; its problems are printed and saved. If the data of the run are not available,
+    source_if_missing is scored instead, which is printed; OSError is raised without one.
     """
     from inference import load_model
     from metrics.cost import model_cost, num_parameters
@@ -50,18 +54,51 @@ def save_losses(name: str, source_if_missing: str | None = None):
     model, tokenizer = load_model(name)
     data, stories = validation_stories(run.train_config.data, source_if_missing, run.model_config.plugins)
     score = evaluate(model, tokenizer, stories, top_k=TOP_K)
+    problems = None
+    if run.model_config.plugins or type(tokenizer).__module__ != "tokenizer":
+        problems = problems_of(audit_run(name, model, tokenizer, stories, source_if_missing))
+        for problem in problems:
+            print(f"the audit of {name} failed: {problem}")
     saved = run.load("model.pth", {"data"})
     digests = [digest(story.encode(errors="surrogatepass")) for story in stories]
-    columns = [score.story_bytes, score.story_tokens, score.story_nats, *(score.story_hits[k] for k in TOP_K)]
-    rows = zip(digests, *(column.tolist() for column in columns), strict=True)
+    columns = [column.tolist() for column in (score.story_bytes, score.story_tokens, score.story_nats)]
+    columns += [score.story_hits[k].tolist() if score.story_hits else [None] * len(stories) for k in TOP_K]
+    rows = zip(digests, *columns, strict=True)
     run.save_log([dict(zip(COLUMNS, row, strict=True)) for row in rows], COLUMNS, "story_losses.csv")
     scored = Scored(
         weights=digest(run.path("model.pth").read_bytes()), validation=digest("".join(digests).encode()),
         data=label(run, data, stories), training_stories=saved.get("training_stories"),
-        data_fingerprint=saved.get("data_fingerprint"), tokenizer=tokenizer.name, lost=tokenizer.lost_share(stories),
+        data_fingerprint=saved.get("data_fingerprint"), tokenizer=tokenizer.name,
+        lost=1 - int(score.story_bytes.sum()) / sum(len(story.encode(errors="replace")) for story in stories),
         code=saved.get("code"), parameters=num_parameters(model), flops_per_token=model_cost(model).training_flops,
+        is_bound=score.is_bound, audit=problems,
     )  # fmt: skip
     run.save_text("story_losses.json", json.dumps(asdict(scored), indent=2) + "\n")
+
+
+def audit_run(name: str, model, tokenizer, stories: list[str], source_if_missing: str | None = None, **options) -> list:
+    """Audit the model of a run on its validation stories: a list of Check. Options as in `metrics.audit.audit`."""
+    from metrics.audit import audit, reference_stories
+    from metrics.world_grades import is_world
+
+    run = Run(name)
+    source = available_source(run.train_config.data, source_if_missing, run.model_config.plugins)
+    weights = digest(run.path("model.pth").read_bytes())
+    reference = reference_stories(source, stories, max(100, options.get("num_stories", 0)), seed=weights)
+    world = source.name if is_world(source.name) else None
+    is_held_out = "validation" not in source.splits
+    return audit(model, tokenizer, stories, reference, world=world, same_source=is_held_out, **options)
+
+
+def problems_of(checks: list) -> list[str]:
+    """The problems of failed checks, each with the name of the check."""
+    return [f"{check.name}: {check.problem}" for check in checks if check.problem]
+
+
+def save_audit(name: str, problems: list[str]):
+    """Record the problems that an audit found with the losses of a run."""
+    _, scored = read_losses(name)
+    Run(name).save_text("story_losses.json", json.dumps(asdict(replace(scored, audit=problems)), indent=2) + "\n")
 
 
 def validation_stories(
@@ -71,14 +108,22 @@ def validation_stories(
 
     The source may be DATA of the plugins. Raises OSError if neither is available.
     """
+    opened = available_source(source, source_if_missing, plugins, print)
+    return opened.name, choose_validation(opened, Counter())
+
+
+def available_source(
+    source: str, source_if_missing: str | None, plugins: tuple[str, ...] = (), tell: Callable[[str], None] = lambda line: None
+) -> Source:
+    """Open a source, or source_if_missing if it is not available. Raises OSError if neither is."""
     try:
-        opened = open_data(source, plugins)
+        return open_data(source, plugins)
     except OSError as error:  # no such file or folder, or no connection to the hub
         if source_if_missing is None:
             raise type(error)(f"{error}. To score on other stories, give data_if_missing, such as auto") from error
         opened = open_source(source_if_missing)
-        print(f"{error}.\nRuns that were trained on {portable_name(source)} are scored on {opened.name} instead.")
-    return opened.name, choose_validation(opened, Counter())
+        tell(f"{error}.\nRuns that were trained on {portable_name(source)} are scored on {opened.name} instead.")
+        return opened
 
 
 def label(run: Run, data: str, stories: list[str]) -> str:
@@ -121,8 +166,11 @@ def data_of(losses, scored: Scored) -> str:
     return f"{scored.data} ({training}{len(losses):,} for validation, digest {scored.validation})"
 
 
-def too_lossy(name: str, scored: Scored) -> str | None:
-    """Why the bits per byte of a run are not to be compared; None if its tokenizer keeps all but a trace of the text."""
+def why_left_out(name: str, scored: Scored) -> str | None:
+    """Why the bits per byte of a run are not to be compared: a failed audit, or a lossy tokenizer; None if they are."""
+    if scored.audit:
+        more = f" and {len(scored.audit) - 1} more" if len(scored.audit) > 1 else ""
+        return f"{name} is left out, as its audit failed: {scored.audit[0]}{more}. See python -m evaluation audit {name}"
     if scored.lost <= MAX_LOST:
         return None
     return (f"{name} is left out: its tokenizer {scored.tokenizer} loses {scored.lost:.1%} of the text, so its bits per byte do "

@@ -7,6 +7,7 @@ from metrics.proportion import CONFIDENCE, proportion_interval
 from metrics.world_floor import Floor, world_floor
 from metrics.world_grades import BROKEN
 from runs.folder import Run
+from runs.tables import at_most
 
 SHARES = ("accepted", *BROKEN)  # which add up to 1
 COLOURS = ("C2", "C1", "C4", "C0", "C3", "0.6", "0.85")
@@ -106,9 +107,11 @@ def lines_of_the_world(name: str) -> list[str]:
     floor, log = world_floor(name), Run(name).log()
     best, lines = log.loc[log["validation_loss"].idxmin()], []
     if floor is not None:
+        bits, nats = best.bits_per_byte - floor.bits_per_byte, best.validation_loss - floor.nats_per_token
+        bits, nats = (at_most(excess, Run(name).is_bound) for excess in (bits, nats))
         lines.append(
-            f"{best.bits_per_byte - floor.bits_per_byte:.4f} bits per byte and {best.validation_loss - floor.nats_per_token:.4f} "
-            f"nats per token over the exact entropy of these stories, {floor.bits_per_byte:.4f} and {floor.nats_per_token:.4f}"
+            f"{bits} bits per byte and {nats} nats per token over the exact entropy of these stories, {floor.bits_per_byte:.4f} "
+            f"and {floor.nats_per_token:.4f}"
         )
     if "accepted" in log:
         num_samples = Run(name).train_config.grade_stories

@@ -9,8 +9,9 @@ A model that differs from GPT in more than its blocks is a class in MODELS of a 
 
 If its __init__ has an argument `blocks`, as GPT's, it is given all blocks by name; a subclass of GPT must pass them on. An
 argument `tokenizer` is the one that it is trained with. tokens and targets (B, T) are integers; a target that is model.IGNORE is
-not scored. The softmax of logits (B, T, V) predicts the next token; evaluation and generation read nothing else. loss is what
-training minimises, a mean over the targets, None without targets. While training with targets, logits may be None.
+not scored. The softmax of logits (B, T, V) predicts the next token; evaluation and generation read nothing else, but for
+story_nats. loss is what training minimises, a mean over the targets, None without targets. While training with targets, logits
+may be None.
 
 Each of the keywords is optional. story_ids (B, T) number the stories of a row, which must not see each other: a model without
 it trains with padded packing, or without mask_stories. window is how many recent tokens may be seen: without it there is no
@@ -20,8 +21,17 @@ memory is what DATA plugins supply (data/plugin.py), None without. Optional
 attributes, used if present: num_parameters(embeddings) -> int; an output matrix called head, which Muon leaves to AdamW; losses,
 the terms of the last training loss by name, detached, "next_token" among them: the log has a column for each; own_loss, None or
 what --train.loss sets it to, a function (logits, targets) -> (name, loss) to minimise in place of the cross-entropy;
-flops_per_token(T) -> float, where torch cannot count them (metrics/cost.py); causal = False of a class that is not meant to read
-from left to right, which the checks before training (modules/model_contract.py) stop otherwise.
+flops_per_token(T) -> float, where torch cannot count them (metrics/cost.py).
+
+A model whose probabilities are not those of its logits is scored by a method of its own,
+
+    story_nats(stories: list[list[int]]) -> Tensor (stories,)
+
+the nats of all tokens after bos, eos included. The class attribute is_bound says whether they are upper bounds, which every table
+marks by "≤", or exact. Exact ones are also asked for the starts of stories, without eos: the probabilities of all next tokens sum
+to 1. A method that seeds its own draws takes a keyword `seed`, 0 by default. causal = False marks a model, or a block, that sees
+later tokens, which the checks before training (modules/model_contract.py) stop otherwise: the model then needs story_nats to be
+scored. metrics/audit/ tests the scores of every model of a plugin.
 """
 
 import importlib

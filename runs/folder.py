@@ -180,6 +180,11 @@ class Run:
         file = self.folder / "diverged.txt"
         return file.read_text(encoding="utf-8").strip() if file.exists() else None
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether the losses of its model are upper bounds."""
+        return self.load("model.pth", {"model"}).get("is_bound", False)
+
     def log(self):
         """log_data.csv as a pandas DataFrame."""
         import pandas as pd

@@ -8,6 +8,7 @@ from itertools import pairwise
 from rich.console import Console
 from rich.table import Table
 
+BOUND = "≤ "  # marks a loss that is an upper bound, in every table and sentence
 WIDTH = 80  # of text that does not go to a terminal
 NAME_WIDTH, TEXT_WIDTH, HEADING_WIDTH = 30, 44, 9  # longer names, texts and headings wrap
 
@@ -60,6 +61,20 @@ class FrameTable:
         if isinstance(value, str):
             return value
         return f"{value:,}" if isinstance(value, int) else f"{value:{self.number}}"
+
+
+def at_most(value: float, is_bound: bool, number: str = ".4f") -> str:
+    """A loss as text; an upper bound is marked.
+
+    >>> at_most(1.25, is_bound=True, number=".3f")
+    '≤ 1.250'
+    """
+    return f"{BOUND * is_bound}{value:{number}}"
+
+
+def marked(value: float, is_bound: bool) -> float | str:
+    """A loss for a table: a number, or the text of an upper bound."""
+    return at_most(value, is_bound) if is_bound else value
 
 
 def new_table(**options) -> Table:

@@ -296,7 +296,7 @@ class TestSentences:
 
     def test_three_races_are_corrected_together(self, monkeypatch):
         runs = pd.DataFrame([
-            [name, format_size(size), int(size), number % 3, loss, 1000, 1.0, f"{name}-{number}"]
+            [name, format_size(size), int(size), number % 3, loss, 1000, 1.0, False, f"{name}-{number}"]
             for name, middle in (("A", 0.85), ("B", 0.85), ("C", 0.75))
             for number, (size, loss) in enumerate(zip(self.sizes, self.losses(0.2, middle), strict=True))
         ], columns=scaling.COLUMNS)  # fmt: skip

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import tokenizer as module
-from tokenizer import ALPHABET, REPLACEMENT, WORD, count_replacements, load_tokenizer, normalise, train_tokenizer
+from tokenizer import ALPHABET, REPLACEMENT, WORD, count_replacements, kept_bytes, load_tokenizer, normalise, train_tokenizer
 
 SIZES = [95, 128, 256, 512, 1024, 2048]
 STORY = """Once upon a time, there was a little dog named Max. Max had 12 red balls; he couldn't count them!
@@ -300,6 +300,22 @@ def test_bytes_that_are_changed_or_dropped_are_lost(hugging_face, name, text, ke
     assert tokenizer.kept_bytes(text) == len(kept.encode())
     assert tokenizer.lost_share([text, text]) == pytest.approx(1 - len(kept.encode()) / len(text.encode("utf-8", "replace")))
     assert tokenizer.bytes_per_token([text]) == len(kept.encode()) / len(tokenizer.encode(text))
+
+
+def test_kept_bytes_are_those_of_the_longest_common_subsequence():
+    def reference(text, decoded):
+        table = [[0] * (len(decoded) + 1) for _ in range(len(text) + 1)]
+        for i, one in enumerate(text):
+            for j, other in enumerate(decoded):
+                size = len(one.encode("utf-8", "replace"))
+                table[i + 1][j + 1] = table[i][j] + size if one == other else max(table[i][j + 1], table[i + 1][j])
+        return table[-1][-1]
+
+    generator = random.Random(0)
+    for _ in range(200):
+        text, decoded = ("".join(generator.choices("ab é漢\ud83d“" + REPLACEMENT, k=generator.randrange(12))) for _ in range(2))
+        assert kept_bytes(text, decoded) == reference(text, decoded)
+    assert kept_bytes(STORY, "".join(sorted(STORY))) < 0.3 * len(STORY)
 
 
 def test_unknown_names_get_the_nearest_match(tmp_path):

@@ -38,7 +38,7 @@ from training.report import command, plot_losses, write_report
 from training.stories import Stories
 
 ROOT = Path(__file__).parent.parent
-COLUMNS = [field.name for field in fields(Record) if field.name not in ("losses", "grades", "story")]  # of log_data.csv
+COLUMNS = [field.name for field in fields(Record) if field.name not in checkpoint.NOT_LOGGED]  # of log_data.csv
 CLOCK = ["seconds", "tokens_per_second", "peak_memory_mb", "overhead_seconds"]  # what two equal runs differ in
 CHECKPOINT = {"model", "optimizers", "step", "tokens", "best_loss"}
 

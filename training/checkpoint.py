@@ -14,10 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from data.dataset import Data, fingerprint
 from inference import generate, load_model, load_weights
-from metrics.scores import Evaluation, evaluate
+from metrics.scores import Evaluation, evaluate, gives_bound
 from metrics.world_grades import COLUMNS as GRADES
 from metrics.world_grades import grade_model
 from model import GPT
+from modules.randomness import random_state, set_random_state
 from runs.execution import ExecutionPlan, Stage
 from runs.folder import Run
 from tokenizer import Tokenizer
@@ -27,6 +28,7 @@ from training.stopwatch import Stopwatch
 
 STORY_TOKENS = 200  # of the story at every evaluation
 LOSS = "loss_"  # how the columns of log_data.csv with other losses than that of the next token start
+NOT_LOGGED = ("losses", "grades", "is_bound", "story")  # fields of a Record that are no columns of log_data.csv
 SAMPLES = ("step", "tokens", "bits_per_byte", "story")  # columns of samples.csv
 
 
@@ -49,6 +51,7 @@ class Record:
     overhead_seconds: float | None = None  # all other time so far: compiling, evaluating, saving …; None in old checkpoints
     losses: dict[str, float] | None = None  # other losses by name, each a column loss_NAME of the log; None if there are none
     grades: dict[str, float] | None = None  # storyworld grades, a column of the log each; None if no samples are graded
+    is_bound: bool = False  # the validation scores are upper bounds
     story: str | None = None  # what the model writes, a row of samples.csv; like the losses None between evaluations
 
 
@@ -113,7 +116,8 @@ class Training:
             self.save_model()
         scores = {"validation_loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
         grades = self.grade() if self.grade_stories else None
-        record = replace(record, **scores, grades=grades, story=self.write_story(), overhead_seconds=self.clock.overhead)
+        scores |= {"is_bound": score.is_bound, "story": self.write_story(), "overhead_seconds": self.clock.overhead}
+        record = replace(record, **scores, grades=grades)
         self.samples.append({column: getattr(record, column) for column in SAMPLES})
         return record
 
@@ -155,14 +159,14 @@ class Training:
 
     @property
     def log_columns(self) -> list[str]:
-        columns = [field.name for field in fields(Record) if field.name not in ("losses", "grades", "story")]
+        columns = [field.name for field in fields(Record) if field.name not in NOT_LOGGED]
         losses = [column for column in dict.fromkeys(itertools.chain(*self.log)) if column.startswith(LOSS)]
         return columns + list(GRADES) * (self.grade_stories > 0) + losses
 
     def save_model(self):
         """Write model.pth: the weights, and which tokenizer and data they belong to."""
         self.run.save("model.pth", {
-            "model": self.best_model.state_dict(), "step": self.step, "loss": self.best_loss,
+            "model": self.best_model.state_dict(), "step": self.step, "loss": self.best_loss, "is_bound": gives_bound(self.model),
             "vocab_size": self.tokenizer.vocab_size, "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "data": self.data.name, "data_fingerprint": self.data.fingerprint, "training_stories": self.data.num_stories,
             "rows_read": self.rows, "code": self.code,
@@ -237,21 +241,3 @@ def saved_plan(saved: dict) -> ExecutionPlan:
         return ExecutionPlan(**saved["plan"])
     choices = dict(saved["choices"])
     return ExecutionPlan(fast=choices.pop("attention") == "kernel", **choices)
-
-
-def random_state() -> dict[str, torch.Tensor | list[torch.Tensor]]:
-    """State of torch's random number generators on all devices."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, torch.Tensor | list[torch.Tensor]]):
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if "mps" in state and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])

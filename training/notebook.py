@@ -13,6 +13,7 @@ from metrics.world_floor import world_floor
 from modules.registry import build_model
 from runs.folder import Run, run_names
 from runs.presets import PRESETS
+from runs.tables import at_most
 from runs.terminal import FAILURES
 from tokenizer import load_tokenizer
 from training.checkpoint import Record
@@ -112,7 +113,7 @@ class LivePlot:
         logs = {label: pd.DataFrame(log) for label, log in self.logs.items()}
         draw_losses(axes, logs, "step", self.floors)
         scores = logs[self.label]["bits_per_byte"].dropna()
-        facts = [f"{score:.3f} bits per byte" for score in scores[-1:]]
+        facts = [f"{at_most(score, Run(self.name).is_bound, '.3f')} bits per byte" for score in scores[-1:]]
         finished = config.progress(record.step, record.seconds) >= 1
         facts.append("finished" if finished else f"{time_left(record, config)} of training left")
         axes.set_title(f"{self.data}: {', '.join(facts)}, {record.tokens_per_second:,.0f} tokens/s")

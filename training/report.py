@@ -17,6 +17,7 @@ from metrics.world_grades import is_world
 from metrics.world_report import draw_floors, lines_of_the_world, plot_grades
 from runs.command_line import command
 from runs.folder import Run
+from runs.tables import BOUND, at_most, marked
 from training.checkpoint import LOSS
 from training.stories import Stories
 
@@ -65,7 +66,7 @@ def plot_losses(*names: str, by: str = "step", axes=None):
     for name in names:
         saved = Run(name).load("model.pth", {"data", "validation_fingerprint"})
         validation_sets.add(saved["validation_fingerprint"])
-        logs[f"{name} on {saved['data']}"] = log_with_flops(name)
+        logs[f"{BOUND * Run(name).is_bound}{name} on {saved['data']}"] = log_with_flops(name)
     draw_losses(axes, logs, by, [world_floor(name) for name in names])
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     warning = ". Different data: do not compare!" if len(validation_sets) > 1 else ""
@@ -152,12 +153,13 @@ def table(
             "FLOPs per token": model_cost(model).flops,
             "training FLOPs": log["flops"].max(),
             "minutes": log["seconds"].max() / 60,
-            "loss": score.loss,
-            "bits per byte": score.bits_per_byte,
+            "loss": marked(score.loss, score.is_bound),
+            "bits per byte": marked(score.bits_per_byte, score.is_bound),
             **{f"top-{k}": share for k, share in score.top_k.items()},
         }
         if is_world(data) and (floor := floor_of(stories[:num_stories], tokenizer, data)):
-            rows[name] |= {"entropy": floor.bits_per_byte, "excess": score.bits_per_byte - floor.bits_per_byte}
+            excess = marked(score.bits_per_byte - floor.bits_per_byte, score.is_bound)
+            rows[name] |= {"entropy": floor.bits_per_byte, "excess": excess}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -236,17 +238,22 @@ def write_report(name: str) -> Stories:
     last, best = log.iloc[-1], log.loc[log["validation_loss"].idxmin()]
     saved = run.load("model.pth", {"validation_stories", "continued_from"})
     losses, scored = read_losses(name)
-    nats = losses["nats"].sum()
+    nats, bound = losses["nats"].sum(), BOUND * scored.is_bound
     loss = nats / losses["tokens"].sum()
     numbers = [
         f"- {num_parameters(model):,} parameters, {num_parameters(model, embeddings=False):,} without embeddings",
         f"- trained on {data_of(losses, scored)} with {config.tokenizer}: {int(last.step):,} steps, {int(last.tokens):,} tokens, "
         f"{time_spent(run)}",
-        f"- {nats / math.log(2) / losses['bytes'].sum():.4f} bits per byte, loss {loss:.4f} nats per token, perplexity "
-        f"{math.exp(loss):.2f}, on all {len(losses):,} validation stories",
-        f"- best at step {int(best.step):,}: {best.bits_per_byte:.4f} bits per byte, loss {best.validation_loss:.4f} nats per "
-        f"token, perplexity {best.perplexity:.2f}, on the first {saved['validation_stories']} of them",
+        f"- {bound}{nats / math.log(2) / losses['bytes'].sum():.4f} bits per byte, loss {bound}{loss:.4f} nats per token, "
+        f"perplexity {bound}{math.exp(loss):.2f}, on all {len(losses):,} validation stories",
+        f"- best at step {int(best.step):,}: {bound}{best.bits_per_byte:.4f} bits per byte, loss "
+        f"{bound}{best.validation_loss:.4f} nats per token, perplexity {bound}{best.perplexity:.2f}, on the first "
+        f"{saved['validation_stories']} of them",
     ]
+    if scored.is_bound:
+        numbers.append(f"- {bound.strip()} marks upper bounds: the model may be better, but gives no exact losses")
+    if scored.audit is not None:
+        numbers.append(f"- {describe_audit(scored.audit)}")
     if other := {name.removeprefix(LOSS): last[name] for name in log if name.startswith(LOSS)}:
         numbers.append(f"- other losses in the last row of the log: {', '.join(f'{n} {v:.4g}' for n, v in other.items())}")
     numbers += [f"- {line}" for line in lines_of_the_world(name)]
@@ -265,6 +272,11 @@ def write_report(name: str) -> Stories:
     return stories
 
 
+def describe_audit(problems: list[str]) -> str:
+    """One line on the audit of a model or tokenizer of a plugin."""
+    return f"the audit failed: {'; '.join(problems)}" if problems else "the audit of its scores found no problem"
+
+
 def film_strip(name: str) -> Stories:
     """Stories that a run wrote while it learned, at up to five evaluations; more of them early, when it learns fast."""
     import numpy as np
@@ -274,7 +286,8 @@ def film_strip(name: str) -> Stories:
         return Stories({})
     samples = pd.read_csv(Run(name).path("samples.csv"), keep_default_na=False)
     moments = np.unique(np.geomspace(1, len(samples), min(5, len(samples))).round().astype(int)) - 1
-    headings = [f"Step {row.step:,}: {row.bits_per_byte:.3f} bits per byte" for row in samples.itertuples()]
+    is_bound = Run(name).is_bound
+    headings = [f"Step {row.step:,}: {at_most(row.bits_per_byte, is_bound, '.3f')} bits per byte" for row in samples.itertuples()]
     return Stories({headings[moment]: samples["story"][moment] for moment in moments}, longest=300)
 
 
