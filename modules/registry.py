@@ -19,6 +19,13 @@ cache.blocks[self] is a dict for whatever the model keeps. Without a cache all t
 attributes, used if present: num_parameters(embeddings) -> int; an output matrix called head, which Muon leaves to AdamW; losses,
 the terms of the last training loss by name, detached, "next_token" among them: the log has a column for each;
 flops_per_token(T) -> float, where torch cannot count them (metrics/cost.py).
+
+A model that does not write from left to right generates by a method of its own,
+
+    write(prompts: list[list[int]], eos_id, max_new_tokens: list[int], sampling: Sampling, generators: list[torch.Generator])
+
+an iterator that yields, at least once, a list with the next token of each prompt, None after its last one or at eos. Prompt i is
+drawn with generators[i] alone. modules/canvas.py is a base class for such models.
 """
 
 import importlib
