@@ -89,11 +89,11 @@ class CanvasModel(GPT):
 
     A model of this kind defines, on top of GPT's layers,
 
-        noise(T, generator) -> (T, ...)                        the random numbers that its bound needs for T places
-        bound(canvas, levels, noise) -> (B)                    an estimate of the bound of the open tokens, in nats
-        training_losses(canvas, levels, noise) -> dict         terms of the training loss by name, per token
-        fill(canvas, sampling, generators) -> (B, T)           the tokens, with the open ones drawn
-        guess(tokens) -> (B, T, V)                             logits of all tokens of full canvases
+        noise(T, generator) -> (T, ...)                   the random numbers that its bound needs for T places
+        bound(canvas, levels, noise) -> (B), losses       an estimate of the bound of the open tokens in nats, and the terms by
+                                                          name that training minimises besides the bound
+        fill(canvas, sampling, generators) -> (B, T)      the tokens, with the open ones drawn
+        guess(tokens) -> (B, T, V)                        logits of all tokens of full canvases
 
     where levels (B) are noise levels from 0 to below 1. It trains with --train.packing padded. `prompts` is the share of the
     rows in training whose first tokens, a random number of them, are given.
@@ -114,7 +114,10 @@ class CanvasModel(GPT):
         self.lengths = Lengths(config.max_seq_len)
 
     def forward(self, tokens, targets=None):
-        """Logits of full canvases without targets; else None and the training loss.  tokens, targets (B, T)"""
+        """Logits of full canvases without targets; else None and the training loss.  tokens, targets (B, T)
+
+        In self.losses the bound in nats per token is called next_token, as the loss that it is compared with.
+        """
         if targets is None:
             return self.guess(tokens), None
         canvas = self.training_canvas(tokens, targets)
@@ -122,9 +125,9 @@ class CanvasModel(GPT):
         # one uniform number spreads the levels evenly over the batch (Kingma et al. 2021, arXiv 2107.00630, appendix I.1)
         levels = (torch.rand(1, device=tokens.device) + torch.arange(B, device=tokens.device)) / B
         noise = torch.stack([self.noise(T) for _ in range(B)]).to(tokens.device)
-        losses = self.training_losses(canvas, levels, noise)
-        nats = self.lengths.nats(canvas.lengths, torch.ones_like(canvas.lengths))
-        losses["length"] = nats.sum() / (targets != IGNORE).sum()
+        nats, losses = self.bound(canvas, levels, noise)
+        nats = nats + self.lengths.nats(canvas.lengths, torch.ones_like(canvas.lengths))
+        losses = {"next_token": nats.sum() / (canvas.lengths - 1).sum(), **losses}
         self.losses = {name: value.detach() for name, value in losses.items()}
         return None, sum(losses.values())
 
@@ -154,8 +157,9 @@ class CanvasModel(GPT):
             levels, noise = zip(*(self.draws(piece, seed) for piece in batch), strict=True)
             parts = tokens, lengths, given, torch.cat(levels), pad_sequence(noise, batch_first=True)
             tokens, lengths, given, levels, noise = (part.to(device) for part in parts)
-            bounds = self.bound(make_canvas(tokens, lengths, given), levels, noise) + self.lengths.nats(lengths, given)
-            nats.index_add_(0, torch.tensor([piece.story for piece in batch]), bounds.double().cpu() / self.samples)
+            bounds, _ = self.bound(make_canvas(tokens, lengths, given), levels, noise)
+            bounds = (bounds + self.lengths.nats(lengths, given)).double().cpu() / self.samples
+            nats.index_add_(0, torch.tensor([piece.story for piece in batch]), bounds)
         return nats
 
     def pieces(self, stories: list[list[int]]) -> Iterator[Piece]:

@@ -21,9 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from config import ModelConfig
 from inference import next_token_probabilities
-from model import BLOCKS as BASE_BLOCKS
-from model import linear, story_starts
-from modules.canvas import Canvas, CanvasModel
+from model import BLOCKS, linear, story_starts
+from modules.canvas import CanvasModel
 
 FIRST_VARIANCE, LAST_VARIANCE = 0.1, 0.9999  # of the noise
 NUM_WAVES = 16  # cosines that say how much noise there is
@@ -37,7 +36,7 @@ class DiffuSeq(CanvasModel):
     """
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, blocks: dict[str, type] = BASE_BLOCKS, width: int = 32, steps: int = 1000,
+        self, config: ModelConfig, vocab_size: int, blocks: dict[str, type] = BLOCKS, width: int = 32, steps: int = 1000,
         turns: int = 64, clamp: bool = False, samples: int = 4, prompts: float = 0.5,
     ):  # fmt: skip
         super().__init__(config, vocab_size, blocks, samples, prompts)
@@ -81,43 +80,31 @@ class DiffuSeq(CanvasModel):
         with torch.autocast(z.device.type, enabled=False):  # bfloat16 has too few digits for it
             return (z.float() @ centres.T - centres.square().sum(dim=1) / 2) / FIRST_VARIANCE
 
-    def terms(self, canvas: Canvas, levels: Tensor, noise: Tensor):
-        """For each place the squared error of the guess, the rounding loss and the squared norm (B, T each, 0 unless open); t
-        (B); the losses of blocks."""
-        x, is_open = self.embedding(canvas.tokens), canvas.is_open[..., None]
-        t = 1 + (levels * self.steps).long()  # (B)
-        z = self.noisy(x, t, noise[:, :, 0]).where(is_open, x)
-        guess, block_losses = self.denoise(z, t, canvas.story_ids)
-        error = (x - guess).square().sum(dim=-1)  # (B, T)
-        z_0 = self.noisy(x, torch.zeros_like(t), noise[:, :, 1])
-        rounding = torch.zeros_like(error)
-        rounding[canvas.is_open] = F.cross_entropy(
-            self.round(z_0[canvas.is_open]), canvas.tokens[canvas.is_open], reduction="none"
-        )  # fmt: skip
-        error, norm = (part * canvas.is_open for part in (error, x.square().sum(dim=-1)))
-        return error, rounding, norm, t, block_losses
-
-    def training_losses(self, canvas, levels, noise):
-        """The loss of DiffuSeq (section 3.2): squared error, rounding, and the squared mean of z at the last step; of blocks."""
-        error, rounding, norm, _, block_losses = self.terms(canvas, levels, noise)
-        num_targets = (canvas.lengths - 1).sum()
-        parts = {"error": error / self.width, "rounding": rounding, "prior": (1 - LAST_VARIANCE) * norm / self.width}
-        return {name: part.sum() / num_targets for name, part in parts.items()} | block_losses
-
     def bound(self, canvas, levels, noise):
-        """The bound of Diffusion-LM (arXiv 2205.14217, equation 2) in nats.  (B)
+        """The bound of Diffusion-LM (arXiv 2205.14217, equation 2) in nats (B), and the losses that are minimised instead.
 
         -log p(w) <= E[KL(q(z_T | w) || N(0, 1)) + sum over t of KL(q(z_t-1 | z_t, w) || p(z_t-1 | z_t)) - log p(w | z_0)],
         where p(z_t-1 | z_t) is q(z_t-1 | z_t, guess), so that a KL is half of the error times the fall of the SNR (Kingma et al.
-        2021, arXiv 2107.00630, equation 13). Their terms log q(z_0 | w) and -log p(z_0 | z_1) are in the KL of t = 1. The sum
-        is estimated from one t.
+        2021, arXiv 2107.00630, equation 13). Their terms log q(z_0 | w) and -log p(z_0 | z_1) are in the KL of t = 1. One t
+        estimates the sum. The losses are those of DiffuSeq, section 3.2: the error at any t alike, the rounding loss, and the
+        squared mean of z_T.
         """
-        error, rounding, norm, t, _ = self.terms(canvas, levels, noise)
-        snr = (1 - self.variances) / self.variances  # (steps + 1)
-        kls = self.steps * (snr[t - 1] - snr[t]) / 2 * error.sum(dim=1)  # (B)
-        v = LAST_VARIANCE
-        last_kl = ((1 - v) * norm.sum(dim=1) + self.width * canvas.is_open.sum(dim=1) * (v - 1 - math.log(v))) / 2  # (B)
-        return kls + last_kl + rounding.sum(dim=1)
+        x, is_open = self.embedding(canvas.tokens), canvas.is_open
+        t = 1 + (levels * self.steps).long()  # (B)
+        z = self.noisy(x, t, noise[:, :, 0]).where(is_open[..., None], x)
+        guess, block_losses = self.denoise(z, t, canvas.story_ids)
+        error = ((x - guess).square().sum(dim=-1) * is_open).sum(dim=1)  # (B)
+        norm = (x.square().sum(dim=-1) * is_open).sum(dim=1)  # (B)
+        z_0 = self.noisy(x, torch.zeros_like(t), noise[:, :, 1])
+        rounding_losses = F.cross_entropy(self.round(z_0[is_open]), canvas.tokens[is_open], reduction="none")  # (N)
+        rounding = torch.zeros_like(error).index_add(0, is_open.nonzero()[:, 0], rounding_losses)  # (B)
+
+        snr, v = (1 - self.variances) / self.variances, LAST_VARIANCE
+        kls = self.steps * (snr[t - 1] - snr[t]) / 2 * error  # (B)
+        last_kl = ((1 - v) * norm + self.width * is_open.sum(dim=1) * (v - 1 - math.log(v))) / 2  # (B)
+        losses = {"error": error / self.width, "rounding": rounding, "prior": (1 - v) * norm / self.width}
+        losses = {name: loss.sum() / (canvas.lengths - 1).sum() for name, loss in losses.items()}
+        return (kls + last_kl + rounding).detach(), losses | block_losses
 
     def guess(self, tokens):
         x, zeros = self.embedding(tokens), torch.zeros_like(tokens)

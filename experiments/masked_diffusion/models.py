@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from config import ModelConfig
 from inference import next_token_probabilities
-from model import BLOCKS as BASE_BLOCKS
-from modules.canvas import Canvas, CanvasModel
+from model import BLOCKS
+from modules.canvas import CanvasModel
 
 
 class MDLM(CanvasModel):
@@ -25,7 +25,7 @@ class MDLM(CanvasModel):
     """
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, blocks: dict[str, type] = BASE_BLOCKS, turns: int = 64,
+        self, config: ModelConfig, vocab_size: int, blocks: dict[str, type] = BLOCKS, turns: int = 64,
         order: Literal["confidence", "ancestral"] = "ancestral", samples: int = 4,
     ):  # fmt: skip
         super().__init__(config, vocab_size + 1, blocks, samples)  # one more token: the mask
@@ -37,14 +37,6 @@ class MDLM(CanvasModel):
         return torch.rand(T, generator=generator)
 
     def bound(self, canvas, levels, noise):
-        return self.masked_losses(canvas, levels, noise)[0]
-
-    def training_losses(self, canvas, levels, noise):
-        """The bound itself, and the losses of blocks."""
-        nats, block_losses = self.masked_losses(canvas, levels, noise)
-        return {"masked_tokens": nats.sum() / (canvas.lengths - 1).sum(), **block_losses}
-
-    def masked_losses(self, canvas: Canvas, levels, noise):
         """The bound of each canvas in nats (B), and the losses of blocks.
 
         Of n open tokens, l are masked, l = 1 to n equally likely, and the summed loss of these is weighted by n / l (LLaDA,
