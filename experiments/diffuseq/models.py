@@ -3,6 +3,10 @@
 Noise is added to the embeddings of the open tokens alone, while those of a prompt stay clean (partial noising). The model guesses
 the clean embeddings from the noisy ones, and the last, hardly noisy ones are rounded to tokens.
 
+Unlike in the paper, the guess is a mean of embeddings, weighted by the probabilities of their tokens: the likelihood of the noisy
+embedding, which is known, times what the network makes of the context (Gulrajani and Hashimoto 2023, arXiv 2305.18619: the
+categorical reparameterization and the output prior).
+
     z_t     noisy embeddings after t of `steps` steps: sqrt(1 - v_t) EMB(w) + sqrt(v_t) noise
     v_t     the variance of the noise, from v_0, with which rounding starts, to nearly 1
     SNR     (1 - v_t) / v_t
@@ -72,13 +76,20 @@ class DiffuSeq(CanvasModel):
         rope = self.rope_cos[None, :T], self.rope_sin[None, :T]
         for layer in self.layers:
             x = layer(x, rope=rope, story_start=story_starts(story_ids), window=None, shared=shared)
-        return self.head(self.norm(x)), shared["losses"]
+        prior = self.head(self.norm(x)) @ self.embedding.weight.T  # (B, T, V)
+        probabilities = (prior + self.log_likelihoods(z, self.variances[t][:, None, None])).softmax(dim=-1)
+        return probabilities @ self.embedding.weight, shared["losses"]
+
+    def log_likelihoods(self, z: Tensor, variance: Tensor) -> Tensor:
+        """log q(z_t | token) of every token, up to a constant.  z (..., E), variance broadcastable to it -> (..., V)"""
+        table = self.embedding.weight  # (V, E)
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 has too few digits for it
+            signal = (1 - variance).sqrt()
+            return (signal * z.float() @ table.T - signal.square() * table.square().sum(dim=1) / 2) / variance
 
     def round(self, z: Tensor) -> Tensor:
-        """Logits of the token of each z_0, by its distance to the embeddings: those of Bayes' rule.  (..., E) -> (..., V)"""
-        centres = math.sqrt(1 - FIRST_VARIANCE) * self.embedding.weight  # (V, E)
-        with torch.autocast(z.device.type, enabled=False):  # bfloat16 has too few digits for it
-            return (z.float() @ centres.T - centres.square().sum(dim=1) / 2) / FIRST_VARIANCE
+        """Logits of the token of each z_0.  (..., E) -> (..., V)"""
+        return self.log_likelihoods(z, self.variances[0])
 
     def bound(self, canvas, levels, noise):
         """The bound of Diffusion-LM (arXiv 2205.14217, equation 2) in nats (B), and the losses that are minimised instead.
@@ -123,7 +134,7 @@ class DiffuSeq(CanvasModel):
         for t, s in pairwise(torch.linspace(self.steps, 0, self.turns + 1).round().long().tolist()):
             guess, _ = self.denoise(z.where(is_open, x), torch.full((len(x),), t, device=x.device), canvas.story_ids)
             if self.clamp:
-                guess = self.embedding(self.round(guess).argmax(dim=-1))
+                guess = self.embedding(torch.cdist(guess, self.embedding.weight).argmin(dim=-1))
             v_t, v_s = self.variances[t].item(), self.variances[s].item()
             kept = (1 - v_t) / (1 - v_s)  # share of the variance of z_s that is left in z_t
             mean = math.sqrt(kept) * v_s / v_t * z + math.sqrt(1 - v_s) * (1 - kept) / v_t * guess
