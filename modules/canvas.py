@@ -52,13 +52,13 @@ class Lengths(nn.Module):
     def __init__(self, max_len: int):
         super().__init__()
         angles = torch.outer(torch.arange(max_len - 1) / max_len, math.pi * torch.arange(1, NUM_WAVES + 1))
-        self.register_buffer("waves", 4 * angles.cos(), persistent=False)  # times 4, to be learned in fewer steps
+        self.register_buffer("waves", angles.cos(), persistent=False)  # (max_len - 1, NUM_WAVES)
         self.weight = nn.Parameter(torch.zeros(NUM_WAVES))
         self.longer = nn.Parameter(torch.zeros(1))
 
     def log_probabilities(self, given: Tensor) -> Tensor:
         """Log-probabilities of the lengths from 2 on, for stories of more than `given` tokens.  (B) -> (B, max_len)"""
-        scores = torch.cat([self.waves @ self.weight, self.longer])
+        scores = 4 * torch.cat([self.waves @ self.weight, self.longer])  # times 4, to be learned in fewer steps
         is_shorter = torch.arange(2, len(scores) + 2, device=scores.device) <= given[:, None]
         return scores.masked_fill(is_shorter, -math.inf).log_softmax(dim=1)
 

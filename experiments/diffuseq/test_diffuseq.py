@@ -68,20 +68,21 @@ def test_the_bound_is_that_of_diffusion_lm():
     levels, noise = (torch.arange(number) % model.steps + 0.5) / model.steps, torch.randn(number, 4, 2, model.width)
     bounds, _ = model.bound(canvas, levels, noise)
     error = math.sqrt(expected.var().item() / number + bounds.var().item() / number)
-    assert abs(bounds.mean() - expected.mean()).item() < 4 * error < 0.05 * expected.mean().item()
+    assert abs(bounds.mean() - expected.mean()).item() < 4 * error < 0.1 * expected.mean().item()
 
 
 @torch.no_grad()
 def test_the_bound_is_above_the_likelihood():
     """That of one token with one channel, which is an integral over z_0, z_1 and z_2."""
     model = build(model="DiffuSeq(width=1, steps=2, turns=2)")
+    model.embedding.weight.mul_(4)  # far enough from each other to be told apart
     grid = torch.linspace(-7, 7, 400)
     density = Normal(0.0, 1.0).log_prob(grid).exp()  # of z_t, from the last t on
     canvas = canvases([BOS, 0, EOS], len(grid))
     z = grid[:, None, None].where(canvas.is_open[..., None], model.embedding(canvas.tokens))
     for t in (2, 1):
         back = step_back(model, z, t, canvas.story_ids)
-        steps = Normal(back.mean[:, 1], back.stddev).log_prob(grid).exp()  # (z_t, z_t-1)
+        steps = Normal(back.mean[:, 1], back.stddev[:, 1]).log_prob(grid).exp()  # (z_t, z_t-1)
         density = density @ steps * (grid[1] - grid[0])
     likelihoods = density @ model.round(grid[:, None]).softmax(dim=-1) * (grid[1] - grid[0])
     assert likelihoods.sum().item() == pytest.approx(1, abs=1e-3)

@@ -61,7 +61,7 @@ class MDLM(CanvasModel):
         return self.logits(self.hidden_states(tokens)[0])
 
     def fill(self, canvas, sampling, generators):
-        is_masked = canvas.is_open.cpu()
+        is_masked = canvas.is_open.clone().cpu()
         tokens = canvas.tokens.masked_fill(canvas.is_open, self.mask_id)
         for turns_left in range(self.turns, 0, -1):
             if not is_masked.any():

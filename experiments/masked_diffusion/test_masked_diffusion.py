@@ -16,10 +16,10 @@ from train import train
 
 BOS, EOS, VOCAB_SIZE = 3, 4, 5
 TINY = ModelConfig(
-    dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16, max_seq_len=5, layers="Norm->FullAttn->+->Norm->MLP->+",
+    dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16, max_seq_len=4, layers="Norm->FullAttn->+->Norm->MLP->+",
     model="MDLM", plugins=("experiments.masked_diffusion.models",),
 )  # fmt: skip
-STORIES = [[BOS, *text, EOS] for n in range(4) for text in itertools.product(range(VOCAB_SIZE), repeat=n)]  # all that fit
+STORIES = [[BOS, *text, EOS] for n in range(3) for text in itertools.product(range(VOCAB_SIZE), repeat=n)]  # all that fit
 
 
 def build(**changes):
@@ -61,7 +61,7 @@ def exact_bound(model, story) -> float:
 
 
 def test_the_bound_is_that_of_equation_10():
-    model, story, t = build(), [BOS, 0, 1, 2, EOS], (torch.arange(20_000) + 0.5) / 20_000
+    model, story, t = build(max_seq_len=5), [BOS, 0, 1, 2, EOS], (torch.arange(20_000) + 0.5) / 20_000
     expected = length_nats(model, story)
     for number in (1, 2, 3):
         for masked in itertools.combinations((1, 2, 3), number):
@@ -82,12 +82,12 @@ def test_the_bound_is_above_the_likelihood_which_sums_to_one():
         assert bound > -math.log(likelihood) - 1e-5
         total, total_of_bounds = total + likelihood, total_of_bounds + math.exp(-bound)
     longer = model.lengths.log_probabilities(torch.tensor([1])).exp()[0, -1].item()
-    assert total + longer == pytest.approx(1, abs=1e-4) and 0.3 < total_of_bounds < total
+    assert total + longer == pytest.approx(1, abs=1e-4) and 0.5 * total < total_of_bounds < total
 
 
 def test_story_nats_estimates_the_bound():
     model = build(model="MDLM(samples=400)")
-    stories = STORIES[::25]
+    stories = STORIES[::6]
     expected = [exact_bound(model, story) for story in stories]
     assert model.story_nats(stories).tolist() == pytest.approx(expected, rel=0.05)
 
