@@ -101,6 +101,7 @@ def difference(model: GPT, config: TrainConfig, plan: ExecutionPlan, device: tor
                 noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
                 weight.add_(noise.to(weight.device), alpha=0.02)
         trial.zero_grad()
+        torch.manual_seed(0)  # for a model that draws random numbers
         device = next(trial.parameters()).device
         inputs, ids = tokens.to(device), None if stories is None else stories.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
