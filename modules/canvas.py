@@ -103,7 +103,7 @@ class CanvasModel(GPT):
     is_bound = True
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, blocks: dict[str, type] = BLOCKS, samples: int = 4, prompts: float = 0.0
+        self, config: ModelConfig, vocab_size: int, blocks: dict[str, type] = BLOCKS, samples: int = 1, prompts: float = 0.0
     ):  # fmt: skip
         super().__init__(config, vocab_size, blocks)
         if samples < 1:

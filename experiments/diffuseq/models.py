@@ -41,7 +41,7 @@ class DiffuSeq(CanvasModel):
 
     def __init__(
         self, config: ModelConfig, vocab_size: int, blocks: dict[str, type] = BLOCKS, width: int = 32, steps: int = 1000,
-        turns: int = 64, clamp: bool = False, samples: int = 4, prompts: float = 0.5,
+        turns: int = 64, clamp: bool = False, samples: int = 1, prompts: float = 0.5,
     ):  # fmt: skip
         super().__init__(config, vocab_size, blocks, samples, prompts)
         if config.positions != "rope":

@@ -26,7 +26,7 @@ class MDLM(CanvasModel):
 
     def __init__(
         self, config: ModelConfig, vocab_size: int, blocks: dict[str, type] = BLOCKS, turns: int = 64,
-        order: Literal["confidence", "ancestral"] = "ancestral", samples: int = 4,
+        order: Literal["confidence", "ancestral"] = "ancestral", samples: int = 1,
     ):  # fmt: skip
         super().__init__(config, vocab_size + 1, blocks, samples)  # one more token: the mask
         if turns < 1:
