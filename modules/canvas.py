@@ -36,6 +36,11 @@ class Canvas(NamedTuple):
         """0 in the story and 1 in the padding, so that neither sees the other.  (B, T)"""
         return (torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.lengths[:, None]).long()
 
+    @property
+    def num_targets(self) -> Tensor:
+        """The number of open tokens in all, and one for the end of each story.  ()"""
+        return self.is_open.sum() + len(self.tokens)
+
 
 def make_canvas(tokens: Tensor, lengths: Tensor, given: Tensor) -> Canvas:
     """A canvas with the first `given` tokens of each row, and eos, given.  tokens (B, T), lengths and given (B)"""
@@ -127,7 +132,7 @@ class CanvasModel(GPT):
         noise = torch.stack([self.noise(T) for _ in range(B)]).to(tokens.device)
         nats, losses = self.bound(canvas, levels, noise)
         nats = nats + self.lengths.nats(canvas.lengths, torch.ones_like(canvas.lengths))
-        losses = {"next_token": nats.sum() / (canvas.lengths - 1).sum(), **losses}
+        losses = {"next_token": nats.sum() / canvas.num_targets, **losses}
         self.losses = {name: value.detach() for name, value in losses.items()}
         return None, sum(losses.values())
 

@@ -114,7 +114,7 @@ class DiffuSeq(CanvasModel):
         kls = self.steps * (snr[t - 1] - snr[t]) / 2 * error  # (B)
         last_kl = ((1 - v) * norm + self.width * is_open.sum(dim=1) * (v - 1 - math.log(v))) / 2  # (B)
         losses = {"error": error / self.width, "rounding": rounding, "prior": (1 - v) * norm / self.width}
-        losses = {name: loss.sum() / (canvas.lengths - 1).sum() for name, loss in losses.items()}
+        losses = {name: loss.sum() / canvas.num_targets for name, loss in losses.items()}
         return (kls + last_kl + rounding).detach(), losses | block_losses
 
     def guess(self, tokens):
