@@ -142,9 +142,12 @@ def generate_tokens(
     All rows are at the same position, so that no padding is needed: the common length is read at once, then a row that still has
     prompt tokens is given the next one, and the others the one that they have drawn. Row i stops after max_new_tokens[i], and is
     drawn with seed + i, which gives the same tokens as if it were alone. If the data of the model have a memory, it is made as
-    soon as the rows are long enough, and they are read again with it.
+    soon as the rows are long enough, and they are read again with it. A model with a method `write` does it in its own way.
     """
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    if hasattr(model, "write"):
+        yield from model.write(prompts, eos_id, max_new_tokens, sampling, generators)
+        return
     device = next(model.parameters()).device
     position = min(map(len, prompts))
     rows = [prompt[:position] for prompt in prompts]

@@ -127,7 +127,8 @@ _ATTENTION: dict[str, dict[str, Callable]] = {  # with the functions that they h
 for _name, _others in _ATTENTION.items():
     register(BLOCKS[_name], causal_attention=causal_attention, apply_rope=apply_rope, **_others)
     register(BLOCKS[_name], kernels=False, causal_attention=windowed_attention)
-register(BLOCKS["BlockAttn"], apply_rope=apply_rope)
+for _name in ("BlockAttn", "FullAttn"):
+    register(BLOCKS[_name], apply_rope=apply_rope)
 register(BLOCKS["Shortcut"], weighted_sum=weighted_sum)
 register(BLOCKS["ShortConv"], short_conv=short_conv)
 register(BLOCKS["Mamba"], activate=activate, selective_scan=selective_scan)

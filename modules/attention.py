@@ -1,4 +1,6 @@
-"""Attention variants: own RoPE, gates, ALiBi, sinks, differential. All take the options of the base model's attention, too.
+"""Attention variants: own RoPE, gates, ALiBi, sinks, differential, bidirectional.
+
+All take the options of the base model's attention, too.
 
 B batch, T time, S time including cached tokens, D model dim, H query heads, G key/value heads, K head dim.
 """
@@ -290,7 +292,35 @@ class DifferentialAttention(RotaryAttention):
         return 2 * mean_visible(T, self.window)
 
 
+class FullAttention(Attention):
+    """Bidirectional attention: a token sees its whole story, also what comes after it.  (B, T, D) -> (B, T, D)
+
+    For models that do not write from left to right, as in BERT (Devlin et al. 2018, arXiv 1810.04805, section 3). window: how
+    many tokens are visible to either side, the token itself included.
+    """
+
+    causal = False
+    examples = ("FullAttn", "FullAttn(window=5)", "FullAttn(attention_soft_cap=30.0)")
+
+    def forward(self, x, *, rope=None, story_start=None, window=None):
+        return super().forward(x, rope=rope, story_start=story_start, window=window)
+
+    def attend(self, q, k, v, story_start, window, cache):
+        B, H, T, K = q.shape
+        window = narrowest(self.window, window)
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device)
+        if window is not None:
+            mask = mask.tril(window - 1).triu(1 - window)
+        if story_start is not None:
+            mask = mask & (story_start[:, :, None] == story_start[:, None])[:, None]  # (B, 1, T, T)
+        return masked_attention(q, k, v, mask, self.soft_cap, self.dropout if self.training else 0.0)
+
+    def visible_per_token(self, T):
+        """Those of a window to the left and to the right, the token itself counted once."""
+        return 2 * mean_visible(T, self.window) - 1
+
+
 BLOCKS = {
     "RopeAttn": RotaryAttention, "GatedAttn": GatedAttention, "AlibiAttn": AlibiAttention, "SinkAttn": SinkAttention,
-    "DiffAttn": DifferentialAttention,
+    "DiffAttn": DifferentialAttention, "FullAttn": FullAttention,
 }  # fmt: skip

@@ -32,6 +32,13 @@ marks by "≤", or exact. Exact ones are also asked for the starts of stories, w
 to 1. A method that seeds its own draws takes a keyword `seed`, 0 by default. causal = False marks a model, or a block, that sees
 later tokens, which the checks before training (modules/model_contract.py) stop otherwise: the model then needs story_nats to be
 scored. metrics/audit/ tests the scores of every model of a plugin.
+
+A model that does not write from left to right generates by a method of its own,
+
+    write(prompts: list[list[int]], eos_id, max_new_tokens: list[int], sampling: Sampling, generators: list[torch.Generator])
+
+an iterator that yields, at least once, a list with the next token of each prompt, None after its last one or at eos. Prompt i is
+drawn with generators[i] alone. modules/canvas.py is a base class for such models.
 """
 
 import importlib

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from errors import one_line_error
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -157,7 +158,22 @@ def test_a_token_sees_the_pattern_in_the_narrower_window(layer, window):
         torch.testing.assert_close(block(x, story_start=STORY_START, window=window), expected, atol=1e-5, rtol=1e-5)
 
 
-WINDOWED = ("Attn", "RopeAttn", "GatedAttn", "DiffAttn", "LatentAttn", "SinkAttn", "AlibiAttn", "ValueAttn")
+@pytest.mark.parametrize("window", [None, 4])
+@torch.no_grad()
+def test_full_attention_sees_its_whole_story_and_no_other(window):
+    block, x = build("FullAttn"), some(2, 150, 24)
+
+    def visible(b, h, t, j):
+        return (STORY_START[b][t] == STORY_START[b][j]) & ((t - j).abs() < (window or 150))
+
+    expected = project_out(block, attend(*projections(block, x), visible))
+    torch.testing.assert_close(block(x, story_start=STORY_START, window=window), expected, atol=1e-5, rtol=1e-5)
+    q, k, v = projections(block, x)
+    alone = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(block(x), project_out(block, alone), atol=1e-5, rtol=1e-5)
+
+
+WINDOWED = ("Attn", "RopeAttn", "GatedAttn", "DiffAttn", "LatentAttn", "SinkAttn", "AlibiAttn", "ValueAttn", "FullAttn")
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -277,7 +293,7 @@ def flops_per_token(block, T: int) -> float:
     return block.flops_per_token(T) if hasattr(block, "flops_per_token") else attention_flops(block, T)
 
 
-@pytest.mark.parametrize("layer", [*TIGHT, "GatedAttn", "GatedAttn(gate='head')", "DiffAttn", "LatentAttn(v_dim=12)"])
+@pytest.mark.parametrize("layer", [*TIGHT, "FullAttn", "GatedAttn", "GatedAttn(gate='head')", "DiffAttn", "LatentAttn(v_dim=12)"])
 def test_flops_of_a_single_token_are_those_torch_counts(layer):
     block = build(layer, WRITTEN_OUT)
     with FlopCounterMode(display=False) as counter:
@@ -295,6 +311,8 @@ def test_flops_count_the_pairs_that_see_each_other(layer):
         pairs = sum((PATTERNS[layer](1, h, t, j, 150) & (j <= t)).sum().item() for h in range(4))
         assert flops_per_token(block, T) == pytest.approx(2 * matrices + 4 * 8 * pairs / T)
     assert mean_visible(10, 3) == pytest.approx((1 + 2 + 8 * 3) / 10)
+    assert build("FullAttn").visible_per_token(10) == 10
+    assert build("FullAttn(window=3)").visible_per_token(10) == pytest.approx((3 + 4 + 6 * 5 + 4 + 3) / 10)
 
 
 def test_the_flops_of_a_latent_follow_the_width_of_its_values():

@@ -24,7 +24,8 @@ from runs.command_line import parse, read_layers
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
-    *(ROOT / folder / "README.md" for folder in ("experiments", "experiments/example", "benchmarks")),
+    *(ROOT / folder / "README.md" for folder in ("experiments", "benchmarks")),
+    *(ROOT / "experiments" / name / "README.md" for name in ("example", "masked_diffusion", "diffuseq")),
 ]  # fmt: skip
 page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 

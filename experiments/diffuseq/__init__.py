@@ -1,0 +1,1 @@
+"""DiffuSeq: diffusion of embeddings."""
