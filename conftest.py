@@ -19,6 +19,12 @@ import pytest
 from config import ModelConfig, TrainConfig
 
 MODEL = ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16, max_seq_len=48)
+REPOSITORY = Path(__file__).parent
+SHAPES = ("5foot11_and_skinnyfat", "short_and_thick", "tall_and_skinny")
+SHIPPED = (
+    *(f"0.5m_{shape}-seed{seed}" for shape in SHAPES for seed in range(3)), "1m_storyworld", "2m_speedrun",
+    "quick_storyworld_small", "quick_tinystories",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +33,22 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("BASEGPT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BASEGPT_CACHE", str(tmp_path / "cache"))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def shipped_folder(tmp_path_factory):
+    """A folder of the runs that come with the repository, without those of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("shipped")
+    for name in SHIPPED:
+        shutil.copytree(REPOSITORY / "trained_models" / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def shipped(shipped_folder, monkeypatch):
+    """The names of the shipped runs, and this test finds them and no others."""
+    monkeypatch.setenv("BASEGPT_RUNS", str(shipped_folder))
+    return SHIPPED
 
 
 @pytest.fixture(scope="session")

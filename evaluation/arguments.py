@@ -10,7 +10,7 @@ from runs.terminal import UsageError
 
 Runs = Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ...")]
 Architectures = Annotated[Positional[tuple[str, ...]], arg(metavar="ARCHITECTURE ...")]
-Architecture = Annotated[Positional[str], arg(metavar="PRESET_OR_RUN")]
+Architecture = Annotated[Positional[str], arg(metavar="ARCHITECTURE")]
 Prices = Annotated[tuple[float, ...] | None, arg(metavar="PRICE [PRICE]")]
 
 
@@ -124,12 +124,13 @@ class Grade:
 class Cost:
     """Parameters, FLOPs and cache bytes per token of models, or of every block."""
 
-    specs: Architectures = ()  # presets or runs, side by side
+    specs: Architectures = ()  # presets, runs, or layer strings at the sizes of the first preset or run
     blocks: bool = False  # every block of the registry, at the sizes of the default config
     T: int | None = None  # number of tokens; None: the context length of the model
+    plugins: tuple[str, ...] = ()  # modules whose BLOCKS the layer strings name
 
     def __post_init__(self):
-        check(self.specs or self.blocks, "name presets or runs, or take --blocks")
+        check(self.specs or self.blocks, "name presets, runs or layer strings, or take --blocks")
         check(self.T is None or self.T >= 1, f"--T {self.T}: give at least 1")
 
 
@@ -137,9 +138,10 @@ class Cost:
 class Diff:
     """The differences between two architectures, block by block."""
 
-    left: Architecture  # a preset or a run
+    left: Architecture  # a preset, a run, or a layer string at the sizes of the other
     right: Architecture  # another
     html: Path | None = None  # write a page into this file instead of printing
+    plugins: tuple[str, ...] = ()  # modules whose BLOCKS the layer strings name
 
     def __post_init__(self):
         check_folder("--html", self.html)

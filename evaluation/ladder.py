@@ -126,13 +126,13 @@ def ladder(
     """Scale the architecture to each size. Raises ValueError for a size it cannot match."""
 
     @cache
-    def parameters(dim: int) -> int | None:
-        """Count the parameters at this dim; None if the dim is invalid."""
+    def parameters(dim: int) -> int | str:
+        """Count the parameters at this dim; if a block does not accept the dim, the reason."""
         try:
             with torch.random.fork_rng(devices=[]):
                 model = build_model(at_width(config, dim), vocab_size, tokenizer)
-        except ValueError:  # dim is not divisible by heads or groups
-            return None
+        except ValueError as error:
+            return str(error)
         return sum(weight.numel() for weight in model.parameters())
 
     with torch.random.fork_rng(devices=[]):
@@ -151,7 +151,7 @@ def ladder(
     return rungs
 
 
-def nearest_width(dim: int, size: int, parameters: Callable[[int], int | None]) -> int:
+def nearest_width(dim: int, size: int, parameters: Callable[[int], int | str]) -> int:
     """Find the dim with the parameter count nearest to size, starting from dim.
 
     The count grows between linearly and quadratically in dim, so scaling dim by the square root of the ratio converges without
@@ -163,17 +163,18 @@ def nearest_width(dim: int, size: int, parameters: Callable[[int], int | None]) 
         visited.add(dim)
         dim = possible_width(dim * math.sqrt(size / parameters(dim)), parameters)
     reach = max(4 * STEP, round(0.1 * dim / STEP) * STEP)
-    near = [other for other in range(max(STEP, dim - reach), dim + reach + 1, STEP) if parameters(other)]
+    near = range(max(STEP, dim - reach), dim + reach + 1, STEP)
+    near = [other for other in near if isinstance(parameters(other), int)]
     return min(near, key=lambda dim: abs(math.log(parameters(dim) / size)))
 
 
-def possible_width(dim: float, parameters: Callable[[int], int | None]) -> int:
+def possible_width(dim: float, parameters: Callable[[int], int | str]) -> int:
     """Round dim to the nearest multiple of STEP that is valid for the architecture. Raises ValueError if there is none."""
     middle = max(1, round(dim / STEP))
     for multiple in (middle + sign * offset for offset in range(64) for sign in (-1, 1)):
-        if multiple > 0 and parameters(STEP * multiple):
+        if multiple > 0 and isinstance(parameters(STEP * multiple), int):
             return STEP * multiple
-    raise ValueError(f"no dim near {STEP * middle} is valid: the blocks of the architecture do not divide it. Take other sizes")
+    raise ValueError(f"no dim near {STEP * middle} is valid ({parameters(STEP * middle)}): take other sizes")
 
 
 def at_width(config: ModelConfig, dim: int) -> ModelConfig:

@@ -41,7 +41,6 @@ from metrics.proportion import proportion_interval
 from model import IGNORE
 from modules.registry import build_model
 from runs.code import code_digests
-from runs.command_line import read_layers
 from runs.tables import FrameTable, show
 from runs.terminal import UsageError
 from training.optim import build_optimizers, step_optimizers
@@ -100,19 +99,6 @@ class Score:
             return "diverged"
         text, means = f"{self.accuracy:.3f} [{{:.3f}}, {{:.3f}}]".format(*self.interval), self.shares.mean(dim=1)
         return text if len(means) == 1 else f"{text}, seeds {means.min():.3f} to {means.max():.3f}"
-
-
-def architecture(spec: str | ModelConfig, plugins: tuple[str, ...] = ()) -> ModelConfig:
-    """Return the config of a preset, run, config or layer string (which contains "->" or starts with a bracket).
-
-    Raises ValueError for an unknown name or an invalid layer string.
-    """
-    if isinstance(spec, str) and ("->" in spec or spec[:1] in ("[", "(")):
-        layers = read_layers(spec)
-        depth = len(layers) if isinstance(layers, tuple) else 1
-        return ModelConfig(layers=layers, num_layers=depth, max_seq_len=CONTEXT, plugins=plugins)
-    config, _ = config_of(spec)
-    return replace(config, plugins=(*config.plugins, *(plugin for plugin in plugins if plugin not in config.plugins)))
 
 
 def scaled(config: ModelConfig, T: int, effort: Effort) -> ModelConfig:
@@ -269,7 +255,7 @@ def probes(
         name = spec if isinstance(spec, str) else f"config {number + 1}"
         if name in configs:
             raise ValueError(f"{name!r} is named twice: name each architecture once")
-        configs[name] = architecture(spec, plugins)
+        configs[name], _ = config_of(spec, plugins, sizes=ModelConfig(max_seq_len=CONTEXT))
         for task in tasks:
             with torch.random.fork_rng(devices=[]):
                 build(configs[name], TASKS[task], effort)

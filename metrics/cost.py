@@ -1,6 +1,7 @@
 """The cost of a model: parameters, FLOPs per token, and cache bytes per token.
 
     python -m evaluation cost 1m gemma2_like my_run    # presets and runs side by side
+    python -m evaluation cost 1m "Norm->MyAttn->+->Norm->MLP->+" --plugins my_blocks    # layer strings, at the size of 1m
     python -m evaluation cost --blocks                # every block of the registry
 
 FLOPs are those of matrix products and convolutions in the forward pass (a multiply-add is two), per token, as the mean over a
@@ -33,6 +34,7 @@ from metrics.counting import as_torch_does_it, cache_bytes, count_flops
 from model import GPT, Branch
 from modules.contract import layers_to_try
 from modules.registry import accepted_kwargs, all_blocks, build_model
+from runs.command_line import read_layers
 from runs.folder import Run, group_members, group_names, run_names
 from runs.presets import PRESETS, preset
 from runs.tables import FrameTable, show
@@ -202,12 +204,29 @@ def steps_with_signs(layer: str) -> list[tuple[str, dict[str, Any], tuple[str, .
     return steps
 
 
-def config_of(spec: str | ModelConfig) -> tuple[ModelConfig, int]:
-    """The architecture and vocabulary size of a run, a group of seeds, a preset or a config.
+def config_of(
+    spec: str | ModelConfig, plugins: tuple[str, ...] = (), sizes: str | ModelConfig | None = None
+) -> tuple[ModelConfig, int]:
+    """The architecture and vocabulary size of a run, a group of seeds, a preset, a config or a layer string.
 
-    A run takes precedence over a preset of the same name; a config gets the vocabulary of the default tokenizer. Raises
+    A run takes precedence over a preset of the same name; a config gets the vocabulary of the default tokenizer. A layer string
+    gets all else from `sizes`, by default from the default config, and about as many layers. The plugins are added. Raises
     ValueError for an unknown name, and what Run raises for a damaged run.
     """
+    config, vocab_size = named_config((sizes or ModelConfig()) if is_layer_string(spec) else spec)
+    if is_layer_string(spec):
+        layers = read_layers(spec)
+        tile = len(layers) if isinstance(layers, tuple) else 1
+        config = replace(config, layers=layers, num_layers=tile * max(1, round(config.num_layers / tile)))
+    return replace(config, plugins=tuple(dict.fromkeys((*config.plugins, *plugins)))), vocab_size
+
+
+def is_layer_string(spec: str | ModelConfig) -> bool:
+    """Whether it is a layer string, or a list or tuple of them, and not a name."""
+    return isinstance(spec, str) and ("->" in spec or spec[:1] in ("[", "("))
+
+
+def named_config(spec: str | ModelConfig) -> tuple[ModelConfig, int]:
     if isinstance(spec, ModelConfig):
         return spec, load_tokenizer(TrainConfig().tokenizer).vocab_size
     if spec in {*run_names(), *group_names()}:
@@ -221,17 +240,17 @@ def config_of(spec: str | ModelConfig) -> tuple[ModelConfig, int]:
 
 
 def tokenizer_of(spec: str | ModelConfig) -> str:
-    """The name of the tokenizer of a run, group of seeds or preset; the default one of a config."""
-    if isinstance(spec, ModelConfig) or "->" in spec:  # a config, or a layer string
+    """The name of the tokenizer of a run, group of seeds or preset; the default one of a config or layer string."""
+    if isinstance(spec, ModelConfig) or is_layer_string(spec):
         return TrainConfig().tokenizer
     if spec in {*run_names(), *group_names()}:
         return Run(group_members(spec)[0]).train_config.tokenizer
     return preset(spec).train.tokenizer
 
 
-def cost_of(spec: str | ModelConfig, T: int | None = None) -> Cost:
-    """Measure the cost of a run, group of seeds, preset or config, for T tokens. Raises as config_of and model_cost do."""
-    config, vocab_size = config_of(spec)
+def cost_of(spec: str | ModelConfig, T: int | None = None, **options) -> Cost:
+    """Measure the cost for T tokens of whatever config_of takes. Raises as config_of and model_cost do."""
+    config, vocab_size = config_of(spec, **options)
     with torch.random.fork_rng(devices=[]):
         return model_cost(build_model(config, vocab_size, tokenizer_of(spec)), T)
 
@@ -247,11 +266,12 @@ def num_parameters(model, embeddings: bool = True) -> int:
     return sum(weight.numel() for weight in model.parameters() if embeddings or id(weight) not in excluded)
 
 
-def cost_table(*specs: str, T: int | None = None):
-    """Tabulate the cost of runs and presets by kind of part and in total: a pandas DataFrame with a column for each."""
+def cost_table(*specs: str, T: int | None = None, plugins: tuple[str, ...] = ()):
+    """Tabulate the cost of runs, presets and layer strings by kind of part and in total: a DataFrame with a column for each."""
     import pandas as pd
 
-    costs = {spec: cost_of(spec, T) for spec in specs}
+    sizes = sizes_for(specs)
+    costs = {spec: cost_of(spec, T, plugins=plugins, sizes=sizes) for spec in specs}
     rows: dict[tuple[str, str], list[float]] = {("context", "tokens"): [cost.T for cost in costs.values()]}
     for label, quantity in QUANTITIES.items():
         by_kind = [cost.by_kind(quantity) for cost in costs.values()]
@@ -262,6 +282,11 @@ def cost_table(*specs: str, T: int | None = None):
             rows[label, "all, in training"] = [cost.training_flops for cost in costs.values()]
     rows["cache bytes", "after the context"] = [cost.cache for cost in costs.values()]
     return pd.DataFrame(rows.values(), columns=list(costs), index=pd.MultiIndex.from_tuples(rows))
+
+
+def sizes_for(specs: tuple[str | ModelConfig, ...]) -> str | ModelConfig | None:
+    """What layer strings among these take their sizes from: the first that is none, if there is one."""
+    return next((spec for spec in specs if not is_layer_string(spec)), None)
 
 
 def block_costs(config: ModelConfig | None = None, T: int | None = None):
@@ -277,7 +302,8 @@ def block_costs(config: ModelConfig | None = None, T: int | None = None):
     Returns
     -------
     pandas.DataFrame
-        A row per block: the layer string that it was measured in, parameters, FLOPs and cache bytes per token.
+        A row per block: the layer string that it was measured in, parameters, FLOPs and cache bytes per token. A block that
+        does not fit the sizes has the reason in place of its layer string.
 
     Examples
     --------
@@ -287,10 +313,18 @@ def block_costs(config: ModelConfig | None = None, T: int | None = None):
 
     config, rows = config or ModelConfig(), {}
     for name, block in all_blocks(config).items():
-        layer = layers_to_try(name, block)[0]
-        part = last_part(name, cost_of(replace(config, num_layers=1, layers=layer), T))
-        rows[name] = {"in": layer} | {label: getattr(part, quantity) for label, quantity in QUANTITIES.items()}
+        try:
+            layer = layers_to_try(name, block)[0]
+            part = last_part(name, cost_of(replace(config, num_layers=1, layers=layer), T))
+            rows[name] = {"in": layer} | {label: getattr(part, quantity) for label, quantity in QUANTITIES.items()}
+        except Exception as error:  # a block of a plugin may raise anything
+            rows[name] = {"in": reason(error)}
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def reason(error: Exception) -> str:
+    """Why a block cannot be built or run, in one line."""
+    return " ".join((str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}").split())
 
 
 def step_name(step: str) -> str:
@@ -308,6 +342,6 @@ def last_part(name: str, cost: Cost) -> Part:
 def main(arguments):
     """Run the command `cost`."""
     if arguments.specs:
-        show(FrameTable(cost_table(*arguments.specs, T=arguments.T), number=",.0f"))
+        show(FrameTable(cost_table(*arguments.specs, T=arguments.T, plugins=arguments.plugins), number=",.0f"))
     if arguments.blocks:
-        show(FrameTable(block_costs(T=arguments.T), number=",.0f"))
+        show(FrameTable(block_costs(ModelConfig(plugins=arguments.plugins), arguments.T), number=",.0f"))

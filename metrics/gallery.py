@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from config import ModelConfig
-from metrics.cost import Part, last_part, model_cost
+from metrics.cost import Part, last_part, model_cost, reason
 from model import Cache
 from modules.contract import layers_to_try
 from modules.registry import all_blocks, build_model
@@ -35,7 +35,7 @@ class Exhibit:
 
 
 def show_blocks(config: ModelConfig, tokens: Tensor, vocab_size: int):
-    """Display every block of the registry in a notebook, by family.
+    """Display every block of the registry in a notebook, by family; one that does not fit the sizes, with the reason.
 
     Parameters
     ----------
@@ -57,7 +57,12 @@ def show_blocks(config: ModelConfig, tokens: Tensor, vocab_size: int):
         family = inspect.getdoc(sys.modules[module]).splitlines()[0]
         display({"text/markdown": f"### {module.replace('.', '/')}.py\n\n{family}"}, raw=True)
         for name in names:
-            exhibit = run_block(name, layers_to_try(name, all_blocks(config)[name])[0], config, tokens, vocab_size, visited)
+            try:
+                layer = layers_to_try(name, all_blocks(config)[name])[0]
+                exhibit = run_block(name, layer, config, tokens, vocab_size, visited)
+            except Exception as error:  # a block of a plugin may raise anything
+                display({"text/markdown": f"#### {name}\n\nIt cannot be shown at these sizes: `{reason(error)}`"}, raw=True)
+                continue
             display({"text/markdown": f"#### {name}\n\n{exhibit.summary}"}, {"text/html": as_html(exhibit)}, raw=True)
 
 

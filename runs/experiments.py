@@ -10,7 +10,8 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 
 
 def experiment_names() -> list[str]:
-    return sorted(path.parent.name for path in FOLDER.glob("*/__init__.py"))
+    names = (path.parent.name for path in FOLDER.glob("*/__init__.py"))
+    return sorted(name for name in names if name != "templates")  # which new experiments are copied from
 
 
 def check_experiment(name: str):

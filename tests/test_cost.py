@@ -271,8 +271,10 @@ def test_the_whole_square_is_what_torch_counts_for_plain_attention():
 
 class TestTables:
     def test_every_block_of_the_menu_has_a_row(self):
-        shown = block_costs(CONFIG, 16)
-        assert list(shown.index) == list(all_blocks(CONFIG))
+        config = replace(CONFIG, plugins=("picky_blocks",))
+        shown = block_costs(config, 16)
+        assert list(shown.index) == list(all_blocks(config))
+        assert shown.loc["Picky", "in"].endswith("dim=24: Picky needs 640") and shown.loc["Picky"].drop("in").isna().all()
         assert list(shown) == ["in", "parameters", "FLOPs per token", "cache bytes per token", "cache bytes fixed"]
         assert shown.loc["MLP", "FLOPs per token"] == 2 * shown.loc["MLP", "parameters"]
         assert shown.loc["Norm"].drop("in").equals(shown.loc["RMSNorm"].drop("in"))
@@ -287,6 +289,15 @@ class TestTables:
             assert rows.drop([row for row in rows.index if row.startswith("all")]).sum().tolist() == rows.loc["all"].tolist()
         assert (shown.loc["FLOPs per token"].loc["all, in training"] == 3 * shown.loc["FLOPs per token"].loc["all"]).all()
 
+    def test_a_layer_string_is_priced_at_the_size_of_another(self):
+        layers, model = "Norm->ForgettingAttn->+->Norm->MLP->+", PRESETS["1m"].model
+        plugins = ("experiments.example.blocks",)
+        assert config_of(layers, plugins, sizes="1m") == (replace(model, layers=layers, plugins=plugins), 1027)
+        assert config_of("('MLP', 'Attn')", sizes="1m")[0] == replace(model, layers=("MLP", "Attn"), num_layers=4)
+        shown = cost_table("1m", layers, T=8, plugins=plugins)
+        extra = shown.loc[("parameters", "all")].diff().iloc[-1]
+        assert extra == 5 * (128 * 4 + 4)  # the gates
+
     def test_a_run_goes_before_a_preset_of_its_name(self, make_config):
         next(train(MODEL, make_config(), "1m"))
         assert config_of("1m") == (MODEL, 131) and config_of("2m")[0] == PRESETS["2m"].model
@@ -296,12 +307,13 @@ class TestTables:
         assert config_of("mine") == config_of("mine-seed1")
 
     def test_in_the_terminal(self, capsys):
-        evaluation.run(["cost", "1m", "llama3_like", "--T", "8"])
+        words = ["1m", "Norm->ForgettingAttn->+", "--plugins", "experiments.example.blocks", "--T", "8"]
+        evaluation.run(["cost", *words])
         shown = capsys.readouterr().out
-        assert "993,024" in shown and "llama3_like" in shown and "Attention" in shown
+        assert "993,024" in shown and "ForgettingAttn" in shown and "Attention" in shown
         with pytest.raises(ValueError, match=r"'gemma2_lik' is neither a preset nor a run\. Did you mean 'gemma2_like'"):
             evaluation.run(["cost", "gemma2_lik"])
-        for words, told in (([], "name presets or runs"), (["1m", "--T", "0"], "give at least 1")):
+        for words, told in (([], "name presets, runs or layer strings"), (["1m", "--T", "0"], "give at least 1")):
             with pytest.raises(SystemExit, match="2"):
                 evaluation.main(["cost", *words])
             assert told in capsys.readouterr().err

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import nbformat
 import pytest
@@ -21,7 +22,7 @@ from errors import one_line_error
 from torch import nn
 
 from conftest import MODEL
-from experiments.__main__ import main, new_experiment
+from experiments.__main__ import Kind, main, new_experiment, plugin_file
 from inference import generate, load_model
 from metrics.cost import num_parameters
 from metrics.scores import evaluate
@@ -29,7 +30,7 @@ from modules.contract import CONFIG, check_block
 from modules.registry import all_blocks, build_model
 from runs import experiments as experiment
 from runs.folder import Run, run_names
-from runs.presets import preset
+from runs.presets import PRESETS, Preset, preset
 from tokenizer import load_tokenizer
 from train import train
 from training import autotune, plan
@@ -140,16 +141,24 @@ def commit_all(folder: Path):
     git(folder, "commit", "--quiet", "--message", "all")
 
 
+def not_copied(folder: str, names: list[str]) -> set[str]:
+    """What of this repository is not copied: runs, and the experiments of whoever runs the tests."""
+    ignored = shutil.ignore_patterns(".[!g]*", ".git", ".gitmodules", "__pycache__", "tests", "trained_models")(folder, names)
+    if Path(folder) == REPOSITORY / "experiments":
+        ignored |= {name for name in names if Path(folder, name).is_dir()} - {"example", "templates"}
+    return ignored
+
+
 @pytest.fixture(scope="module")
 def core(tmp_path_factory):
     """A copy of this repository, as a repository of its own without runs; a new experiment, my_idea, is a submodule of it."""
     folder = tmp_path_factory.mktemp("core")
     core, idea = folder / "core", folder / "my_idea"
-    shutil.copytree(REPOSITORY, core, ignore=shutil.ignore_patterns(".[!g]*", ".git", "__pycache__", "tests", "trained_models"))
+    shutil.copytree(REPOSITORY, core, ignore=not_copied)
     commit_all(core)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(experiment, "FOLDER", core / "experiments")
-        patch.setattr(sys, "argv", ["experiments", "new", "my_idea"])
+        patch.setattr(sys, "argv", ["experiments", "new", "my_idea", "--kind", "attention"])
         runpy.run_module("experiments", run_name="__main__")
     assert "python train.py --preset my_idea/my_idea" in printed.getvalue()
     shutil.move(core / "experiments" / "my_idea", idea)
@@ -193,34 +202,83 @@ def test_a_new_experiment_trains_and_is_compared(core, tiny_run, folders, corpus
     assert "trained_models/first/model.pth" in ours and "trained_models/first/checkpoint.pth" not in ours
 
 
+READERS_FILES = {  # each of these kinds once made a test fail
+    "experiments/wild/__init__.py": "",
+    "experiments/wild/models.py": "import nothing_of_that_name\n",
+    "my_blocks.py": '"""\n>>> 1\n2\n"""\nimport matplotlib.pyplot as plt\n\ndef plot():\n    plt.subplots()\n',
+    "my_notebook.ipynb": "{}",
+    "tokenizers/mine.model": "{}",
+}
+LISTING_TESTS = (
+    "test_runs.py::TestShippedRuns test_migration.py::test_shipped_runs_are_files_of_today test_imports.py test_doctests.py "
+    "test_plots.py::test_every_function_that_makes_a_plot_uses_the_style "
+    "test_docs.py::test_the_readme_has_the_results_of_the_shipped_runs "
+    "test_docs.py::test_every_notebook_has_a_thumbnail_of_an_output "
+    "test_notebooks.py::test_every_notebook_of_the_readme_is_tested test_experiments.py::TestNewExperiment "
+    "test_experiments.py::test_the_runs_of_an_experiment_go_with_it "
+    "test_statistics.py::TestNeededSeeds::test_the_typical_deviation_is_that_of_the_shipped_runs"
+)
+
+
+@pytest.mark.slow
+def test_the_tests_pass_beside_files_of_the_reader(tmp_path):
+    copy = shutil.copytree(REPOSITORY, tmp_path / "copy", ignore=shutil.ignore_patterns(".[!g]*", ".git", "__pycache__"))
+    run_python(copy, "-m", "experiments", "new", "my_own_idea")
+    for path, text in READERS_FILES.items():
+        (copy / path).parent.mkdir(exist_ok=True)
+        (copy / path).write_text(text, encoding="utf-8")
+    for folder in ("trained_models/0.5m_mine-seed0", "experiments/wild/trained_models/first"):
+        shutil.copytree(REPOSITORY / "trained_models" / "0.5m_short_and_thick-seed0", copy / folder)
+        config = copy / folder / "model_config.json"
+        config.write_text(config.read_text().replace('"plugins": []', '"plugins": ["experiments.wild.models"]'))
+        (copy / folder / "story_losses.csv").unlink()
+    run_python(copy, "-m", "pytest", "-p", "no:cacheprovider", *(f"tests/{test}" for test in LISTING_TESTS.split()))
+
+
 class TestNewExperiment:
     @pytest.fixture(autouse=True)
     def in_a_folder_of_its_own(self, folders, monkeypatch):
-        shutil.copytree(experiment.FOLDER, folders / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
+        (folders / "experiments").mkdir()
         monkeypatch.setattr(experiment, "FOLDER", folders / "experiments")
 
-    def test_its_names_are_its_own(self):
-        folder = new_experiment("an_example_of_forgetting")
-        assert {path.name for path in folder.iterdir()} == {
-            "__init__.py", ".gitignore", "README.md", "blocks.py", "config.py", "test_an_example_of_forgetting.py",
-            "an_example_of_forgetting.ipynb",
-        }  # fmt: skip
-        code = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
-        assert "class AnExampleOfForgetting(Attention)" in code and '"an_example_of_forgetting": Preset(' in code
-        assert "experiments.an_example_of_forgetting.blocks" in code and "ForgettingAttn" not in code
-        notebook = nbformat.read(folder / "an_example_of_forgetting.ipynb", as_version=4)
-        assert "experiments.an_example_of_forgetting.blocks import BLOCKS, AnExampleOfForgetting" in str(notebook)
-        assert not any(cell.get("outputs") for cell in notebook.cells)
+    @pytest.mark.parametrize("kind", get_args(Kind))
+    def test_its_names_are_its_own(self, kind):
+        folder = new_experiment("my_template", kind)
+        files = {path.name for path in folder.iterdir()}
+        assert files == {"__init__.py", ".gitignore", "README.md", "config.py", "test_my_template.py", "my_template.ipynb",
+                         plugin_file(kind)}  # fmt: skip
+        texts = {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+        words = re.findall(r"\w*[Tt]emplate\w*|\w*PLUGIN\b", "".join(texts.values()))
+        assert set(words) <= {"my_template", "MyTemplate", "test_my_template"}
+        assert all(f"]({name})" in texts["README.md"] for name in files - {"__init__.py", ".gitignore", "README.md"})
+        assert "experiments.my_template." in texts["config.py"] and len(texts[plugin_file(kind)].splitlines()) < 45
+
+    def test_its_notebook_runs(self, folders, corpus, make_config, monkeypatch, capsys):
+        monkeypatch.setitem(PRESETS, "0.5m_short_and_thick", Preset(MODEL, make_config(data="auto")))
+        folder = new_experiment("my_idea", "attention")
+        monkeypatch.setattr("experiments.__path__", [str(folder.parent)])
+        names = {}
+        for cell in nbformat.read(folder / "my_idea.ipynb", as_version=4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)
+                if "parameters" in cell.metadata.get("tags", []):
+                    names |= {"data": corpus, "max_steps": 2, "eval_every": 2}
+        assert set(names["scores"].index) == {"base", "my_idea"} and names["scores"]["bits per byte"].notna().all()
+        assert "MyIdea" in capsys.readouterr().out
+        assert sorted(run.name.split("_")[0] for run in (folders / "runs" / "my_idea").iterdir()) == ["base", "my"]
 
     def test_a_name_that_will_not_do_is_said(self):
         for name in ("My_idea", "my-idea", "2nd", "class", "../x", ""):
             one_line_error(lambda name=name: new_experiment(name), repr(name), "my_idea")
-        one_line_error(lambda: new_experiment("example"), "experiments/example exists")
-        one_line_error(lambda: new_experiment("attn"), "'attn' would call its block 'Attn'", "taken")
-        assert experiment.experiment_names() == ["example"]
+        new_experiment("mine")
+        one_line_error(lambda: new_experiment("mine"), "experiments/mine exists")
+        one_line_error(lambda: new_experiment("attn"), "'attn' would call what it makes 'Attn'", "taken")
+        one_line_error(lambda: new_experiment("x", "blok"), "kind='blok'", "block, attention")
+        assert experiment.experiment_names() == ["mine"]
 
     def test_the_terminal_says_it_in_one_line(self, monkeypatch, capsys):
-        for words, told in ((["new", "example"], "error: experiments/example exists"), (["new"], 2)):
+        new_experiment("mine")
+        for words, told in ((["new", "mine"], "error: experiments/mine exists"), (["new"], 2)):
             with pytest.raises(SystemExit) as stop:
                 main(words)
             assert told == stop.value.code or told in str(stop.value.code)
@@ -241,7 +299,7 @@ def test_the_runs_of_an_experiment_go_with_it(tiny_run, folders, monkeypatch):
     model, _ = load_model("example/little")
     assert model.config == MODEL
     one_line_error(lambda: load_model("example/litle"), "Did you mean 'example/little'?", error=FileNotFoundError)
-    one_line_error(lambda: Run("nobody/x").check_is_new(), "no experiment is called 'nobody'", "There are: example")
+    one_line_error(lambda: Run("nobody/x").check_is_new(), "no experiment is called 'nobody'", "There are: ", "example")
     one_line_error(lambda: Run("example/little").check_is_new(), "a run called 'example/little' exists")
     monkeypatch.delenv("BASEGPT_RUNS")
     assert Run("example/little").folder == REPOSITORY / "experiments" / "example" / "trained_models" / "little"

@@ -1,6 +1,7 @@
 """Promises of gallery.py: every block of the menu is shown, with its shapes, its state and its cost."""
 
 import html
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,13 +22,14 @@ def test_every_block_is_in_one_family():
     assert all(all_blocks(TOY)[name].__module__ == module for module, names in found.items() for name in names)
 
 
-def test_every_block_is_displayed(monkeypatch):
-    shown = []
+def test_every_block_is_displayed_or_says_why_not(monkeypatch):
+    shown, config = [], replace(TOY, plugins=("picky_blocks",))
     monkeypatch.setattr("IPython.display.display", lambda *parts, raw: shown.extend(next(iter(part.values())) for part in parts))
-    show_blocks(TOY, TOKENS, vocab_size=11)
+    show_blocks(config, TOKENS, vocab_size=11)
     headings = [text.splitlines()[0] for text in shown if text.startswith("#")]
+    assert "`layers='»Picky«': dim=16: Picky needs 640`" in shown[-1]
     expected = []
-    for module, names in families(TOY).items():
+    for module, names in families(config).items():
         expected += [f"### {module.replace('.', '/')}.py", *(f"#### {name}" for name in names)]
     assert headings == expected
     for name, block in all_blocks(TOY).items():

@@ -13,7 +13,7 @@ from conftest import MODEL
 from metrics.story_losses import read_losses
 from modules.registry import build_model
 from runs.execution import ExecutionPlan
-from runs.folder import Run, run_names
+from runs.folder import Run
 from train import train
 from training.checkpoint import saved_plan
 
@@ -192,10 +192,9 @@ def test_a_run_of_an_older_version_is_resumed(make_config):
     assert all(torch.equal(weight, wanted[name]) for name, weight in weights.items())
 
 
-def test_shipped_runs_are_files_of_today(monkeypatch):
+def test_shipped_runs_are_files_of_today(shipped):
     """And what was scored is still of their weights."""
-    monkeypatch.delenv("BASEGPT_RUNS")
-    for run in map(Run, run_names()):
+    for run in map(Run, shipped):
         for file, config in {"model_config.json": run.model_config, "train_config.json": run.train_config}.items():
             assert run.path(file).read_text(encoding="utf-8") == to_json(config)
         read_losses(run.name)

@@ -16,7 +16,7 @@ from training.report import film_strip
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLE = "experiments/example/example"
-NOTEBOOKS = [*sorted(path.stem for path in REPOSITORY.glob("*.ipynb")), EXAMPLE]
+NOTEBOOKS = ["build_tokenizer", "inference", "model_evaluation", "testing_modules", "train", EXAMPLE]
 MACHINE_PATH = re.compile(r"""(?<![\w.:/])(/(home|Users|root|tmp|work|private|var|mnt|opt|usr)/|[A-Z]:\\\\?\w)""")
 
 
@@ -70,7 +70,9 @@ def run(copy, monkeypatch):
 
 def test_train_leaves_a_run_and_runs_again(run, corpus, folders):
     small = {"preset": "0.5m_short_and_thick", "data": corpus}
-    shown = printed(run("train", small | {"max_minutes": 0.001}, max_minutes=0.02, eval_every=10, **small))
+    idea = {"layers": "Norm->ForgettingAttn->+->Norm->MLP->+", "plugins": ("experiments.example.blocks",)}
+    shown = printed(run("train", small | idea | {"max_minutes": 0.001}, max_minutes=0.02, eval_every=10, **small))
+    assert '--model.layers "Norm->ForgettingAttn->+->Norm->MLP->+" --model.plugins experiments.example.blocks' in shown
     first, second = sorted((folders / "runs").iterdir(), key=lambda folder: (folder / "model_config.json").stat().st_mtime_ns)
     for folder in (first, second):
         assert folder.name.startswith("0.5m_short_and_thick_")
@@ -124,8 +126,9 @@ def test_the_example_of_an_experiment(run, corpus, folders):
     assert f"example/{idea.name}" in shown and "base from" in shown and "; forgetting from" in shown  # both in one plot
 
 
-def test_every_notebook_is_tested():
-    assert NOTEBOOKS == ["build_tokenizer", "inference", "model_evaluation", "testing_modules", "train", EXAMPLE]
+def test_every_notebook_of_the_readme_is_tested():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert sorted({*re.findall(r"\]\((\w+)\.ipynb\)", readme), EXAMPLE}) == sorted(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.colors import to_hex
+from test_imports import LEVELS
 
 from metrics.plots import STYLE, add_legend, alt_text, in_style, line_colour, show_figure
 
@@ -35,8 +36,7 @@ def makes_axes(node: ast.FunctionDef) -> bool:
 
 
 def test_every_function_that_makes_a_plot_uses_the_style():
-    files = [path.relative_to(ROOT) for path in ROOT.rglob("*.py")]
-    files = [ROOT / path for path in files if path.parts[0] != "tests" and not path.parts[0].startswith(".")]
+    files = [path for room in LEVELS.keys() - {"experiments", "tests"} for path in (ROOT / room).rglob("*.py")]
     makers = [(path.stem, node) for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
               if isinstance(node, ast.FunctionDef) and makes_axes(node)]  # fmt: skip
     assert len(makers) > 8

@@ -76,27 +76,23 @@ class TestNames:
 
 
 class TestShippedRuns:
-    @pytest.fixture(autouse=True)
-    def shipped(self, monkeypatch):
-        monkeypatch.delenv("BASEGPT_RUNS")
-        assert "2m_speedrun" in run_names()
-
-    def test_they_load(self):
-        for name in run_names():
+    def test_they_load(self, shipped):
+        assert run_names() == sorted(shipped)
+        for name in shipped:
             model, tokenizer = load_model(name)
             assert model.vocab_size == tokenizer.vocab_size
 
-    def test_they_name_no_path_and_their_readme_says_their_score(self):
-        for name in run_names():
+    def test_they_name_no_path_and_their_readme_says_their_score(self, shipped):
+        for name in shipped:
             (losses, scored), config = read_losses(name), Run(name).train_config
             readme = Run(name).path("README.md").read_text(encoding="utf-8")
-            assert config.data == scored.data in ("tinystories", "storyworld")
+            assert config.data == scored.data in ("tinystories", "storyworld", "storyworld_small")
             assert f"- trained on {data_of(losses, scored)} with {config.tokenizer}: " in readme
             bits = losses["nats"].sum() / losses["bytes"].sum() / math.log(2)
             assert f"- {bits:.4f} bits per byte, " in readme and f"on all {len(losses):,} validation stories" in readme
             assert f"`{command(Run(name).model_config, config)}`" in readme
 
-    def test_the_storyworld_of_today_is_the_one_it_learned_from(self, tmp_path):
+    def test_the_storyworld_of_today_is_the_one_it_learned_from(self, shipped, tmp_path):
         run, (_, scored) = Run("1m_storyworld"), read_losses("1m_storyworld")
         config, tokenizer = run.train_config, load_tokenizer(run.train_config.tokenizer)
         world = open_source(config.data)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from config import TrainConfig
+from config import ModelConfig, TrainConfig
 from conftest import MODEL
 from evaluation import __main__ as evaluation
 from evaluation import ladder, scaling
@@ -93,6 +93,11 @@ class TestSizes:
         one_line_error(lambda: ladder.ladder("hybrid", model, 1024, [500_000]), "hybrid cannot have 0.5m", "nearest is", "dim=")
         one_line_error(lambda: ladder.ladder("1m", PRESETS["1m"].model, 1024, [1000]), "cannot have 0.001m")
         one_line_error(lambda: ladder.ladder("1m", PRESETS["1m"].model, 1024, [500_000, 501_000]), "the same at 0.5m and 0.501m")
+
+    def test_the_ladder_gives_the_reason_of_a_block(self):
+        picky = ModelConfig(dim=640, num_layers=1, layers="Picky->+", plugins=("picky_blocks",))
+        reasons = "no dim near 184 is valid", "dim=184: Picky needs 640", "take other sizes"
+        one_line_error(lambda: ladder.ladder("picky", picky, 128, [40_000]), *reasons)
 
     def test_widths_in_the_layer_string_are_told(self):
         assert fixed_widths("Norm->Attn(window=64, num_heads=2)->+->Norm->MLP(mlp_dim=72)->+") == ["num_heads=2", "mlp_dim=72"]

@@ -1,7 +1,6 @@
 """Promises of the statistics: intervals that cover, at most 5% false alarms, the seeds that a verdict takes."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,9 +8,9 @@ import pytest
 from scipy import stats
 
 from evaluation.statistics import SEED_DEVIATION, Correction, over_seeds, over_stories, seeds_for, seeds_needed
+from runs.folder import Run
 from runs.looks import MAX_SEEDS
 
-ROOT = Path(__file__).parents[1]
 SIMULATED = 2000
 MANY = 20_000  # simulations of a rate of 5%, which chance raises by at most CHANCE
 CHANCE = 3 * math.sqrt(0.05 * 0.95 / MANY)
@@ -170,8 +169,8 @@ class TestNeededSeeds:
             covers.append(low is not None and low <= truth <= (high or math.inf))
         assert 0.7 <= np.mean(covers) <= 0.9
 
-    def test_the_typical_deviation_is_that_of_the_shipped_runs(self):
-        files = sorted(ROOT.glob("trained_models/0.5m_*-seed?/story_losses.csv"))
+    def test_the_typical_deviation_is_that_of_the_shipped_runs(self, shipped):
+        files = [Run(name).path("story_losses.csv") for name in shipped if name.startswith("0.5m_")]
         losses = [pd.read_csv(file)[["nats", "bytes"]].sum() for file in files]
         bits = np.reshape([loss["nats"] / loss["bytes"] / math.log(2) for loss in losses], (3, 3))
         assert math.sqrt(np.var(bits, axis=1, ddof=1).mean()) == pytest.approx(SEED_DEVIATION, abs=5e-5)

@@ -72,7 +72,7 @@ def test_examples_in_the_help_of_train_are_valid(capsys):
 
 
 @pytest.mark.parametrize("words, cure", [
-    (["compar", "a"], "Did you mean 'compare'?"), ([], "name a command"), (["cost"], "name presets or runs"),
+    (["compar", "a"], "Did you mean 'compare'?"), ([], "name a command"), (["cost"], "name presets, runs or layer strings"),
     (["grade", "a", "--tempratur", "1"], "--temperature FLOAT"),
 ])  # fmt: skip
 def test_wrong_usage_exits_with_2_and_the_cure(capsys, words, cure):

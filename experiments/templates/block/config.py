@@ -1,0 +1,12 @@
+"""The presets of this experiment: `python train.py --preset template/template`."""
+
+from dataclasses import replace
+
+from runs.presets import Preset, preset
+
+BASE = preset("0.5m_short_and_thick")  # what it is compared with
+PLUGINS = ("experiments.templates.block.blocks",)
+
+PRESETS = {
+    "template": Preset(replace(BASE.model, layers="Norm->Attn->+->Norm->Template->+", plugins=PLUGINS), BASE.train),
+}
