@@ -139,7 +139,7 @@ class Training:
             loss = fmean(record.train_loss for record in self.unlogged)
             speed = fmean(record.tokens_per_second for record in self.unlogged)
             row = asdict(replace(record, train_loss=loss, tokens_per_second=speed)) | (record.grades or {}) | self.mean_losses()
-            self.log.append({name: value for name, value in row.items() if name not in ("losses", "grades", "story")})
+            self.log.append({name: value for name, value in row.items() if name not in NOT_LOGGED})
             self.unlogged = []
         if record.validation_loss is not None:
             for path, block in self.reporting_blocks.items():
