@@ -139,8 +139,7 @@ def with_plugins(config: ModelConfig, ours: dict[str, Any], kind: str) -> dict[s
         for name, block in exported(plugin, kind).items():
             if merged.get(name, block) is not block or name == "Norm":
                 owner = f"that of {owners[name]!r}" if name in owners else "the config's norm"
-                article = {"OPTIMIZERS": "an ", "DATA": ""}.get(kind, "a ")
-                what = f"{article}{NOUNS[kind]} {name!r}"
+                what = f"{'an' if kind == 'OPTIMIZERS' else 'a'} {NOUNS[kind]} {name!r}"
                 raise ValueError(f"the plugin {plugin!r} calls {what}, but that name is taken: it is {owner}. Rename it")
             merged[name], owners[name] = block, plugin
     return merged

@@ -179,7 +179,7 @@ def test_a_typo_in_the_name_of_own_data_is_one_line(data, message, load):
 def test_own_data_need_their_plugin_and_a_name_of_their_own(load, monkeypatch):
     one_line_error(lambda: load("PrefixLM(data=CORPUS)", model=MODEL), "Name the file that has DATA", "--model.plugins")
     monkeypatch.setitem(own_data.DATA, "storyworld", own_data.Fables)
-    one_line_error(lambda: load("storyworld"), "'own_data' calls DATA 'storyworld', but that name is taken")
+    one_line_error(lambda: load("storyworld"), "'own_data' calls a data source 'storyworld', but that name is taken")
 
 
 # Memory
