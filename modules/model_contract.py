@@ -112,6 +112,8 @@ def check_order(trial: ModelTrial):
     is_scored = getattr(trial.model, "causal", True) or hasattr(trial.model, "story_nats")
     cure = "give it story_nats(stories), the nats of each story"
     require(is_scored, f"{trial.name} has causal = False, so its logits do not score it: {cure}")
+    is_said = not hasattr(trial.model, "story_nats") or isinstance(getattr(trial.model, "is_bound", None), bool)
+    require(is_said, f"{trial.name} has story_nats, but no is_bound: set it to True for an upper bound, False for exact losses")
 
 
 def check_training(trial: ModelTrial):

@@ -107,6 +107,7 @@ STOPPED_MODELS = {
     "MixesRows": "the model 'MixesRows' mixes the rows of a batch: each must give what it gives alone",
     "DropsInEval": "draws random numbers in eval: draw them only where self.training",
     "CannotBeScored": "has causal = False, so its logits do not score it: give it story_nats(stories)",
+    "MayBeABound": "has story_nats, but no is_bound: set it to True for an upper bound, False for exact losses",
 }
 WARNED_MODELS = {
     "HasAnIdleHead": "no gradient reaches other_head.weight, other_head.bias",
