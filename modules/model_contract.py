@@ -33,7 +33,7 @@ WINDOW = 9
 CUTS = (1, 40, 70, 129)  # where the future starts
 DRAWS = 20  # training passes in which every weight of a model that draws random numbers must get a gradient
 LEAST_GRADIENT = 1e-5  # relative to the largest one; smaller ones are rounding errors, as of a Fourier transform
-IF_MEANT = "If that is meant, write causal = False in the class of the model, and give it story_nats"
+MASK = "Mask them; or if that is meant, write causal = False in the class of the model, and give it story_nats"
 
 
 def check_model(model: nn.Module | ModelConfig, vocab_size: int = VOCAB_SIZE):
@@ -112,6 +112,8 @@ def check_order(trial: ModelTrial):
     is_scored = getattr(trial.model, "causal", True) or hasattr(trial.model, "story_nats")
     cure = "give it story_nats(stories), the nats of each story"
     require(is_scored, f"{trial.name} has causal = False, so its logits do not score it: {cure}")
+    is_said = not hasattr(trial.model, "story_nats") or isinstance(getattr(trial.model, "is_bound", None), bool)
+    require(is_said, f"{trial.name} has story_nats, but no is_bound: set it to True for an upper bound, False for exact losses")
 
 
 def check_training(trial: ModelTrial):
@@ -157,19 +159,23 @@ def check_outputs(trial: ModelTrial):
 @torch.no_grad()
 def check_state(trial: ModelTrial):
     """A result does not depend on what was read before."""
-    tokens = trial.tokens(B, trial.short)
-    first = trial.run(trial.evaluated, tokens, tokens)
-    trial.run(trial.evaluated, trial.other_tokens(tokens), tokens)
-    second = trial.run(trial.evaluated, tokens, tokens)
-    problem = f"{trial.name} gives another result after it has read something else"
-    require_same(first, second, f"{problem}: keep nothing from call to call in eval but what is in `cache`")
+    tokens, model = trial.tokens(B, trial.short), trial.evaluated
+    run, read_another = partial(trial.run, model, tokens, tokens), partial(trial.run, model, trial.other_tokens(tokens), tokens)
+    first, _, second = run(), read_another(), run()
+    if not same(first, second):
+        read_another()
+        problem = f"{trial.name} gives another result{trial.parting(model, run, run)} after it has read something else"
+        raise ContractError(f"{problem}: keep nothing from call to call in eval but what is in `cache`")
 
 
 @torch.no_grad()
 def check_random_numbers(trial: ModelTrial):
     """Eval draws none."""
-    trial.logits(trial.tokens(B, trial.short))
-    require(not trial.drew_random_numbers(), f"{trial.name} draws random numbers in eval: draw them only where self.training")
+    tokens, model = trial.tokens(B, trial.short), trial.evaluated
+    trial.logits(tokens)
+    if trial.drew_random_numbers():
+        place = trial.parting(model, *(partial(trial.run, model, tokens, seed=seed) for seed in (0, 1)))
+        raise ContractError(f"{trial.name} draws random numbers in eval{place}: draw them only where self.training")
 
 
 @torch.no_grad()
@@ -181,22 +187,21 @@ def check_buffers(trial: ModelTrial):
         require(value.equal(buffers[name]), f"{trial.name} changes its buffer {name} in eval: change it only where self.training")
 
 
-def require_same(ours, expected, problem: str):
-    """Logits and losses, as far as there are any, must agree."""
-    for one, other in zip(ours, expected, strict=True):
-        if isinstance(one, Tensor) and isinstance(other, Tensor):
-            require(relative_error(one, other) < TOLERANCE, problem)
+def same(ours: tuple, expected: tuple) -> bool:
+    """Whether logits and losses agree, as far as there are any."""
+    pairs = [pair for pair in zip(ours, expected, strict=True) if all(isinstance(value, Tensor) for value in pair)]
+    return all(relative_error(*pair) < TOLERANCE for pair in pairs)
 
 
 @torch.no_grad()
 def check_rows(trial: ModelTrial):
     """A row gives the same alone and with any others."""
-    tokens = trial.tokens(B, trial.short)
-    first, others = tokens[:1], trial.other_tokens(tokens)
-    expected = trial.logits(tokens)[:1]
-    for rows in (first, torch.cat([first, others[1:]])):
-        problem = f"{trial.name} gives another result for a row alone or beside others: rows of a batch must not mix"
-        require(relative_error(trial.logits(rows)[:1], expected) < TOLERANCE, problem)
+    tokens, model = trial.tokens(B, trial.short), trial.evaluated
+    batches = (tokens, tokens[:1], torch.cat([tokens[:1], trial.other_tokens(tokens)[1:]]))
+    for batch in batches[1:]:
+        if relative_error(trial.logits(batch)[:1], trial.logits(tokens)[:1]) >= TOLERANCE:
+            place = trial.parting(model, *(partial(trial.run, model, each) for each in (tokens, batch)), rows=slice(1))
+            raise ContractError(f"{trial.name} mixes the rows of a batch{place}: each must give what it gives alone")
 
 
 def check_future(trial: ModelTrial):
@@ -224,15 +229,11 @@ def require_no_future(trial: ModelTrial, make: Callable[[], nn.Module], where: s
     ours = [trial.run(make(), rows, targets, **kwargs)[0] for rows in (changed.split(1) if targets is not None else [changed])]
     for row, (cut, after) in enumerate(zip(cuts, torch.cat(ours), strict=True)):
         if relative_error(after[:cut], logits[0, :cut]) >= TOLERANCE:
-            place = where_runs_part(trial, make(), (tokens, targets), (changed[row, None], targets), cut, **kwargs)
+            model = make()
+            runs = (partial(trial.run, model, inputs, targets, **kwargs) for inputs in (tokens, changed[row, None]))
+            place = trial.parting(model, *runs, cut)
             problem = f"{trial.name} sees the future{where}{place}: tokens from position {cut} on change earlier logits"
-            raise ContractError(f"{problem}. {IF_MEANT}")
-
-
-def where_runs_part(trial: ModelTrial, model: nn.Module, one: tuple, other: tuple, T: int, **kwargs) -> str:
-    """The place where two inputs (tokens, targets) lead to different results for the first T tokens."""
-    calls = [record_calls(model, [partial(trial.run, model, *inputs, **kwargs)]) for inputs in (one, other)]
-    return trial.place(first_difference(model, *calls, T), model)
+            raise ContractError(f"{problem}. {MASK}")
 
 
 def require_no_future_gradient(trial: ModelTrial, model: nn.Module):
@@ -257,8 +258,8 @@ def require_no_future_gradient(trial: ModelTrial, model: nn.Module):
     for output in embedded:
         sizes = output.grad.norm(dim=-1)  # (T, T)
         leak = sizes.triu(1).max() / sizes.max().clamp(min=1e-20)
-        problem = f"{trial.name} sees the future: the logits of a token have a gradient to the embedding of a later one"
-        require(leak < LEAST_GRADIENT, f"{problem}. {IF_MEANT}")
+        problem = f"{trial.name} sees the future: the logits of a token have a gradient to the embeddings of later ones"
+        require(leak < LEAST_GRADIENT, f"{problem}. {MASK}")
 
 
 @torch.no_grad()
@@ -269,11 +270,13 @@ def check_targets(trial: ModelTrial):
     for mode, make in {"eval": lambda: trial.evaluated, "training": lambda: trial.copy().train()}.items():
         logits, others = (trial.run(make(), *pair)[0] for pair in pairs)
         if logits is not None and relative_error(others, logits) >= TOLERANCE:
-            place = where_runs_part(trial, make(), *pairs, trial.short)
+            model = make()
+            place = trial.parting(model, *(partial(trial.run, model, *pair) for pair in pairs))
             problem = f"{trial.name} reads its targets{place}: in {mode}, others change its logits"
             raise ContractError(f"{problem}. Only the loss may depend on them")
-    same = relative_error(trial.run(trial.evaluated, tokens, tokens)[0], trial.logits(tokens)) < TOLERANCE
-    require(same, f"{trial.name} reads its targets: in eval, its logits are others without them")
+    expected = trial.run(trial.evaluated, tokens, tokens)[0]
+    is_same = relative_error(trial.logits(tokens), expected) < TOLERANCE
+    require(is_same, f"{trial.name} reads its targets: in eval, its logits are others without them")
 
 
 @torch.no_grad()
@@ -282,11 +285,12 @@ def check_saved(trial: ModelTrial):
     torch.manual_seed(1)
     needs = {"tokenizer": trial.model.tokenizer} if "tokenizer" in init_parameters(type(trial.model)) else {}
     loaded = build_model(trial.config, trial.model.vocab_size, **needs).to(trial.device).eval()
-    same = isinstance(trial.model, type(loaded))
-    require(same, f"{trial.name} of its config is a {type(loaded).__name__}, but it is a {type(trial.model).__name__}")
+    is_built = isinstance(trial.model, type(loaded))
+    require(is_built, f"{trial.name} of its config is a {type(loaded).__name__}, but it is a {type(trial.model).__name__}")
     loaded.load_state_dict(trial.evaluated.state_dict())
     tokens = trial.tokens(B, trial.short)
-    require_same(*(trial.run(model, tokens, tokens) for model in (loaded, trial.evaluated)), f"{trial.name}: {NOT_SAVED}")
+    results = (trial.run(model, tokens, tokens) for model in (loaded, trial.evaluated))
+    require(same(*results), f"{trial.name}: {NOT_SAVED}")
 
 
 @torch.no_grad()

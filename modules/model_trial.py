@@ -5,13 +5,14 @@ B batch, T time, M tokens of memory, V vocabulary.
 
 import copy
 import itertools
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from config import ModelConfig, format_step, layer_steps
-from modules.blame import blocks_of, enclosing_blocks, failing_block
+from modules.blame import Call, blocks_of, enclosing_blocks, failing_block, first_difference, record_calls
 from modules.contract import ContractError, randomised, require
 from modules.explain import explain
 from modules.registry import accepted_kwargs, exported
@@ -79,6 +80,12 @@ class ModelTrial:
 
     def logits(self, tokens: Tensor, **kwargs) -> Tensor:
         return self.run(self.evaluated, tokens, **kwargs)[0]
+
+    def parting(self, model: nn.Module, one: Callable, other: Callable, T: int = LONG, rows: slice = slice(None)) -> str:
+        """The place where two runs of a model lead to different results for the first T tokens of these rows."""
+        calls = [record_calls(model, [run]) for run in (one, other)]
+        calls = [{place: Call(x[rows], y[rows]) for place, (x, y) in run.items()} for run in calls]
+        return self.place(first_difference(model, *calls, T), model)
 
     def place(self, module: nn.Module | None, model: nn.Module) -> str:
         """Where something went wrong, such as " in its block 'Attn'"; "" for the model itself."""

@@ -333,11 +333,20 @@ class CannotBeScored(SeesTheFuture):
     causal = False
 
 
+class MayBeABound(CannotBeScored):
+    """It does not say whether its likelihood is one."""
+
+    def story_nats(self, stories):
+        return torch.zeros(len(stories))
+
+
 # no mistakes
 
 
 class IsNotCausal(CannotBeScored):
     """With a likelihood."""
+
+    is_bound = False
 
     def story_nats(self, stories):
         return torch.zeros(len(stories))
