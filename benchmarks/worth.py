@@ -49,7 +49,7 @@ from runs.presets import Preset, preset
 from tokenizer import load_tokenizer
 from training import seeds
 from training.checkpoint import saved_plan
-from training.optim import growing_batch_size
+from training.schedules import growing_batch_size
 
 EVALUATIONS = 4  # per run with --budget steps
 NO_TIME = (  # fields that do not affect the time of a step, or are not part of the measured step

@@ -29,7 +29,7 @@ from runs.command_line import Arguments
 from runs.folder import Run, is_safe, run_names
 from runs.presets import preset
 from tokenizer import load_tokenizer
-from training.optim import growing_batch_size
+from training.schedules import growing_batch_size
 from training.seeds import member_names, members, run_in_turn, train_members
 
 STEP = 4  # dim is a multiple of this
