@@ -10,6 +10,7 @@ from data.dataset import Batch
 from data.plugin import DataPlugin, failures_of
 
 SIZE = 32  # rows of a batch
+NUM_STORIES = 32  # validation stories whose memories are looked at
 MAX_COPIED = 0.5  # share of the targets that may equal the input at their position
 
 
@@ -110,8 +111,8 @@ def checked_memory(plugin: DataPlugin) -> torch.Tensor:
     is_right = isinstance(prefix, int) and 1 <= prefix < plugin.max_seq_len
     require(is_right, f"prefix={prefix!r}: give a number of tokens, from 1 to below max_seq_len={plugin.max_seq_len}")
     require(plugin.packing == "padded", "a memory belongs to one story: take --train.packing padded, which is one story a row")
-    starts = [tokens[:prefix] for tokens in tokenizer.encode_batch(plugin.validation[:200], bos=True)]
-    starts = [tokens for tokens in starts if len(tokens) == prefix][:2]
+    stories = [tokens for tokens in tokenizer.encode_batch(plugin.validation[:200], bos=True) if len(tokens) >= prefix]
+    starts = [tokens[:prefix] for tokens in stories[:2]]
     require(len(starts) == 2, f"prefix={prefix}: hardly a story has as many tokens, so give fewer")
     with failures_of("memory(prefixes)"):
         memory, again, *alone = map(plugin.memory, (starts, starts, starts[:1], starts[1:]))
@@ -126,4 +127,20 @@ def checked_memory(plugin: DataPlugin) -> torch.Tensor:
     for row, other in zip(memory, alone, strict=True):
         is_right = other.shape[1:] == shape[1:] and other[0].equal(row)
         require(is_right, "memory(prefixes) of a story changes with those beside it: let it depend on its prefix, with one M")
+    if dtype == torch.long:
+        check_lookahead(plugin, stories[:NUM_STORIES])
     return memory
+
+
+def as_text(tokens: list[int]) -> str:
+    return f" {' '.join(map(str, tokens))} "
+
+
+def check_lookahead(plugin: DataPlugin, stories: list[list[int]]):
+    """The memory of a validation story does not hold what follows in it."""
+    shown = 0
+    for tokens, row in zip(stories, plugin.memory([tokens[: plugin.prefix] for tokens in stories]).tolist(), strict=True):
+        following = tokens[plugin.prefix :][: max(8, len(row) - plugin.prefix)]
+        shown += len(following) >= 8 and as_text(following) in as_text(row)
+    problem = f"memory(prefixes) holds what follows in {shown} of {len(stories)} validation stories"
+    require(shown <= len(stories) / 2, f"{problem}: make it from training stories, as those of data.take")

