@@ -44,8 +44,9 @@ class Subject:
         self.tokenised = [ids[: longest + 1] for ids in encoded if len(ids) > 2]
 
     def copy(self) -> nn.Module:
-        """A copy that nothing has been scored with."""
-        return copy.deepcopy(self.model).eval()
+        """A copy that nothing has been scored with; it shares the training data that a memory is made from."""
+        source = getattr(self.model, "memory_source", None)
+        return copy.deepcopy(self.model, {id(source): source}).eval()
 
     @cached_property
     def draws(self) -> bool:
