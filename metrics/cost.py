@@ -33,6 +33,7 @@ from config import ModelConfig, TrainConfig, did_you_mean, format_step, init_par
 from metrics.counting import as_torch_does_it, cache_bytes, count_flops
 from model import GPT, Branch
 from modules.contract import layers_to_try
+from modules.explain import explain
 from modules.registry import accepted_kwargs, all_blocks, build_model
 from runs.command_line import read_layers
 from runs.folder import Run, group_members, group_names, run_names
@@ -240,19 +241,22 @@ def named_config(spec: str | ModelConfig) -> tuple[ModelConfig, int]:
 
 
 def tokenizer_of(spec: str | ModelConfig) -> str:
-    """The name of the tokenizer of a run, group of seeds or preset; the default one of a config or layer string."""
-    if isinstance(spec, ModelConfig) or is_layer_string(spec):
+    """The name of the tokenizer of a run, group of seeds or preset; the default one of a config."""
+    if isinstance(spec, ModelConfig):
         return TrainConfig().tokenizer
     if spec in {*run_names(), *group_names()}:
         return Run(group_members(spec)[0]).train_config.tokenizer
     return preset(spec).train.tokenizer
 
 
-def cost_of(spec: str | ModelConfig, T: int | None = None, **options) -> Cost:
+def cost_of(
+    spec: str | ModelConfig, T: int | None = None, plugins: tuple[str, ...] = (), sizes: str | ModelConfig | None = None
+) -> Cost:
     """Measure the cost for T tokens of whatever config_of takes. Raises as config_of and model_cost do."""
-    config, vocab_size = config_of(spec, **options)
+    config, vocab_size = config_of(spec, plugins, sizes)
+    tokenizer = tokenizer_of((sizes or ModelConfig()) if is_layer_string(spec) else spec)
     with torch.random.fork_rng(devices=[]):
-        return model_cost(build_model(config, vocab_size, tokenizer_of(spec)), T)
+        return model_cost(build_model(config, vocab_size, tokenizer), T)
 
 
 def num_parameters(model, embeddings: bool = True) -> int:
@@ -318,13 +322,8 @@ def block_costs(config: ModelConfig | None = None, T: int | None = None):
             part = last_part(name, cost_of(replace(config, num_layers=1, layers=layer), T))
             rows[name] = {"in": layer} | {label: getattr(part, quantity) for label, quantity in QUANTITIES.items()}
         except Exception as error:  # a block of a plugin may raise anything
-            rows[name] = {"in": reason(error)}
+            rows[name] = {"in": explain(error)}
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def reason(error: Exception) -> str:
-    """Why a block cannot be built or run, in one line."""
-    return " ".join((str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}").split())
 
 
 def step_name(step: str) -> str:

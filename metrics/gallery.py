@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from config import ModelConfig
-from metrics.cost import Part, last_part, model_cost, reason
+from metrics.cost import Part, last_part, model_cost
 from model import Cache
 from modules.contract import layers_to_try
+from modules.explain import explain
 from modules.registry import all_blocks, build_model
 from shapes.comments import tensors_in
 from shapes.drawing import as_text
@@ -61,7 +62,7 @@ def show_blocks(config: ModelConfig, tokens: Tensor, vocab_size: int):
                 layer = layers_to_try(name, all_blocks(config)[name])[0]
                 exhibit = run_block(name, layer, config, tokens, vocab_size, visited)
             except Exception as error:  # a block of a plugin may raise anything
-                display({"text/markdown": f"#### {name}\n\nIt cannot be shown at these sizes: `{reason(error)}`"}, raw=True)
+                display({"text/markdown": f"#### {name}\n\nIt cannot be shown at these sizes: `{explain(error)}`"}, raw=True)
                 continue
             display({"text/markdown": f"#### {name}\n\n{exhibit.summary}"}, {"text/html": as_html(exhibit)}, raw=True)
 
