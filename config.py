@@ -22,6 +22,8 @@ NAMES = {
     "loss": ("cross_entropy",), "optimizer": ("AdamW", "Muon"), "schedule": ("linear", "cosine", "wsd", "constant"),
 }  # fmt: skip
 
+MAX_SEED = 2**63 - 1  # the largest whole number of 64 bits, which every random number generator takes
+
 IGNORE = -100  # a target that is not scored, such as padding; the default ignore_index of PyTorch's cross_entropy
 
 Layers = str | list[str] | tuple[str | list[str], ...]
@@ -184,10 +186,12 @@ class TrainConfig:
         check_types(self)
         for name in ("batch_size", "eval_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
-        require(self.data_seed is None or self.data_seed >= 0, self, "data_seed", "give a number of at least 0, or None")
+        cure = f"give a whole number from 0 to {MAX_SEED}"
+        require(0 <= self.seed <= MAX_SEED, self, "seed", cure)
+        require(self.data_seed is None or 0 <= self.data_seed <= MAX_SEED, self, "data_seed", f"{cure}, or None")
         for name in (
             "grade_stories", "warmup_steps", "final_flat_steps", "num_restarts", "weight_decay", "embedding_decay", "lr_init",
-            "lr_min", "seed",
+            "lr_min",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, self, name, "give a number of at least 0")
         for name in ("max_stories", "max_steps", "max_minutes", "grad_clip", "loss_chunk", "window_start"):

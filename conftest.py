@@ -133,6 +133,7 @@ def shifted_run(name, shift=0.0, seed=0, group=None, noise=0.01, **facts):
     change(name, "story_losses.json", **facts)
     if group:
         run.save_text("group.json", json.dumps({"group": group}))
+    run.path("digests.txt").unlink()  # so that a test may change its files
     return name
 
 

@@ -14,12 +14,13 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from config import MAX_SEED
 from data.cache import say
 from model import GPT, Cache
 from modules.cached_decoding import find_inexact_cache
@@ -30,7 +31,7 @@ from modules.registry import build_model
 from runs.command_line import InferenceArguments
 from runs.folder import Run
 from runs.terminal import errors_in_one_line
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, parse_tokenizer
 
 
 def load_model(name: str, device: str = "cpu"):
@@ -61,13 +62,22 @@ def load_model(name: str, device: str = "cpu"):
     """
     run = Run(name)
     config, saved = run.model_config, run.load("model.pth", {"model", "vocab_size", "tokenizer_fingerprint"})
-    tokenizer = load_tokenizer(run.train_config.tokenizer)
+    tokenizer = load_run_tokenizer(name)
     if tokenizer.fingerprint != saved["tokenizer_fingerprint"]:
         raise ValueError(f"the tokenizer {tokenizer.name!r} has changed since the run {name!r} was trained: restore the old one")
     model = build_model(config, saved["vocab_size"], tokenizer)
     load_weights(model, saved["model"], "model.pth", name)
-    restore_memory(model, run.train_config, tokenizer)
+    restore_memory(model, replace(run.train_config, data=run.data), tokenizer)
     return model.to(device).eval(), tokenizer
+
+
+def load_run_tokenizer(name: str):
+    """The tokenizer of a run: the copy in its folder, or, in a run of an older version, the one that its config names."""
+    run = Run(name)
+    tokenizer = run.train_config.tokenizer
+    if not (run.folder / "tokenizer.json").exists():
+        return load_tokenizer(tokenizer)
+    return parse_tokenizer(tokenizer, run.read("tokenizer.json"), f"tokenizer.json of the run {name!r}")
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], file: str, name: str):
@@ -223,6 +233,8 @@ def continue_prompts(
     """The tokens of each prompt and its story so far, after every token: the same lists, which grow. Options as in `stream`."""
     if not prompts:
         raise ValueError("there is no prompt: give at least one, such as 'Once upon a time'")
+    if not 0 <= seed <= MAX_SEED - len(prompts):
+        raise ValueError(f"seed={seed}: give a whole number from 0 to {MAX_SEED - len(prompts)}")
     sampling = Sampling(**sampling)
     rows = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     limits = token_limits(model, rows, max_new_tokens)

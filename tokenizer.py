@@ -12,7 +12,6 @@ import difflib
 import hashlib
 import html
 import json
-import os
 import re
 import unicodedata
 from collections import defaultdict
@@ -20,7 +19,9 @@ from collections.abc import Iterable, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
+from data.cache import in_words_of_here
 from data.tokenizer_class import load_class
+from runs.files import write_atomically
 
 TOKENIZERS_DIR = Path(__file__).resolve().parent / "tokenizers"
 REPLACEMENT = "\ufffd"
@@ -271,10 +272,11 @@ class CharacterPairTokenizer(HuggingFaceTokenizer):
     def save(self, overwrite: bool = False) -> Path:
         """Write tokenizers/`name`.model and return its path. Raises FileExistsError if it exists, unless overwrite."""
         path = check_new_name(self.name, overwrite)
-        path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(self.content + "\n", encoding="utf-8", newline="\n")
-        os.replace(unfinished, path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, f"{self.content}\n".encode())
+        except OSError as error:
+            raise OSError(f"could not write {path} ({error.strerror}): make room, or make {path.parent} writable") from error
         return path
 
 
@@ -367,7 +369,8 @@ def check_new_name(name: str, overwrite: bool = False) -> Path:
         raise ValueError(f"{name!r} can't be a tokenizer's name: use letters, digits, '_', '-' and '.', such as my_tokenizer")
     path = TOKENIZERS_DIR / f"{name}.model"
     if path.exists() and not overwrite:
-        raise FileExistsError(f"there is a tokenizer called {name!r} already: choose another name, or overwrite it (--overwrite)")
+        cure = in_words_of_here("choose another name, or overwrite it (--overwrite)")
+        raise FileExistsError(f"there is a tokenizer called {name!r} already: {cure}")
     return path
 
 
@@ -408,17 +411,22 @@ def load_tokenizer(name: str) -> Tokenizer:
     if re.fullmatch(r"(?!hf:)[\w.]+:[^\W\d]\w*(\(.*\))?", str(name)):
         return load_class(str(name), Tokenizer)
     path = _find_tokenizer(str(name))
+    return parse_tokenizer(str(name), path.read_bytes(), str(path))
+
+
+def parse_tokenizer(name: str, content: bytes, file: str) -> Tokenizer:
+    """The tokenizer of that name, from the content of its file. Raises ValueError with the name of the file if it is damaged."""
     try:
-        content = path.read_text(encoding="utf-8")
-        parsed = json.loads(content)
+        text = content.decode("utf-8")
+        parsed = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or not a tokenizer ({error}): copy it again, or make a new one") from error
+        raise ValueError(f"{file} is damaged or not a tokenizer ({error}): copy it again, or make a new one") from error
     try:
         vocabulary = parsed["model"]["vocab"]
         is_ours = isinstance(vocabulary, dict) and sorted(vocabulary, key=vocabulary.get)[: len(ALPHABET)] == list(ALPHABET)
-        return (CharacterPairTokenizer if is_ours else HuggingFaceTokenizer)(str(name), content)
+        return (CharacterPairTokenizer if is_ours else HuggingFaceTokenizer)(name, text)
     except Exception as error:  # `tokenizers` raises bare Exceptions
-        raise ValueError(f"{path} is JSON, but not of a tokenizer ({error!r}): give a file that `tokenizers` wrote") from error
+        raise ValueError(f"{file} is JSON, but not of a tokenizer ({error!r}): give a file that `tokenizers` wrote") from error
 
 
 def _find_tokenizer(name: str) -> Path:

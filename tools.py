@@ -129,4 +129,5 @@ def draw(calls: list[Call], html: str | Path | None, file: TextIO | None):
         metadata = {"tags": ["local_link"]} if html else {}
         ipython.display.display({"text/plain": text, "text/html": rich}, raw=True, metadata=metadata)
     else:
-        print(text, file=file)
+        encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), file=file)

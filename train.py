@@ -38,15 +38,15 @@ from runs.command_line import Arguments
 from runs.folder import Run, default_name
 from runs.tables import at_most
 from runs.terminal import errors_in_one_line
-from training.checkpoint import Record
+from training.checkpoint import Record, is_trained
 from training.losses import loss_terms
 from training.machine import is_out_of_memory, peak_memory_mb
 from training.optim import step_optimizers
 from training.plan import apply_plan
 from training.report import dead_experts, time_left, time_spent, write_report
 from training.schedules import expected_steps, growing_batch_size, growing_window, scheduled_learning_rate
-from training.seeds import train_group, train_until_decided
-from training.setup import ctrl_c_finishes_the_step, prepare
+from training.seeds import end_with_parent, train_group, train_until_decided
+from training.setup import prepare, signals_finish_the_step
 from training.stories import one_line
 
 LOG_EVERY = 10  # steps in a row of log_data.csv
@@ -58,7 +58,8 @@ def train(
 ) -> Iterator[Record]:
     """Train a model into trained_models/NAME; a generator that yields a Record after every step.
 
-    It may be left at any step, by `break` or Ctrl-C: the state is saved then, and resume=True goes on bit for bit.
+    It may be left at any step, by `break`, Ctrl-C, SIGTERM or SIGHUP: the state is saved then, and resume=True goes on bit for
+    bit. A generator that has a name, `records = train(...)`, is not left by `break`: records.close() saves and ends it.
 
     Parameters
     ----------
@@ -95,7 +96,7 @@ def train(
     data_seed = train_config.seed if train_config.data_seed is None else train_config.data_seed
     finished = False
 
-    with ctrl_c_finishes_the_step() as stop_requested, clock.stopped_while_compiling():
+    with training.held, signals_finish_the_step() as stop_requested, clock.stopped_while_compiling():
         apply_plan(plan, model, train_config)
         if training.average is not None:
             apply_plan(replace(plan, compile=False), training.average.module, train_config)
@@ -162,7 +163,7 @@ def train(
             except GeneratorExit:
                 training.save()
                 raise
-        if not finished:  # Ctrl-C may have come while the last record was looked at
+        if not finished:  # the signal may have come while the last record was looked at
             training.save()
 
 
@@ -173,6 +174,7 @@ def shown_path(path: Path) -> Path:
 
 def main(arguments: Arguments):
     """Train from the command line: one run, or one for each of several seeds."""
+    end_with_parent()
     python = shown_path(Path(sys.executable)) if sys.prefix != sys.base_prefix else "python"
     name = arguments.name or default_name(arguments.continue_from or arguments.preset)
     if arguments.seeds_until_decided or arguments.seeds > 1:
@@ -185,8 +187,11 @@ def main(arguments: Arguments):
 def train_one(arguments: Arguments, python: Path | str) -> bool:
     """Train with a progress bar, print three stories and the next commands. False if it was stopped before its end."""
     name, config, run = arguments.name, arguments.train, Run(arguments.name)
+    if arguments.resume and is_trained(run) and not run.is_reported:
+        say(f"the run {name} was killed after its last step: writing its report")
+        return report_in_terminal(name, python)
     options = {"resume": arguments.resume, "continue_from": arguments.continue_from, "group": arguments.group}
-    bar, score = None, ""
+    bar, record, score = None, None, ""
     for record in train(arguments.model, config, name, **options):
         if bar is None:  # only now, after the lines that preparing prints
             bar = tqdm(total=1.0, miniters=0, bar_format="{percentage:3.0f}%|{bar}| {desc}")
@@ -197,18 +202,27 @@ def train_one(arguments: Arguments, python: Path | str) -> bool:
         line += f", {record.tokens_per_second:,.0f} tokens/s"
         bar.set_description_str(line, refresh=bar.n == 0)  # the first at once, others as often as a bar may
         bar.update(min(1.0, config.progress(record.step, record.seconds)) - bar.n)
-    bar.close()
-    if config.progress(record.step, record.seconds) < 1:
-        print(f"stopped after {record.step:,} steps and saved. To go on:\n  {python} train.py --name {name} --resume")
+    if bar is not None:
+        bar.close()
+    if record is None or config.progress(record.step, record.seconds) < 1:
+        steps = f"after {record.step:,} steps" if record else "before the next step"
+        print(f"stopped {steps} and saved. To go on:\n  {python} train.py --name {name} --resume")
         return False
     if config.max_steps and record.step < config.max_steps:
         print(f"the {config.max_minutes:g} minutes were over after {record.step:,} of {config.max_steps:,} steps")
     say("writing the report: scoring all validation stories, and three samples")
+    return report_in_terminal(name, python)
+
+
+def report_in_terminal(name: str, python: Path | str) -> bool:
+    """Write the report of a run; print its three stories, its score and the next commands. Returns True."""
+    run = Run(name)
     print(f"\n{write_report(name)}")
+    last = run.log().iloc[-1]
     if dead := dead_experts(name):
         print(f"\n{dead}")
     print(f"""
-{at_most(record.bits_per_byte, record.is_bound, ".3f")} bits per byte after {record.step:,} steps: {time_spent(run)}
+{at_most(last.bits_per_byte, run.is_bound, ".3f")} bits per byte after {int(last.step):,} steps: {time_spent(run)}
 Loss curve:           {shown_path(run.folder / "loss.png")}
 More stories:         {python} inference.py {name} "Once upon a time"
 Compare with others:  {python} -m evaluation compare {name} ANOTHER, or open model_evaluation.ipynb""")

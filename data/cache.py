@@ -12,17 +12,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from runs.files import FULL, cure_of, write_atomically
+
+CACHE = "BASEGPT_CACHE"  # the environment variable that names another cache folder
 
 
 def default_cache_dir() -> Path:
     """$BASEGPT_CACHE, or else basegpt in %LOCALAPPDATA% on Windows, and in $XDG_CACHE_HOME or ~/.cache elsewhere."""
-    if folder := os.environ.get("BASEGPT_CACHE"):
+    if folder := os.environ.get(CACHE):
         return Path(folder)
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "basegpt"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "basegpt"
+        return Path(os.environ.get("LOCALAPPDATA") or home() / "AppData/Local") / "basegpt"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "basegpt"
+
+
+def home() -> Path:
+    """The home folder. Raises OSError if this account has none."""
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise OSError("this account has no home folder: set the environment variable BASEGPT_CACHE to a folder") from error
 
 
 def open_or_build(folder: Path, build: Callable[[Path], dict]) -> tuple[dict, bool]:
@@ -33,17 +45,20 @@ def open_or_build(folder: Path, build: Callable[[Path], dict]) -> tuple[dict, bo
     """
     if (problem := find_damage(folder)) is None:
         return json.loads((folder / "info.json").read_text(encoding="utf-8"))["info"], False
-    if folder.exists():
-        say(f"the cache entry {folder} is damaged ({problem}): building it again")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.parent.glob("building-*"):
-        with suppress(FileNotFoundError):  # another process has just removed its own
-            if time.time() - unfinished.stat().st_mtime > 24 * 60 * 60:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent, ignore_cleanup_errors=True) as name:
+    with writing_into(folder.parent):
+        if folder.exists():
+            say(f"the cache entry {folder} is damaged ({problem}): building it again")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.parent.glob("building-*"):
+            with suppress(FileNotFoundError):  # another process has just removed its own
+                if time.time() - unfinished.stat().st_mtime > 24 * 60 * 60:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+        building = tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent, ignore_cleanup_errors=True)
+    with building as name:
         draft = Path(name, folder.name)
         draft.mkdir()
-        info = build(draft)
+        with writing_into(folder.parent, FULL):
+            info = build(draft)
         sizes = {file.name: file.stat().st_size for file in draft.iterdir()}
         (draft / "info.json").write_text(json.dumps({"info": info, "sizes": sizes}), encoding="utf-8")
         if folder.exists() and find_damage(folder) is not None:
@@ -54,6 +69,26 @@ def open_or_build(folder: Path, build: Callable[[Path], dict]) -> tuple[dict, bo
             if find_damage(folder) is not None:
                 raise
     return info, True
+
+
+@contextmanager
+def writing_into(folder: Path, errors: tuple[int, ...] | None = None):
+    """Give an OSError the path of the cache and the cure; if `errors` is given, only one with such a number."""
+    try:
+        yield
+    except OSError as error:
+        if errors is not None and error.errno not in errors:
+            raise  # it may be about a file that is read
+        raise OSError(f"could not write into the cache {folder} ({error.strerror}): {cure_of(error, folder, CACHE)}") from error
+
+
+def keep(path: Path, text: str):
+    """Keep a measurement in the cache for the next time. Where it cannot be written, say so and go on."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+    except OSError as error:
+        say(f"measured again next time, as {path} could not be written ({error.strerror}): {cure_of(error, path.parent, CACHE)}")
 
 
 def find_damage(folder: Path) -> str | None:
@@ -85,13 +120,29 @@ def in_notebook() -> bool:
     return "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
 
 
+def in_words_of_here(message: str) -> str:
+    """A message with the options of the command line, or in a notebook with variables."""
+    return in_notebook_words(message) if in_notebook() else message
+
+
 def in_notebook_words(message: str) -> str:
     """A message with the variables of a notebook in place of the options of the command line.
 
     >>> in_notebook_words("Lower --train.lr_max, or go on by --resume")
     'Lower lr_max, or go on by resume = True'
+    >>> in_notebook_words("take --train.fast False, or --train.data storyworld")
+    "take fast = False, or data = 'storyworld'"
     """
+    def assignment(option: re.Match) -> str:
+        name, value = option.groups()
+        return f"{name} = {value}" if re.fullmatch(r"[\d.]+|True|False|None", value) else f"{name} = {value!r}"
+
+    message = re.sub(r"--name (\S+) --resume\b", r"name = '\1' and resume = True", message)
     message = re.sub(r"--(resume|overwrite)\b", r"\1 = True", message)
+    message = re.sub(r"--(?:train\.|model\.)no_(\w+)", r"\1 = False", message)
+    a_value = r"(?!(?:or|and|to|with)\b)(\w[\w:/-]*(?:\.\w+)*)"
+    message = re.sub(rf"--(?:(?:train|model)\.)(\w+) {a_value}", assignment, message)
+    message = re.sub(rf"--(continue_from|name) {a_value}", assignment, message)
     return re.sub(r"--(train\.|model\.)?(?=\w)", "", message)
 
 

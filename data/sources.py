@@ -2,12 +2,12 @@
 
 import codecs
 import difflib
+import errno
 import hashlib
 import itertools
 import json
 import os
 import re
-import tempfile
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from config import format_step, name_and_options, stories_of
-from data.cache import digest, first_line, say
+from data.cache import digest, first_line, in_words_of_here, keep, say
+from runs.files import FULL, cure_of
 
 HUB_NAMES = {
     "tinystories": "roneneldan/TinyStories",
@@ -118,7 +119,7 @@ def open_source(source: str) -> Source:
         return _hub_source(Path(repo).name if Path(repo).is_dir() else repo, repo)
     if Path(source).exists():
         return _local_source(Path(source))
-    return _unknown_source(source)
+    return _local_copy(portable_name(source)) or _unknown_source(source)
 
 
 def portable_name(source: str) -> str:
@@ -133,6 +134,20 @@ def portable_name(source: str) -> str:
     if source in HUB_NAMES.values() or re.fullmatch(r"hub:(\w[\w.-]*/)?\w[\w.-]*", source):
         return source
     return re.split(r"[/\\]", source.rstrip("/\\"))[-1].removeprefix("hub:")
+
+
+def from_anywhere(source: str) -> str:
+    """A source by a name for every working directory: local files and folders by their whole path, all others as they are.
+
+    >>> from_anywhere("storyworld:300")
+    'storyworld:300'
+    """
+    if stories_of(source) != source:  # DATA of a plugin
+        name, options = name_and_options(source)
+        return format_step(name, options | {"data": from_anywhere(options["data"])})
+    hub, path = ("hub:", source.removeprefix("hub:")) if source.startswith("hub:") else ("", source)
+    is_name = source in ("", "auto", "hub:", *HUB_NAMES) or source.split(":")[0] in SIZES or _local_copy(source)
+    return source if is_name or not Path(path).exists() else f"{hub}{Path(path).resolve()}"
 
 
 def _local_copy(name: str) -> Source | None:
@@ -155,8 +170,9 @@ def _unknown_source(source: str) -> Source:
         raise ValueError(f"no data source is called {source!r}. Did you mean {close[0]!r}? There are: {', '.join(names)}, "
                          "hub:owner/name, or a local folder or file")
     hint = f", or hub:{source} for a data set of the Hugging Face hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
-    raise FileNotFoundError(f"no file, folder or data source is called {source!r}. Give an existing path, a name in the folder "
-                            f"that BASEGPT_DATA names{hint}, or one of: {', '.join(names)}")
+    raise FileNotFoundError(f"no file, folder or data source is called {source!r}. Give an existing path (seen from "
+                            f"{Path.cwd()}), or set BASEGPT_DATA to the folder that holds {portable_name(source)!r}{hint}, or "
+                            f"give one of: {', '.join(names)}")
 
 
 def _storyworld_source(source: str) -> Source:
@@ -207,8 +223,8 @@ def _load_dataset(repo: str):
     from datasets.data_files import EmptyDatasetError
     from datasets.packaged_modules.cache.cache import Cache
 
-    cure = ("Train on the built-in stories with --train.data storyworld, or on a local folder or file with --train.data PATH, "
-            "or put a copy into the folder that BASEGPT_DATA names")
+    cure = in_words_of_here("Train on the built-in stories with --train.data storyworld, or on a local folder or file with "
+                            "--train.data PATH, or put a copy into the folder that BASEGPT_DATA names")
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity_error()
     try:
@@ -224,8 +240,12 @@ def _load_dataset(repo: str):
         return datasets.load_dataset(repo)
     except (datasets.exceptions.DatasetsError, EmptyDatasetError, ValueError) as error:
         raise ValueError(f"`datasets` can't read {repo}: {first_line(error)}. {cure}") from error
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, *FULL):
+            raise
+        folder = Path(datasets.config.HF_DATASETS_CACHE)
+        message = f"{repo} could not be written into {folder} ({error.strerror})"
+        raise OSError(f"{message}: {cure_of(error, folder, 'HF_HOME')}. {cure}") from error
     except Exception as error:  # the hub's HTTP and Xet clients raise many types
         raise ConnectionError(f"{repo} could not be downloaded from the hub ({first_line(error)}). Try again. {cure}") from error
     finally:
@@ -370,8 +390,5 @@ def _file_digest(path: Path, cache_dir: Path) -> str:
     with open(path, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     if stat.st_size > 64 * 2**20:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False, encoding="utf-8") as draft:
-            draft.write(content)
-        os.replace(draft.name, cached)
+        keep(cached, content)
     return content

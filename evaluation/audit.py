@@ -27,7 +27,7 @@ def audit_saved(name: str, num_stories: int, source_if_missing: str | None = Non
     """Audit the model of a run, and its saved losses, and record the problems with these."""
     losses, _ = losses_of(name, source_if_missing, say)
     model, tokenizer = load_model(name)
-    _, stories = validation_stories(Run(name).train_config.data, source_if_missing, Run(name).model_config.plugins)
+    _, stories = validation_stories(Run(name).data, source_if_missing, Run(name).model_config.plugins)
     checks = audit_run(name, model, tokenizer, stories, source_if_missing, num_stories=num_stories)
     checks.append(check_saved(losses, model, tokenizer, stories, num_stories))
     save_audit(name, problems_of(checks))

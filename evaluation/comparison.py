@@ -17,6 +17,7 @@ import pandas as pd
 from rich.text import Text
 
 from config import TrainConfig
+from data.cache import in_notebook_words
 from data.sources import portable_name
 from evaluation.pairwise import Candidate, Member, by_seeds, by_stories, format_p
 from evaluation.statistics import BITS
@@ -52,7 +53,8 @@ class Comparison:
 
     def as_markdown(self) -> str:
         """The verdicts, quoted, and the notes below them."""
-        return "\n\n".join([f"> **{verdict}.**" for verdict in self.verdicts] + ["\n".join(f"- {note}" for note in self.notes)])
+        notes = [f"- {in_notebook_words(note)}" for note in self.notes]
+        return "\n\n".join([*(f"> **{verdict}.**" for verdict in self.verdicts), "\n".join(notes)])
 
 
 def compare(*names: str, at: str = "end", all_pairs: bool = False, data_if_missing: str | None = None) -> Comparison:

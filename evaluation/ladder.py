@@ -235,7 +235,7 @@ def plan(specs: tuple[str, ...], sizes: tuple[str, ...], seeds: int = SEEDS, bud
         if widths := fixed_widths(config.layers):
             notes.append(f"{spec}: its layer strings set {', '.join(widths)}, which are the same at all sizes")
     if train.data == "auto":  # use the same data for all runs
-        existing = [Run(run) for group in groups for run in member_names(group) if Run(run).folder.exists()]
+        existing = [Run(run) for group in groups for run in member_names(group) if Run(run).is_begun]
         data = existing[0].train_config.data if existing else open_source("auto").name
         groups = [replace(group, train=replace(group.train, data=data)) for group in groups]
     for group in groups:
@@ -247,8 +247,8 @@ def plan(specs: tuple[str, ...], sizes: tuple[str, ...], seeds: int = SEEDS, bud
 
 
 def resumed(group: Arguments) -> Arguments:
-    """Set resume if any run of the group exists."""
-    return replace(group, resume=any(Run(run).folder.exists() for run in member_names(group)))
+    """Set resume if any run of the group has been begun."""
+    return replace(group, resume=any(Run(run).is_begun for run in member_names(group)))
 
 
 def architecture(spec: str) -> tuple[ModelConfig, TrainConfig]:

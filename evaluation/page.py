@@ -178,7 +178,7 @@ def where_the_loss_is(
     stories_of, available = {}, []
     for group in groups:
         run = Run(group.members[0].name)
-        data = run.train_config.data, data_if_missing, run.model_config.plugins
+        data = run.data, data_if_missing, run.model_config.plugins
         try:
             if data not in stories_of:
                 stories_of[data] = validation_stories(*data)

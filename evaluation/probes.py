@@ -19,7 +19,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import re
 import time
 from collections import deque
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 import fast
 from config import Layers, ModelConfig, TrainConfig, did_you_mean
-from data.cache import default_cache_dir, digest
+from data.cache import default_cache_dir, digest, keep
 from evaluation.probe_tasks import TASKS, Compressor, Task
 from metrics.cost import config_of
 from metrics.plots import add_legend, in_style
@@ -230,10 +229,7 @@ def score_seed(config: ModelConfig, task: Task, seed: int, effort: Effort) -> di
     right = right if math.isfinite(loss) else torch.full_like(right, math.nan)
     parameters = sum(weight.numel() for weight in model.parameters())
     scored = {"shares": right.tolist(), "lr": lr, "parameters": parameters, "seconds": time.perf_counter() - start}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(scored), encoding="utf-8")
-    os.replace(unfinished, path)
+    keep(path, json.dumps(scored))
     return scored
 
 

@@ -55,7 +55,7 @@ def build() -> ctypes.CDLL:
     """Load the kernels, compiled first unless they are in the cache folder for this compiler and CPU.  Raises BuildError."""
     recipe = find_recipe()
     path = library_path(digest(recipe))
-    if not path.exists():
+    if not os.path.exists(path):  # False also for a cache that this account may not read
         compile_to(path, recipe)
     try:
         if recipe.runtime is not None:

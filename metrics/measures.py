@@ -172,7 +172,7 @@ def main(arguments):
     """Run the command `measures`."""
     for name in arguments.names:
         model, tokenizer = load_model(name)
-        data, stories = validation_stories(Run(name).train_config.data, arguments.data_if_missing, model.config.plugins)
+        data, stories = validation_stories(Run(name).data, arguments.data_if_missing, model.config.plugins)
         data, stories = label(Run(name), data, stories), stories[: arguments.num_stories]
         say(f"{name}: scoring {len(stories)} stories and writing {arguments.num_samples}")
         scores = token_scores(model, tokenizer, stories)

@@ -6,6 +6,7 @@ scored: the weights, the stories, and the data and code of the training; whether
 that the audit of a model or tokenizer of a plugin found.
 """
 
+import io
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def save_losses(name: str, source_if_missing: str | None = None):
 
     run = Run(name)
     model, tokenizer = load_model(name)
-    data, stories = validation_stories(run.train_config.data, source_if_missing, run.model_config.plugins)
+    data, stories = validation_stories(run.data, source_if_missing, run.model_config.plugins)
     score = evaluate(model, tokenizer, stories, top_k=TOP_K)
     problems = None
     if run.model_config.plugins or type(tokenizer).__module__ != "tokenizer":
@@ -145,14 +146,14 @@ def read_losses(name: str):
 
     run = Run(name)
     try:
-        scored = Scored(**json.loads(run.path("story_losses.json").read_text(encoding="utf-8")))
-        losses = pd.read_csv(run.path("story_losses.csv"), dtype={"story": str})
+        scored = Scored(**json.loads(run.read("story_losses.json")))
+        losses = pd.read_csv(io.BytesIO(run.read("story_losses.csv")), dtype={"story": str})
     except (ValueError, TypeError, pd.errors.EmptyDataError) as error:  # not JSON, not a table, or other fields
         raise ValueError(f"the losses by story of the run {name!r} are damaged or of an older version") from error
     complete = list(losses.columns) == COLUMNS and all(pd.api.types.is_numeric_dtype(losses[column]) for column in COLUMNS[1:])
     if not complete or digest("".join(losses["story"].astype(str)).encode()) != scored.validation:
         raise ValueError(f"the losses by story of the run {name!r} are damaged")
-    if digest(run.path("model.pth").read_bytes()) != scored.weights:
+    if digest(run.read("model.pth")) != scored.weights:
         raise ValueError(f"the losses by story of the run {name!r} are of other weights than its model.pth")
     return losses, scored
 

@@ -14,9 +14,9 @@ from data.cache import say
 from data.dataset import choose_validation, fingerprint
 from data.sources import open_source
 from data.storyworld.world import code_length
+from inference import load_run_tokenizer
 from metrics.world_grades import is_world, keeps_stories
 from runs.folder import Run
-from tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def world_floor(name: str) -> Floor | None:
     if fingerprint(stories) != saved["validation_fingerprint"]:
         say(f"the storyworld has changed since the run {name!r} was trained: the entropy of its stories is not known any more")
         return None
-    return floor_of(stories, load_tokenizer(run.train_config.tokenizer), saved["data"])
+    return floor_of(stories, load_run_tokenizer(name), saved["data"])
 
 
 def floor_of(stories: list[str], tokenizer, data: str) -> Floor | None:

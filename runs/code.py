@@ -19,9 +19,14 @@ def code_digests(plugins: tuple[str, ...] = ()) -> dict[str, str]:
         spec = find_spec(plugin)
         if spec is not None and spec.origin:
             files[plugin] = Path(spec.origin)
-    return {name: digest(path.read_bytes()) for name, path in files.items()}
+    return {name: text_digest(path.read_bytes()) for name, path in files.items()}
 
 
 def digest(content: bytes) -> str:
     """16 hex digits of the SHA-256."""
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def text_digest(content: bytes) -> str:
+    """The digest of a text, the same with the line ends of Windows."""
+    return digest(content.replace(b"\r\n", b"\n"))

@@ -18,6 +18,7 @@ from runs.presets import PRESETS, Preset, preset
 from runs.terminal import UsageError, errors_in_one_line
 
 LEAST_MEMORY = 1500 * 2**20  # bytes of address space that training the default preset takes
+MOST_SEEDS = 1000  # of a group
 COMMON = {  # options that --help shows
     "preset", "name", "resume", "continue_from", "seeds", "seeds_until_decided", "dim", "num_layers", "layers", "plugins",
     "data", "tokenizer", "batch_size", "max_steps", "max_minutes", "lr_max", "seed",
@@ -112,8 +113,8 @@ def parse(words: list[str]) -> Arguments:
         defaults = preset(early.preset or Arguments.preset)
     except ValueError as error:
         raise UsageError(error) from error
-    if early.seeds < 1:
-        raise UsageError(f"seeds={early.seeds}: give a whole number of at least 1")
+    if not 1 <= early.seeds <= MOST_SEEDS:
+        raise UsageError(f"seeds={early.seeds}: give a whole number from 1 to {MOST_SEEDS}")
     resumes_one = early.resume and early.seeds == 1 and not early.seeds_until_decided
     if early.preset and (resumes_one or early.continue_from):
         raise UsageError("--resume and --continue_from keep the architecture of the run: leave --preset out")
@@ -121,6 +122,7 @@ def parse(words: list[str]) -> Arguments:
         raise UsageError("--resume needs the name of the run to go on with: add --name")
     if resumes_one:
         run = Run(early.name)
+        run.check_is_begun()
         defaults = Preset(run.model_config, run.train_config)
     elif early.resume and not early.preset and not early.continue_from:
         run = Run(min(group_members(early.name), key=lambda name: Run(name).train_config.seed))

@@ -3,6 +3,8 @@
 README.md          results, a sample, how to reproduce it
 model_config.json  the architecture
 train_config.json  how it was trained
+tokenizer.json     the tokenizer
+data_path.txt      where its data were on this machine, if they are local; git ignores it
 execution.json     what the machine chose (number format, kernels, rows, threads, compile), and which machine it was
 log_data.csv       the training log, a row every few steps
 samples.csv        the story that the model wrote at every evaluation
@@ -11,6 +13,8 @@ model.pth          the best weights so far, and the size and fingerprint of the 
 checkpoint.pth     the last training state, to resume from
 story_losses.csv   the loss on every validation story;  story_losses.json: digests of the weights, data and code
 diverged.txt       the step at which the loss was no longer finite; if it ever was not
+digests.txt        a digest of each of these files, as it was saved
+training.lock      the process that trains it, while it does
 group.json         the group of seeds that the run belongs to; if there is one
 loss.png           the loss curve;  grades.png: the share of samples that storyworld accepts, against the loss; if it grades
 
@@ -28,11 +32,18 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from config import ModelConfig, TrainConfig, did_you_mean, from_json, to_json
+from config import ModelConfig, TrainConfig, did_you_mean, from_json, stories_of, to_json
+from runs import digests
 from runs.execution import ExecutionPlan, Stage
 from runs.experiments import FOLDER as EXPERIMENTS
 from runs.experiments import check_experiment, experiment_names
+from runs.files import cure_of, write_atomically
 
+LOCK = "training.lock"
+BEFORE_TRAINING = {  # files that a run has before its first checkpoint
+    "model_config.json", "train_config.json", "group.json", "tokenizer.json", "data_path.txt", "execution.json", "log_data.csv",
+    digests.FILE,
+}  # fmt: skip
 RESERVED_ON_WINDOWS = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10))}
 
 
@@ -100,15 +111,40 @@ class Run:
         """Raise ValueError if the run exists, or if its experiment does not."""
         if "/" in self.name:
             check_experiment(self.name.split("/")[0])
-        if self.folder.exists():
+        if self.is_begun:
             raise ValueError(f"a run called {self.name!r} exists. Take another --name, or go on with it by --resume")
         if self.name in map(group_of, run_names("group.json")):
             raise ValueError(f"a group of seeds is called {self.name!r}, so no single run can be: take another --name")
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether its folder holds more than what is there before the first checkpoint. If not, a kill left it."""
+        return self.folder.exists() and not (self.folder.is_dir() and self._files() <= BEFORE_TRAINING)
+
+    def _files(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir() if path.suffix != ".unfinished" and not path.name.startswith(LOCK)}
+
+    def check_is_begun(self):
+        """Raise FileNotFoundError if there is no such run, ValueError if it has no checkpoint yet."""
+        if not self.is_begun:
+            self.path("model_config.json")
+            raise ValueError(f"the run {self.name!r} was killed before its first checkpoint: start it again, without --resume")
+
+    def make_folder(self):
+        """Make the folder, if a kill has not left one. Raises OSError with the cure."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            cure = cure_of(error, self.folder.parent, "BASEGPT_RUNS")
+            raise OSError(f"could not make the folder of the run {self.name!r} ({error.strerror}): {cure}") from error
+
     def create(self, model_config: ModelConfig, train_config: TrainConfig, group: str | None = None):
         """Make the folder with the configs and the group. Raises ValueError if the run exists."""
         self.check_is_new()
-        self.folder.mkdir(parents=True)
+        self.make_folder()
+        for path in self.folder.iterdir():  # what a kill has left
+            if path.name != LOCK:
+                path.unlink()
         try:
             self.save_text("model_config.json", to_json(model_config))
             self.save_text("train_config.json", to_json(train_config))
@@ -117,6 +153,11 @@ class Run:
         except OSError:
             shutil.rmtree(self.folder)
             raise
+
+    def remove_unfinished(self):
+        """Remove the large files that a kill has left half written; only the owner of the run's lock writes such."""
+        for path in self.folder.glob("*.pth.*.unfinished"):
+            path.unlink(missing_ok=True)
 
     def path(self, file: str) -> Path:
         """The path of a file of the run. Raises FileNotFoundError if the run or the file is missing."""
@@ -131,6 +172,16 @@ class Run:
             raise FileNotFoundError(f"the run {self.name!r} has no {file}: restore it, or train the model again")
         return path
 
+    def read(self, file: str) -> bytes:
+        """Read a file of the run. Raises FileNotFoundError if it is missing, ValueError if it is not what was saved."""
+        content = self.path(file).read_bytes()
+        if not digests.is_as_saved(self.folder, file, content):
+            raise ValueError(
+                f"{file} of the run {self.name!r} is damaged or was changed: restore it, or, if you changed it, delete the lines "
+                f"on it in {digests.FILE}"
+            )
+        return content
+
     @property
     def model_config(self) -> ModelConfig:
         return self._config(ModelConfig, "model_config.json")
@@ -140,8 +191,9 @@ class Run:
         return self._config(TrainConfig, "train_config.json")
 
     def _config(self, config_class, file: str):
+        content = self.read(file)
         try:
-            return from_json(config_class, self.path(file).read_text(encoding="utf-8"))
+            return from_json(config_class, content.decode("utf-8"))
         except ValueError as error:  # from_json, or not UTF-8
             raise ValueError(f"{file} of the run {self.name!r} cannot be read: {error}") from error
 
@@ -150,8 +202,9 @@ class Run:
         """The group of seeds that the run belongs to, or None. Raises ValueError if group.json is damaged."""
         if not (self.folder / "group.json").exists():
             return None
+        content = self.read("group.json")
         try:
-            return json.loads(self.path("group.json").read_text(encoding="utf-8"))["group"]
+            return json.loads(content)["group"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"group.json of the run {self.name!r} is damaged: write {{\"group\": \"NAME\"}}") from error
 
@@ -160,8 +213,9 @@ class Run:
         """How machines executed the run; empty for a run of an older version. Raises ValueError if execution.json is damaged."""
         if not (self.folder / "execution.json").exists():
             return []
+        content = self.read("execution.json")
         try:
-            stages = json.loads(self.path("execution.json").read_text(encoding="utf-8"))
+            stages = json.loads(content)
             return [Stage(stage["from_step"], ExecutionPlan(**stage["plan"]), dict(stage["machine"])) for stage in stages]
         except (ValueError, KeyError, TypeError) as error:
             problem = f"execution.json of the run {self.name!r} is damaged"
@@ -177,8 +231,16 @@ class Run:
     @property
     def diverged(self) -> str | None:
         """The message about the step at which the loss was no longer finite; None if it always was."""
-        file = self.folder / "diverged.txt"
-        return file.read_text(encoding="utf-8").strip() if file.exists() else None
+        return self.read("diverged.txt").decode(errors="replace").strip() if (self.folder / "diverged.txt").exists() else None
+
+    @property
+    def data(self) -> str:
+        """The source of its data for `open_source`, from any working directory: where they were, or what its config names."""
+        if (self.folder / "data_path.txt").exists():
+            path = self.read("data_path.txt").decode(errors="replace").strip()
+            if Path(stories_of(path).removeprefix("hub:")).exists():
+                return path
+        return self.train_config.data
 
     @property
     def is_bound(self) -> bool:
@@ -189,8 +251,9 @@ class Run:
         """log_data.csv as a pandas DataFrame."""
         import pandas as pd
 
+        content = self.read("log_data.csv")
         try:
-            log = pd.read_csv(self.path("log_data.csv"))
+            log = pd.read_csv(io.BytesIO(content))
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
             raise ValueError(f"log_data.csv of the run {self.name!r} is damaged: {error}") from error
         for column in ("step", "tokens", "seconds", "train_loss", "validation_loss"):
@@ -210,14 +273,18 @@ class Run:
         log, config = self.log(), self.train_config
         return log.empty or bool(config.progress(log["step"].max(), log["seconds"].max()) < 1)
 
+    @property
+    def is_reported(self) -> bool:
+        """Whether it was scored on its whole validation set, and its README.md was written after that."""
+        return all((self.folder / file).exists() for file in ("story_losses.json", "README.md"))
+
     def load(self, file: str, keys: set[str]) -> dict:
-        """Read a file of `save`. Raises ValueError if it is truncated, or not one of ours."""
+        """Read a file of `save`. Raises ValueError if it is damaged, or not one of ours."""
         import torch
 
+        content = self.read(file)
         try:
-            content = torch.load(self.path(file), map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
+            content = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many types for a damaged file
             problem = f"{file} of the run {self.name!r} is damaged or not one of ours ({type(error).__name__})"
             raise ValueError(f"{problem}: restore it, or train the model again") from error
@@ -252,27 +319,14 @@ class Run:
     def log_rows(self) -> list[dict]:
         """The rows of log_data.csv as text, to write them again unchanged. Raises as `log` does."""
         self.log()
-        with open(self.path("log_data.csv"), newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return list(csv.DictReader(io.StringIO(self.read("log_data.csv").decode("utf-8"), newline="")))
 
     def _write(self, file: str, content: bytes):
         try:
+            digests.record(self.folder, file, content)
             write_atomically(self.folder / file, content)
         except OSError as error:
+            cure = cure_of(error, self.folder, "BASEGPT_RUNS")
             has_checkpoint = (self.folder / "checkpoint.pth").exists()
-            cure = f"go on with --name {self.name} --resume from the last checkpoint" if has_checkpoint else "start again"
-            raise OSError(f"could not write {file} of the run {self.name!r} ({error.strerror}): make room and {cure}") from error
-
-
-def write_atomically(path: Path, content: bytes):
-    """Write a file that is whole or not there at all, whenever the process or the machine stops. Raises OSError."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        with open(unfinished, "wb") as output:
-            output.write(content)
-            output.flush()
-            os.fsync(output.fileno())
-        os.replace(unfinished, path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
+            then = f"go on with --name {self.name} --resume from the last checkpoint" if has_checkpoint else "start again"
+            raise OSError(f"could not write {file} of the run {self.name!r} ({error.strerror}): {cure}, and {then}") from error

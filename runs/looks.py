@@ -5,7 +5,8 @@ Seeds that are added because the first verdict was open need a stricter test, so
 
 import json
 
-from runs.folder import runs_folder, write_atomically
+from runs.files import write_atomically
+from runs.folder import runs_folder
 
 MAX_SEEDS = 20  # per group, up to which seeds may be added after a first look
 

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from io import TextIOWrapper
 
 from config import look_up
 
@@ -19,6 +20,9 @@ class UsageError(ValueError):
 @contextmanager
 def errors_in_one_line(when_stopped: str = ""):
     """End the program with one line on stderr for a mistake or a failure."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # not in a notebook or a test
+            stream.reconfigure(errors="replace")  # what the terminal's encoding lacks, such as → in cp1252, becomes a ?
     try:
         yield
     except UsageError as error:

@@ -35,7 +35,8 @@ def seeds(tiny_run):
         log = pd.DataFrame(rows).sort_values("step")
         step = log["step"]
         log = log.assign(tokens=100 * step, seconds=step / 2, flops=1e6 * step, train_loss=1.0)
-        log.assign(validation_loss=log["bits_per_byte"]).to_csv(Run(name).folder / "log_data.csv", index=False)
+        log = log.assign(validation_loss=log["bits_per_byte"])
+        Run(name).save_text("log_data.csv", log.to_csv(index=False))
         Run(name).save_text("group.json", f'{{"group": "{group}"}}')
         return name
 

@@ -264,6 +264,7 @@ def test_dropout_is_off_while_generating(tokenizer):
         ({"top_p": 1.5}, ["top_p=1.5", "up to 1"]),
         ({"min_p": -0.1}, ["min_p=-0.1", "up to 1"]),
         ({"min_p": math.nan}, ["min_p=nan"]),
+        ({"seed": 2**63}, ["seed=9223372036854775808", "from 0 to 9223372036854775805"]),
         ({"max_new_tokens": 0}, ["max_new_tokens=0", "max_seq_len=48", "1 to 44"]),
         ({"max_new_tokens": 45}, ["max_new_tokens=45", "max_seq_len=48", "1 to 44"]),
     ],

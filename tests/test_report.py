@@ -134,6 +134,7 @@ class TestTables:
 
     def test_a_run_that_is_older_than_the_column_flops(self, tiny_run):
         path = Run(tiny_run).path("log_data.csv")
+        Run(tiny_run).path("digests.txt").unlink()
         log = pd.read_csv(path)
         log.drop(columns="flops").to_csv(path, index=False)
         assert plot_losses(tiny_run, by="flops").get_lines()[0].get_xdata().tolist() == log["flops"].tolist()

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -18,15 +19,21 @@ from errors import one_line_error
 
 from config import TrainConfig
 from conftest import MODEL
+from conftest import change as change_run
+from data.cache import default_cache_dir
 from data.dataset import keys
 from data.sources import open_source
 from inference import load_model
-from metrics.story_losses import data_of, read_losses
+from metrics.story_losses import data_of, read_losses, save_losses
+from runs import digests
+from runs.code import code_digests, digest
 from runs.command_line import Arguments, command
 from runs.execution import Stage
+from runs.files import write_atomically
 from runs.folder import Run, run_names
 from tokenizer import load_tokenizer, train_tokenizer
 from train import train
+from training import autotune
 from training.seeds import members
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +80,11 @@ class TestNames:
     def test_run_names_are_those_with_a_model(self, tiny_run, make_config):
         Run("empty").create(MODEL, make_config())
         assert run_names() == ["tiny"]
+
+
+    def test_files_of_ours_have_names_in_ascii(self):
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+        assert listed.stdout.isascii()  # empty outside of git
 
 
 class TestShippedRuns:
@@ -169,6 +181,69 @@ def without_key(path):
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
+@pytest.fixture
+def older_run(tiny_run):
+    """A run of an older version, without digests: what is in a file is all that can be checked."""
+    Run(tiny_run).path(digests.FILE).unlink()
+    return tiny_run
+
+
+class TestDigests:
+    def test_a_flipped_bit_is_named(self, tiny_run):
+        run, random = Run(tiny_run), Random(0)
+        readers = {
+            "model.pth": lambda: load_model(tiny_run), "checkpoint.pth": lambda: run.load("checkpoint.pth", set()),
+            "tokenizer.json": lambda: load_model(tiny_run), "model_config.json": lambda: run.model_config,
+            "train_config.json": lambda: run.train_config, "execution.json": lambda: run.stages, "log_data.csv": run.log,
+        }  # fmt: skip
+        for file, read in readers.items():
+            whole = run.path(file).read_bytes()
+            for _ in range(5):
+                damaged, at = bytearray(whole), random.randrange(len(whole))
+                damaged[at] ^= 1 << random.randrange(8)
+                run.path(file).write_bytes(damaged)
+                one_line_error(read, f"{file} of the run 'tiny' is damaged or was changed: restore it")
+            run.path(file).write_bytes(whole)
+            read()
+
+    def test_what_is_saved_is_recorded_and_line_ends_do_not_matter(self, tiny_run):
+        run = Run(tiny_run)
+        run.save_text("samples.csv", "a\n1\n")
+        for path in run.folder.iterdir():
+            if path.name != digests.FILE:
+                run.read(path.name)
+                assert digests.recorded(run.folder, path.name), path.name
+        for file in ("samples.csv", digests.FILE):
+            run.path(file).write_bytes(run.path(file).read_bytes().replace(b"\n", b"\r\n"))
+        assert run.read("samples.csv") == b"a\r\n1\r\n"
+
+    def test_digests_of_code_do_not_depend_on_line_ends(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(tmp_path)
+        for content in (b"A = 1\nB = 2\n", b"A = 1\r\nB = 2\r\n"):
+            (tmp_path / "some_plugin.py").write_bytes(content)
+            assert code_digests(("some_plugin",))["some_plugin"] == digest(b"A = 1\nB = 2\n")
+
+    def test_a_kill_or_a_full_disk_between_a_file_and_its_digest(self, tiny_run):
+        run = Run(tiny_run)
+        digests.record(run.folder, "README.md", b"new")  # and then the process is killed
+        run.save_text("README.md", "old")
+        run.save_text("README.md", "new")
+        assert run.read("README.md") == b"new"
+        with open(run.path(digests.FILE), "ab") as output:
+            output.write(b"\n0123456789abcd")  # and then the disk is full
+        run.save_text("README.md", "newer")
+        assert run.read("README.md") == b"newer"
+
+    def test_who_changes_a_file_is_told_how(self, tiny_run):
+        run = Run(tiny_run)
+        run.path("README.md").write_text("mine") if (run.folder / "README.md").exists() else run.save_text("README.md", "mine")
+        change_json(num_heads=1)(run.path("model_config.json"))
+        one_line_error(lambda: run.model_config, "if you changed it, delete the lines on it in digests.txt")
+        lines = [line for line in run.path(digests.FILE).read_text().splitlines() if not line.endswith("  model_config.json")]
+        run.path(digests.FILE).write_text("\n".join(lines))
+        assert run.model_config.num_heads == 1
+
+
 class TestDamage:
     @pytest.mark.parametrize("spoil", [
         lambda path: path.unlink(), lambda path: path.write_bytes(b""), lambda path: path.write_bytes(os.urandom(5000)),
@@ -181,16 +256,16 @@ class TestDamage:
         "missing", "empty", "random", "truncated", "pickle", "code in a pickle", "list", "foreign dict", "code", "other shapes",
         "no weights", "text",
     ])  # fmt: skip
-    def test_model_pth(self, tiny_run, spoil, capsys):
-        spoil(Run(tiny_run).folder / "model.pth")
+    def test_model_pth(self, older_run, spoil, capsys):
+        spoil(Run(older_run).folder / "model.pth")
         with pytest.raises((ValueError, FileNotFoundError), match=r"model\.pth") as error:
-            load_model(tiny_run)
-        assert one_line(error) and f"'{tiny_run}'" in str(error.value)
+            load_model(older_run)
+        assert one_line(error) and f"'{older_run}'" in str(error.value)
         assert "ran foreign code" not in capsys.readouterr().out
 
     @pytest.mark.parametrize("file, key, bad", [("model_config.json", "dim", "x"), ("train_config.json", "betas", 5)])
-    def test_config_json(self, tiny_run, file, key, bad):
-        path = Run(tiny_run).folder / file
+    def test_config_json(self, older_run, file, key, bad):
+        path = Run(older_run).folder / file
         whole = path.read_bytes()
         spoilers = [
             lambda path: path.unlink(), lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"\xff\xfe\x00"),
@@ -201,46 +276,132 @@ class TestDamage:
             path.write_bytes(whole)
             spoil(path)
             with pytest.raises((ValueError, FileNotFoundError), match=file) as error:
-                load_model(tiny_run)
-            assert one_line(error) and f"'{tiny_run}'" in str(error.value)
+                load_model(older_run)
+            assert one_line(error) and f"'{older_run}'" in str(error.value)
         path.write_bytes(whole)
-        load_model(tiny_run)
+        load_model(older_run)
 
-    def test_an_unknown_key_is_named(self, tiny_run):
-        change_json(num_layer=3)(Run(tiny_run).folder / "model_config.json")
+    def test_an_unknown_key_is_named(self, older_run):
+        change_json(num_layer=3)(Run(older_run).folder / "model_config.json")
         with pytest.raises(ValueError, match=r"has no field 'num_layer'\. Did you mean 'num_layers'\?"):
-            load_model(tiny_run)
+            load_model(older_run)
 
     @pytest.mark.parametrize("content", [
         None, b"", b"\n", b"a,b\n1,2\n", b"step\n1\n", b"\xff\xfe\x00\x81", b'"step,to',
         b"step,tokens,seconds,train_loss,validation_loss\na,b,c,d,e\n",
     ])  # fmt: skip
-    def test_log_data_csv(self, tiny_run, content):
-        path = Run(tiny_run).folder / "log_data.csv"
+    def test_log_data_csv(self, older_run, content):
+        path = Run(older_run).folder / "log_data.csv"
         path.unlink() if content is None else path.write_bytes(content)
-        for read in (Run(tiny_run).log, Run(tiny_run).log_rows):
+        for read in (Run(older_run).log, Run(older_run).log_rows):
             with pytest.raises((ValueError, FileNotFoundError), match=r"log_data\.csv") as error:
                 read()
             assert one_line(error) and "'tiny'" in str(error.value)
 
     @pytest.mark.parametrize("content", [b"{", b"[{}]", b"\xff", b'[{"from_step": 0, "plan": {"dtype": 1}, "machine": {}}]'])
-    def test_execution_json(self, tiny_run, content):
-        (Run(tiny_run).folder / "execution.json").write_bytes(content)
-        one_line_error(lambda: Run(tiny_run).stages, "execution.json of the run 'tiny' is damaged: restore it")
+    def test_execution_json(self, older_run, content):
+        (Run(older_run).folder / "execution.json").write_bytes(content)
+        one_line_error(lambda: Run(older_run).stages, "execution.json of the run 'tiny' is damaged: restore it")
 
-    def test_the_tokenizer_is_missing_or_has_changed(self, make_config, stories, tmp_path):
-        path = tmp_path / "mine.model"
-        path.write_text(train_tokenizer(stories, 110, "mine").content, encoding="utf-8")
-        list(train(MODEL, make_config(tokenizer=str(path), max_steps=2), "mine"))
-        load_model("mine")
+    def test_the_tokenizer_of_an_older_run_has_changed_or_is_missing(self, older_run, tmp_path, stories):
+        run, path = Run(older_run), tmp_path / "mine.model"
+        run.path("tokenizer.json").unlink()
+        change_json(tokenizer=str(path))(run.path("train_config.json"))
         path.write_text(train_tokenizer([*stories, "zq " * 5000], 110, "mine").content, encoding="utf-8")
-        with pytest.raises(ValueError, match=r"mine\.model' has changed since the run 'mine' was trained") as error:
-            load_model("mine")
-        assert one_line(error)
+        one_line_error(lambda: load_model(older_run), "mine.model' has changed since the run 'tiny' was trained")
         path.unlink()
-        with pytest.raises(FileNotFoundError, match=r"mine\.model") as error:
-            load_model("mine")
-        assert one_line(error)
+        one_line_error(lambda: load_model(older_run), "mine.model", error=FileNotFoundError)
+
+
+class TestWhole:
+    """A run folder holds what the run needs."""
+
+    def test_a_run_has_its_own_copy_of_the_tokenizer(self, make_config, stories, tmp_path):
+        path, config = tmp_path / "mine.model", make_config(tokenizer=str(tmp_path / "mine.model"), max_steps=4)
+        path.write_text(train_tokenizer(stories, 110, "mine").content, encoding="utf-8")
+        records = train(MODEL, config, "mine-seed0", group="mine")
+        next(records)
+        records.close()
+        before = load_model("mine-seed0")[1].fingerprint
+        path.write_text(train_tokenizer([*stories, "zq " * 5000], 110, "mine").content, encoding="utf-8")
+        list(train(MODEL, config, "mine-seed0", resume=True))
+        list(train(MODEL, config, "further", continue_from="mine-seed0"))
+        list(train(MODEL, replace(config, seed=1), "mine-seed1", group="mine"))
+        list(train(MODEL, config, "another"))
+        path.unlink()
+        tokenizers = {name: load_model(name)[1] for name in ("mine-seed0", "further", "mine-seed1", "another")}
+        assert [tokenizer.fingerprint == before for tokenizer in tokenizers.values()] == [True, True, True, False]
+        assert tokenizers["further"].name == str(path)
+
+    def test_local_data_are_the_same_in_another_working_directory(self, make_config, corpus, tmp_path, monkeypatch):
+        monkeypatch.chdir(Path(corpus).parent)
+        config = make_config(data=Path(corpus).name, max_steps=2, checkpoint_every=1)
+        records = train(MODEL, config, "mine")
+        next(records)
+        records.close()
+        monkeypatch.chdir(tmp_path)
+        list(train(MODEL, config, "mine", resume=True))
+        save_losses("mine")
+        assert Run("mine").train_config.data == "little.txt" and read_losses("mine")[1].data == "little.txt"
+
+    def test_data_that_were_moved_are_found_by_basegpt_data(self, tiny_run, corpus, monkeypatch):
+        change_run(tiny_run, "train_config.json", data="../gone/little.txt")
+        words = f"seen from {Path.cwd()}", "set BASEGPT_DATA to the folder that holds 'little.txt'"
+        one_line_error(lambda: save_losses(tiny_run), *words, error=FileNotFoundError)
+        monkeypatch.setenv("BASEGPT_DATA", str(Path(corpus).parent))
+        save_losses(tiny_run)
+        assert read_losses(tiny_run)[1].data == "little.txt"
+
+
+def deny(number):
+    def denied(*_):
+        raise OSError(number, os.strerror(number))
+
+    return denied
+
+
+class TestNoAccess:
+    """A cache, a home or a run folder that cannot be written, or is not there."""
+
+    def test_a_cache_that_cannot_be_written_is_read(self, make_config, monkeypatch, capsys):
+        list(train(MODEL, make_config(max_steps=1, warmup_steps=0), "first"))
+        monkeypatch.setattr("data.cache.write_atomically", deny(errno.EROFS))
+        monkeypatch.setattr(autotune, "SHORT_RUN", 0)  # so that a measurement is to be kept
+        monkeypatch.setattr(autotune, "measure", lambda model, config, device, best, sizes: {
+            "eager": vars(best), "seconds_per_token": 1e-3, "notes": [], "peaks": {"float32": 1e9, "bfloat16": 0.0},
+        })  # fmt: skip
+        list(train(MODEL, make_config(max_steps=1, warmup_steps=0), "second"))
+        line = next(line for line in capsys.readouterr().err.splitlines() if "measured again next time" in line)
+        assert "plan-" in line and "(Read-only file system)" in line and "BASEGPT_CACHE" in line
+
+    def test_a_cache_that_cannot_be_made_is_one_line(self, make_config, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("BASEGPT_CACHE", str(tmp_path / "file" / "cache"))
+        words = f"could not write into the cache {tmp_path / 'file' / 'cache'} (", "BASEGPT_CACHE"
+        one_line_error(lambda: next(train(MODEL, make_config(), "mine")), *words, error=OSError)
+        assert not Run("mine").folder.exists()
+
+    def test_an_account_without_a_home_is_one_line(self, monkeypatch):
+        for name in ("BASEGPT_CACHE", "XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+        one_line_error(default_cache_dir, "set the environment variable BASEGPT_CACHE", error=OSError)
+
+    @pytest.mark.parametrize("number, cure", [
+        (errno.ENOSPC, "make room on the disk of"), (errno.EDQUOT, "make room on the disk of"), (errno.EROFS, "BASEGPT_RUNS"),
+        (errno.EACCES, "BASEGPT_RUNS"),
+    ])  # fmt: skip
+    def test_only_a_full_disk_needs_room(self, tiny_run, monkeypatch, number, cure):
+        run = Run(tiny_run)
+        monkeypatch.setattr("runs.folder.write_atomically", deny(number))
+        words = f"could not write README.md of the run 'tiny' ({os.strerror(number)})", cure, str(run.folder), "--resume"
+        one_line_error(lambda: run.save_text("README.md", ""), *words, error=OSError)
+
+    def test_a_folder_of_runs_that_cannot_be_made(self, make_config, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("BASEGPT_RUNS", str(tmp_path / "file" / "runs"))
+        words = "could not make the folder of the run 'mine' (", str(tmp_path / "file" / "runs"), "BASEGPT_RUNS"
+        one_line_error(lambda: Run("mine").create(MODEL, make_config()), *words, error=OSError)
 
 
 FULL_DISK = """
@@ -276,6 +437,18 @@ for line in sys.stdin:  # each asks for a process that saves until it is killed
 
 
 class TestNothingIsLost:
+    def test_two_writers_of_a_file_do_not_disturb_each_other(self, tmp_path, monkeypatch):
+        path, move = tmp_path / "file", os.replace
+
+        def move_after_another(source, target):
+            monkeypatch.setattr(os, "replace", move)
+            write_atomically(path, b"another")
+            move(source, target)
+
+        monkeypatch.setattr(os, "replace", move_after_another)
+        write_atomically(path, b"one")
+        assert path.read_bytes() == b"one" and [*tmp_path.glob("file*")] == [path]
+
     def test_a_full_disk_leaves_what_was_there(self):
         """The real thing: the system refuses to make a file longer than 20 kB."""
         Run("mine").folder.mkdir(parents=True)
@@ -285,7 +458,7 @@ class TestNothingIsLost:
         assert second.startswith("could not write README.md of the run 'mine'")
         assert torch.equal(Run("mine").load("checkpoint.pth", {"numbers"})["numbers"], torch.arange(1000))
         assert Run("mine").path("README.md").read_text(encoding="utf-8") == "before"
-        assert {path.name for path in Run("mine").folder.iterdir()} == {"checkpoint.pth", "README.md"}
+        assert {path.name for path in Run("mine").folder.iterdir()} == {"checkpoint.pth", "README.md", digests.FILE}
 
     def test_training_onto_a_full_disk_keeps_the_last_checkpoint(self, make_config, monkeypatch):
         """From step 8 on there is no room any more, and step 10 has something to save."""
@@ -302,16 +475,16 @@ class TestNothingIsLost:
         resumed = list(train(MODEL, make_config(), "mine", resume=True))
         assert [record.step for record in resumed] == list(range(9, 21))
 
-    @pytest.mark.parametrize("files", [0, 1, 2, 3])
-    def test_a_disk_that_is_full_from_the_start_leaves_no_run(self, make_config, monkeypatch, files):
-        """There is room for so many files: the two configs, and the first weights."""
-        room = iter(range(files))
+    @pytest.mark.parametrize("writes", [0, 1, 2, 5, 11, 13])
+    def test_a_disk_that_is_full_from_the_start_leaves_no_run(self, make_config, monkeypatch, writes):
+        """Seven files are written before the first step, and the digest of each."""
+        room = iter(range(writes))
 
         def full(file):
             if next(room, None) is None:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-        with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left \S+ \S+: make room and start again"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device\): make room on the disk"):
             patch.setattr(os, "fsync", full)
             next(train(MODEL, make_config(), "mine"))
         assert not Run("mine").folder.exists()

@@ -97,7 +97,8 @@ class TestInTurn:
 
     def test_bad_input(self, quick, script):
         assert "no run is called 'nobody'" in script("--name", "nobody", "--seeds", "2", "--resume")[1]
-        assert "seeds=0: give a whole number" in script("--seeds", "0")[1]
+        for count in ("0", "1001"):
+            assert f"seeds={count}: give a whole number from 1 to 1000" in script("--seeds", count)[1]
 
 
 class TestUntilDecided:
@@ -154,7 +155,7 @@ class TestSideBySide:
 COUNTS = """
 import signal, sys, time
 presses = []
-signal.signal(signal.SIGINT, lambda *_: presses.append(True))
+signal.signal(signal.SIGTERM, lambda *_: presses.append(True))
 open(sys.argv[1], "w").close()
 while not presses:
     time.sleep(0.01)
@@ -163,11 +164,11 @@ sys.exit(f"error: {len(presses)} heard")
 """
 
 
-class TestCtrlC:
+class TestSignals:
     """A group in processes of its own, stopped in its middle."""
 
-    def test_a_terminal_stops_all_seeds_and_they_resume(self, quick, script, monkeypatch, tmp_path):
-        """It sends the signal to the group of processes. What is resumed comes to the numbers of single runs."""
+    def test_a_closed_terminal_stops_all_seeds_and_they_resume(self, quick, script, monkeypatch, tmp_path):
+        """It sends SIGHUP to the group of processes. What is resumed comes to the numbers of single runs."""
         model = replace(MODEL, layers="Norm->Attn->+->Norm->MLP->+->Held->+", plugins=("held_blocks",))
         words = [*shlex.split(command(model, quick, "group"))[2:], "--seeds", "2"]
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
@@ -184,7 +185,7 @@ class TestCtrlC:
             while len(list(held.iterdir())) < 2 and group.poll() is None:
                 time.sleep(0.02)
             if group.poll() is None:
-                os.killpg(group.pid, signal.SIGINT)
+                os.killpg(group.pid, signal.SIGHUP)
             printed, _ = group.communicate(timeout=120)
         assert group.returncode == 0 and "2 seeds with one thread each: 2 side by side" in printed
         assert "stopped; what was begun is saved. To go on: the same command with --resume" in printed

@@ -1,24 +1,34 @@
 """Promises of all command lines: quick help, one style of mistakes, tables that fit."""
 
+import functools
 import io
 import re
+import runpy
+import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 
 from config import ModelConfig, TrainConfig
+from conftest import MODEL
 from evaluation import __main__ as evaluation
 from evaluation.arguments import Compare
 from evaluation.comparison import AT
+from model import RMSNorm
+from runs import command_line
 from runs.command_line import COMMON, parse, parse_or_exit
+from runs.folder import Run
 from runs.presets import PRESETS
 from runs.tables import FrameTable, plain
 
+ROOT = Path(__file__).parents[1]
 HELP_OF_ALL = """
 import runpy, sys
 for line in ("train.py", "inference.py", "tokenizer.py", "evaluation", "evaluation cost", "experiments new"):
@@ -90,6 +100,30 @@ def test_a_wrong_option_of_train_exits_with_2(capsys):
 
 def test_compare_offers_what_it_can_compare_at():
     assert Compare.__annotations__["at"].__args__ == AT
+
+
+class TestCodePage:
+    """Output that a file or a terminal of Windows takes, without arrows and boxes."""
+
+    def printed(self, call) -> str:
+        with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="cp1252")) as screen:
+            call()
+        screen.flush()
+        return screen.buffer.getvalue().decode("cp1252")
+
+    def test_show_shapes(self):
+        show = functools.partial(RMSNorm(4).show, torch.ones(2, 3, 4), lines=False)
+        assert "(2, 3, 4) ? (2, 3, 4)" in self.printed(show)
+
+    def test_diff(self):
+        assert "num_layers" in self.printed(lambda: evaluation.main(["diff", "quick", "1m"]))
+
+    def test_a_finished_training_ends_with_0(self, make_config, monkeypatch):
+        monkeypatch.setattr("training.report.generate", lambda *_, **__: ["→"] * 3)
+        line = command_line.command(MODEL, make_config(max_steps=2), "mine")
+        monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
+        printed = self.printed(lambda: runpy.run_path(str(ROOT / "train.py"), run_name="__main__"))
+        assert "bits per byte after 2 steps" in printed and "  ?" in printed and Run("mine").is_reported
 
 
 def test_a_table_fits_80_columns_and_loses_nothing():

@@ -35,6 +35,7 @@ from train import train
 from training import checkpoint, setup, stopwatch
 from training.checkpoint import Record
 from training.report import command, plot_losses, write_report
+from training.setup import STOP_SIGNALS
 from training.stories import Stories
 
 ROOT = Path(__file__).parent.parent
@@ -208,7 +209,8 @@ class TestBudget:
 
     def test_whichever_comes_first(self, make_config):
         assert len(list(train(MODEL, make_config(max_steps=5, max_minutes=60.0), "steps"))) == 5
-        assert len(list(train(MODEL, make_config(max_steps=10**6, max_minutes=0.005), "minutes"))) < 10**6
+        records = list(train(MODEL, make_config(max_steps=10**6, max_minutes=0.005, warmup_steps=0), "minutes"))
+        assert len(records) < 10**6 and records[0].learning_rate == make_config().lr_max
 
 
 class TestLog:
@@ -311,14 +313,36 @@ class TestCheckpoints:
         list(train(MODEL, make_config(), "whole"))
         assert_same("left", "whole")
 
-    def test_ctrl_c_while_a_record_is_looked_at_saves_too(self, make_config):
-        records = []
+    @pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM] * 2, [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM]])
+    def test_a_signal_while_a_record_is_looked_at_saves_too(self, make_config, numbers):
+        records, before = [], [signal.getsignal(number) for number in STOP_SIGNALS]
         for record in train(MODEL, make_config(), "looked"):
             records.append(record)
             if record.step == 3:
-                signal.raise_signal(signal.SIGINT)
+                for number in numbers:
+                    signal.raise_signal(number)
         assert records[-1].step == 3 and state("looked")["step"] == 3
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+    def test_a_hangup_that_nohup_ignores_is_ignored(self, make_config):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            for _ in train(MODEL, make_config(max_steps=3), "nohup"):
+                signal.raise_signal(signal.SIGHUP)
+            assert state("nohup")["step"] == 3 and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    def test_a_generator_with_a_name_is_saved_when_it_is_closed(self, make_config):
+        records = train(MODEL, make_config(), "named")
+        for record in records:
+            if record.step == 3:
+                break
+        assert state("named")["step"] == 0
+        with pytest.raises(ValueError, match=r"training the run 'named' already: .*records\.close\(\)"):
+            next(train(MODEL, make_config(), "named", resume=True))
+        records.close()
+        assert state("named")["step"] == 3
 
     def test_a_model_can_be_read_before_the_first_validation(self, make_config):
         take(1, train(MODEL, make_config(), "young"))
@@ -460,7 +484,7 @@ class TestResume:
     def test_the_checkpoint_of_another_architecture_is_named(self, make_config):
         for name, model in (("mine", MODEL), ("other", replace(MODEL, dim=8))):
             take(2, train(model, make_config(), name))
-        os.replace(Run("other").folder / "checkpoint.pth", Run("mine").folder / "checkpoint.pth")
+        Run("mine").save("checkpoint.pth", Run("other").load("checkpoint.pth", CHECKPOINT))
         with pytest.raises(ValueError, match=r"checkpoint\.pth of the run 'mine' does not fit"):
             next(train(MODEL, make_config(), "mine", resume=True))
 
@@ -696,5 +720,5 @@ class TestTerminal:
         present = {path.name for path in Run("mine").folder.iterdir()}
         assert present == {
             "README.md", "model_config.json", "train_config.json", "execution.json", "log_data.csv", "model.pth",
-            "checkpoint.pth", "loss.png", "samples.csv", "story_losses.csv", "story_losses.json",
+            "checkpoint.pth", "loss.png", "samples.csv", "story_losses.csv", "story_losses.json", "tokenizer.json", "digests.txt",
         }  # fmt: skip

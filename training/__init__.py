@@ -5,7 +5,7 @@ schedules.py   build_schedule, scheduled_learning_rate: learning rate, batch siz
 losses.py      build_loss, loss_terms: what training minimises
 trials.py      try_optimizers, try_loss: those of a plugin, before training
 checkpoint.py  Training, Record: the training state, saving and resuming
-setup.py       prepare: model, data, optimizers and run folder before the first step
+setup.py       prepare, signals_finish_the_step: model, data, optimizers and run folder before the first step; its lock; signals
 configure.py   configure_for_training: the loss, activation checkpointing, and what a model must support
 autotune.py    choose_plan: the fastest number format, kernels, micro-batch and threads on this machine
 plan.py        apply_plan: set a model up by a plan; its speed, memory and agreement with the plain model

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from config import TrainConfig, divisors, to_json
-from data.cache import default_cache_dir, say
+from data.cache import default_cache_dir, keep, say
 from fast import build
 from model import GPT
 from runs.execution import ExecutionPlan
@@ -62,8 +62,7 @@ def choose_plan(model: GPT, config: TrainConfig, device: torch.device) -> Execut
         if config.compile is True:
             plan = verified(plan, model, config, device)
     if not measured["notes"] or build.fingerprint() == "none":  # a failed build, perhaps on a full disk, is tried again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(measured), encoding="utf-8")
+        keep(path, json.dumps(measured))
     return plan
 
 
@@ -92,10 +91,10 @@ def fit_memory(plan: ExecutionPlan, sizes: list[int]) -> ExecutionPlan:
 
 
 def read_measurements(path: Path) -> dict[str, Any]:
-    """Read the cached measurements; empty if missing or damaged."""
+    """Read the cached measurements; empty if missing, damaged or not readable."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return {}
 
 

@@ -6,6 +6,7 @@ position in the stream of rows.
 
 import itertools
 import math
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean
 
@@ -82,6 +83,7 @@ class Training:
     log: list[dict] = field(default_factory=list)
     samples: list[dict] = field(default_factory=list)  # the story of every evaluation
     block_log: list[dict] = field(default_factory=list)  # what the report() of each block returned at every evaluation
+    held: ExitStack = field(default_factory=ExitStack)  # what is released when training stops, such as the lock of the run
 
     def start_from(self, name: str):
         """Start from the best weights of another run. Raises ValueError if its tokenizer or architecture differs."""
@@ -178,8 +180,6 @@ class Training:
         """Write checkpoint.pth and the logs. Raises FloatingPointError instead of overwriting them if the loss is not finite."""
         if not math.isfinite(self.score(self.model, self.validation[:8]).loss):
             raise self.not_finite(self.step)
-        if math.isinf(self.best_loss):
-            self.save_model()
         self.run.save_log(self.log, self.log_columns)
         if self.samples:
             self.run.save_log(self.samples, list(SAMPLES), "samples.csv")
@@ -196,6 +196,8 @@ class Training:
             "block_log": self.block_log,
             "counts": {path: dict(block.named_buffers()) for path, block in self.reporting_blocks.items()},
         })  # fmt: skip
+        if math.isinf(self.best_loss):  # after the checkpoint: a folder without one holds nothing that was trained
+            self.save_model()
 
     def record_execution(self):
         """Write the plan and the machine to execution.json."""
@@ -233,6 +235,14 @@ class Training:
             f"{problem}. Lower --train.lr_max, or raise --train.warmup_steps. "
             f"The last checkpoint of {self.run.name!r} is unchanged"
         )
+
+
+def is_trained(run: Run) -> bool:
+    """Whether the last checkpoint of a run is that of its last step."""
+    if not (run.folder / "checkpoint.pth").exists():  # of a shipped run
+        return not run.was_stopped()
+    saved = run.load("checkpoint.pth", {"step", "seconds"})
+    return run.train_config.progress(saved["step"], saved["seconds"]) >= 1
 
 
 def saved_plan(saved: dict) -> ExecutionPlan:

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import fields
 
 from config import ModelConfig, layer_steps
@@ -75,8 +76,9 @@ class LivePlot:
         self.name, self.label, record = name, label or name, None
         print(f"{self.label}: reading the stories and measuring this machine …")
         try:
-            for record in records:
-                self.add(record)
+            with closing(records):  # saves, if an error comes from here
+                for record in records:
+                    self.add(record)
         except FAILURES as error:
             raise NotebookError(error) from error
         except KeyboardInterrupt:  # before the first step, or for a second time

@@ -1,5 +1,6 @@
 """Reports of runs: loss curves, tables, samples, and the README.md of a run folder."""
 
+import io
 import math
 from dataclasses import replace
 
@@ -139,7 +140,7 @@ def table(
     for name in names:
         model, tokenizer = load_model(name)
         log = log_with_flops(name)
-        source = Run(name).train_config.data, data_if_missing, model.config.plugins
+        source = Run(name).data, data_if_missing, model.config.plugins
         if source not in validation:
             validation[source] = validation_stories(*source)
         data, stories = validation[source]
@@ -284,7 +285,7 @@ def film_strip(name: str) -> Stories:
 
     if not (Run(name).folder / "samples.csv").exists():  # an old run
         return Stories({})
-    samples = pd.read_csv(Run(name).path("samples.csv"), keep_default_na=False)
+    samples = pd.read_csv(io.BytesIO(Run(name).read("samples.csv")), keep_default_na=False)
     moments = np.unique(np.geomspace(1, len(samples), min(5, len(samples))).round().astype(int)) - 1
     is_bound = Run(name).is_bound
     headings = [f"Step {row.step:,}: {at_most(row.bits_per_byte, is_bound, '.3f')} bits per byte" for row in samples.itertuples()]
@@ -312,7 +313,7 @@ def dead_experts(name: str) -> str | None:
 
     if not (Run(name).folder / "blocks.csv").exists():
         return None
-    reports = pd.read_csv(Run(name).path("blocks.csv"))
+    reports = pd.read_csv(io.BytesIO(Run(name).read("blocks.csv")))
     last = reports[(reports["step"] == reports["step"].max()) & (reports["name"] == "dead_experts") & (reports["value"] > 0)]
     if last.empty:
         return None

@@ -3,6 +3,7 @@
 The runs train side by side, one thread and one process each, if that is faster on this machine; otherwise one after the other.
 """
 
+import _thread
 import os
 import shlex
 import signal
@@ -24,8 +25,27 @@ from runs.folder import Run, group_members
 from runs.looks import MAX_SEEDS
 from tokenizer import load_tokenizer
 from training import autotune
+from training.checkpoint import is_trained
 from training.machine import choose_device
 from training.report import write_report
+from training.setup import handled
+
+IS_CHILD = "BASEGPT_IS_CHILD"  # the environment variable that marks the processes that run_side_by_side starts
+
+
+def end_with_parent():
+    """In a process of run_side_by_side: save and end when the process that started it is gone."""
+    if os.environ.pop(IS_CHILD, None) is None:
+        return
+
+    def wait():
+        os.read(sys.stdin.fileno(), 1)  # until the parent, which holds the other end of this pipe, has ended
+        if sys.platform == "win32":
+            _thread.interrupt_main()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def member_names(arguments: Arguments) -> list[str]:
@@ -41,7 +61,7 @@ def members(arguments: Arguments) -> list[Arguments]:
     config = arguments.train
     if Run(arguments.name).folder.exists():
         raise ValueError(f"a single run is called {arguments.name!r}, so no group of seeds can be: take another --name")
-    existing = [Run(name) for name in member_names(arguments) if Run(name).folder.exists()]
+    existing = [Run(name) for name in member_names(arguments) if Run(name).is_begun]
     if existing and not arguments.resume:
         raise ValueError(f"the run {existing[0].name!r} exists. Take another --name, or go on with the group by --resume")
     if arguments.resume and not existing:
@@ -56,7 +76,7 @@ def members(arguments: Arguments) -> list[Arguments]:
         run = Run(name)
         if run in existing and (run.model_config, run.train_config) != (arguments.model, seeded):
             raise ValueError(f"the run {name!r} has other configs: resume the group with the options that it was begun with")
-        if run in existing and not is_over(run) and not run.was_stopped():
+        if run in existing and not is_over(run) and is_trained(run):
             write_report(name)  # it was killed between its last step and its report
         if not (run in existing and is_over(run)):
             unfinished.append(replace(arguments, name=name, train=seeded, resume=run in existing, seeds=1, group=arguments.name))
@@ -65,7 +85,7 @@ def members(arguments: Arguments) -> list[Arguments]:
 
 def is_over(run: Run) -> bool:
     """Whether the run is finished and reported, or diverged, which it would do again."""
-    return (run.folder / "story_losses.json").exists() or run.diverged is not None
+    return run.is_reported or run.diverged is not None
 
 
 def side_by_side(arguments: Arguments, count: int) -> bool:
@@ -90,7 +110,7 @@ def side_by_side(arguments: Arguments, count: int) -> bool:
 
 
 def train_group(arguments: Arguments, train_one: Callable[[Arguments], bool], python: str) -> bool:
-    """Train every seed that is not finished; return False on Ctrl-C. train_one trains one run and returns False if stopped.
+    """Train every seed that is not finished; return False if a signal stopped it. train_one returns False if it was stopped.
 
     If a seed fails, the others still train; then ChildProcessError is raised with the names and reasons.
     """
@@ -101,7 +121,7 @@ def train_group(arguments: Arguments, train_one: Callable[[Arguments], bool], py
         say(f"{finished} of {arguments.seeds} seeds are finished")
     failed, stopped = train_members(arguments, todo, train_one)
     if stopped:
-        any_saved = any(Run(name).folder.exists() for name in member_names(arguments))
+        any_saved = any(Run(name).is_begun for name in member_names(arguments))
         print(f"stopped; what was begun is saved. To go on: {again}" if any_saved else "stopped before anything was begun")
         return False
     if failed:
@@ -179,32 +199,46 @@ def child_command(arguments: Arguments) -> list[str]:
 
 
 @contextmanager
-def record_ctrl_c():
-    """Yield a list that grows with each Ctrl-C instead of an interrupt, so that no process is lost while it starts."""
-    presses = []
-    previous = signal.signal(signal.SIGINT, lambda *_: presses.append(True))
+def record_stops():
+    """Yield a list that grows with the first signal to stop, and with each Ctrl-C, so that no process is lost while it starts."""
+    stops = []
+
+    def stop(number, frame):
+        if not stops or number == signal.SIGINT:  # a closed terminal may send several of the others
+            stops.append(number)
+
+    with handled(stop):
+        yield stops
+
+
+@contextmanager
+def stopped_on_error(running: dict[str, "Child"]):
+    """Stop the processes that still run when an error ends the one that started them."""
     try:
-        yield presses
+        yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for child in running.values():
+            child.stop(at_once=False)
 
 
 def run_side_by_side(todo: list[Arguments], at_a_time: int | None = None) -> tuple[dict[str, str], bool]:
     """Train each run in its own process, by default as many at a time as there are cores; return as run_in_turn does.
 
-    Ctrl-C lets each run finish its step and save. A terminal shows a progress line per run; a file gets one line when a run ends.
+    Ctrl-C, SIGTERM and SIGHUP let each run finish its step and save; a second Ctrl-C kills them. A terminal shows a progress line
+    per run; a file gets one line when a run ends.
     """
     at_a_time = at_a_time or autotune.most_threads()
-    waiting, running, failed, handled = list(enumerate(todo)), {}, {}, 0
-    with record_ctrl_c() as presses, tqdm(total=0, position=len(todo), bar_format="{desc}", disable=None) as line:
-        while (waiting and not presses) or running:
-            while waiting and not presses and len(running) < at_a_time:
+    waiting, running, failed, obeyed = list(enumerate(todo)), {}, {}, 0
+    bar = tqdm(total=0, position=len(todo), bar_format="{desc}", disable=None)
+    with record_stops() as stops, bar as line, stopped_on_error(running):
+        while (waiting and not stops) or running:
+            while waiting and not stops and len(running) < at_a_time:
                 number, arguments = waiting.pop(0)
                 running[arguments.name] = Child(arguments, number)
-            if (pressed := len(presses)) > handled:  # read once: another press may come in between
+            if (received := len(stops)) > obeyed:  # read once: another signal may come in between
                 for child in running.values():
-                    child.stop(at_once=handled > 0)
-                handled = pressed
+                    child.stop(at_once=obeyed > 0)
+                obeyed = received
             for name, child in list(running.items()):
                 if child.is_over():
                     del running[name]
@@ -214,17 +248,18 @@ def run_side_by_side(todo: list[Arguments], at_a_time: int | None = None) -> tup
                         say(f"{name}: {failed.get(name, 'ended')}")
             line.set_description_str(f"{len(running)} running, {len(waiting)} waiting, {len(failed)} failed")
             time.sleep(0.1)
-    return failed, bool(presses)
+    return failed, bool(stops)
 
 
 class Child:
     """A training process, with a line of the terminal that shows its last output."""
 
     def __init__(self, arguments: Arguments, position: int):
-        # In a new session, so that it gets Ctrl-C from us alone, and not from the terminal as well.
+        # In a new session, so that it is stopped by us alone, and not by the terminal as well. Its input is never written to.
         self.process = subprocess.Popen(
-            child_command(arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
-            errors="replace", start_new_session=True, env={**os.environ, "TQDM_MININTERVAL": "0.5"},
+            child_command(arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            encoding="utf-8", errors="replace", start_new_session=True,
+            env={**os.environ, IS_CHILD: "1", "PYTHONIOENCODING": "utf-8:replace", "TQDM_MININTERVAL": "0.5"},
         )  # fmt: skip
         self.name, self.last_line = arguments.name, "begins"
         self.line = tqdm(total=0, position=position, bar_format="{desc}", disable=None)
@@ -241,6 +276,7 @@ class Child:
         if self.process.poll() is None:
             return False
         self.reader.join()
+        self.process.stdin.close()
         self.line.close()
         return True
 
@@ -248,4 +284,4 @@ class Child:
         if at_once:
             self.process.kill()
         elif sys.platform != "win32":  # Windows sends Ctrl-C to all processes of a terminal
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(signal.SIGTERM)

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data.cache import default_cache_dir, digest, first_line, say
+from data.cache import default_cache_dir, digest, first_line, say, writing_into
 from evaluation.judge.prompts import Question
+from runs.files import write_atomically
 
 try:
     import openai
@@ -62,7 +63,8 @@ class Endpoint:
         self._needs_key = not key and self.base_url == OFFICIAL
         self._client = openai.OpenAI(api_key=key or "none", base_url=self.base_url, timeout=timeout, max_retries=retries)
         self.folder = default_cache_dir() / "judge"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing_into(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._refused: dict[str, str | None] = {}  # options that this server refused, and what is sent instead
         self._lock = threading.Lock()
         self.tokens_read = self.tokens_written = 0  # as counted by the server
@@ -131,10 +133,9 @@ class Endpoint:
         except ValueError as error:
             raise CallFailed(f"invalid answer: {error}") from error
         path = self._path(call)
-        unfinished = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         entry = {"endpoint": self.base_url, "model": reply.get("model"), "seed": call.seed, "asked": call.question.text}
-        unfinished.write_text(json.dumps(entry | {"answer": text}, indent=1), encoding="utf-8")
-        os.replace(unfinished, path)  # never half an entry
+        with writing_into(self.folder):
+            write_atomically(path, json.dumps(entry | {"answer": text}, indent=1).encode())
         return answer
 
     def _complete(self, call: Call) -> Any:
