@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
+from config import stories_of
 from data.dataset import MAX_LOST, choose_validation, fingerprint
 from data.sources import Source, open_source, portable_name
 from modules.data_plugins import open_data
@@ -86,7 +87,7 @@ def audit_run(name: str, model, tokenizer, stories: list[str], source_if_missing
     source = available_source(run.train_config.data, source_if_missing, run.model_config.plugins)
     weights = digest(run.path("model.pth").read_bytes())
     reference = reference_stories(source, stories, max(100, options.get("num_stories", 0)), seed=weights)
-    world = source.name if is_world(source.name) else None
+    world = stories_of(source.name) if is_world(source.name) else None
     is_held_out = "validation" not in source.splits
     return audit(model, tokenizer, stories, reference, world=world, same_source=is_held_out, **options)
 

@@ -19,6 +19,7 @@ from conftest import MODEL
 from data.sources import portable_name
 from evaluation.comparison import compare
 from inference import generate, load_model
+from metrics.audit import reference_stories
 from metrics.cost import cost_of
 from metrics.scores import evaluate
 from metrics.story_losses import read_losses
@@ -143,6 +144,8 @@ def test_own_data_of_storyworld_are_graded_against_it(make_config):
     assert stories_of(data) == "storyworld:300" and make_config(data=data, grade_stories=4).grade_stories == 4
     assert open_data(data, OWN.plugins).name == "PrefixLM(data='storyworld')"
     assert open_data("PrefixLM(data='Fables(count=3)')", OWN.plugins).name == "PrefixLM(data='Fables(count=3)')"
+    news = [reference_stories(open_data(each, OWN.plugins), [], 3, seed="0") for each in (data, "storyworld")]
+    assert news[0] == news[1], "the audit tells new stories of the world"
     assert portable_name("PrefixLM(data='../a/b.txt', longest=0.1)") == "PrefixLM(data='b.txt', longest=0.1)"
 
 

@@ -13,6 +13,7 @@ from zlib import crc32
 
 import torch
 
+from config import stories_of
 from data.dataset import story_hash
 from data.sources import Source
 from data.storyworld.world import VALIDATION_SHARE, WORLDS, code_length, tell
@@ -32,9 +33,9 @@ def reference_stories(source: Source, validation: list[str], count: int, seed: s
     seed: of the new stories, such as a digest of the weights: a model cannot have learned what follows from its weights.
     """
     held_out = set(map(story_hash, validation))
-    if source.name in WORLDS:
-        generator = random.Random(f"{source.name} {seed}")
-        texts = (tell(generator, source.name)[0] for _ in itertools.count())
+    if (world := stories_of(source.name)) in WORLDS:
+        generator = random.Random(f"{world} {seed}")
+        texts = (tell(generator, world)[0] for _ in itertools.count())
         stories = (text for text in texts if crc32(text.encode()) % VALIDATION_SHARE == 0)  # as those for validation
         stories = itertools.islice(stories, 50 * count)  # of a small world, few are new
     else:
