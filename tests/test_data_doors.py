@@ -19,7 +19,7 @@ from conftest import MODEL
 from data.sources import portable_name
 from evaluation.comparison import compare
 from inference import generate, load_model
-from metrics.audit import reference_stories
+from metrics.audit import audit, reference_stories
 from metrics.cost import cost_of
 from metrics.scores import evaluate
 from metrics.story_losses import read_losses
@@ -207,6 +207,11 @@ def slow_log_probs(model, data, tokens, position):
     """Of the token at a position, given those before it, and the memory of the first of them."""
     memory = data.memory([tokens[: data.prefix]]) if position >= data.prefix else None
     return model(torch.tensor([tokens[:position]]), memory=memory)[0][0, -1].log_softmax(dim=-1)
+
+
+def test_a_model_with_a_memory_passes_the_audit(reader, stories):
+    model, tokenizer, _ = reader
+    assert not any(check.problem for check in audit(model, tokenizer, stories[:50], num_stories=8))
 
 
 @torch.no_grad()
