@@ -224,7 +224,7 @@ def config_of(
 
 def is_layer_string(spec: str | ModelConfig) -> bool:
     """Whether it is a layer string, or a list or tuple of them, and not a name."""
-    return isinstance(spec, str) and ("->" in spec or spec[:1] in ("[", "("))
+    return isinstance(spec, str) and ("->" in spec or "[" in spec or spec[:1] == "(")
 
 
 def named_config(spec: str | ModelConfig) -> tuple[ModelConfig, int]:

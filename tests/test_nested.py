@@ -14,7 +14,7 @@ from conftest import MODEL
 from evaluation.diff import diff
 from fast.blocks import PLAIN
 from inference import Sampling, generate_tokens
-from metrics.cost import model_cost
+from metrics.cost import config_of, model_cost
 from model import GPT, IGNORE, Attention, causal_mask, masked_attention, rope_table, story_starts
 from modules.contract import CONFIG, ContractError, check_block, randomised
 from modules.model_contract import check_model, try_out
@@ -61,6 +61,7 @@ class TestGrammar:
         assert from_json(ModelConfig, to_json(config)) == config
         for layers in nested:
             assert read_layers(write_layers(layers)) == layers
+        assert config_of("2 x [MLP]")[0].layers == "2 x [MLP]"  # for cost, diff and probes
 
     @pytest.mark.parametrize(
         "layers, place, problem",
@@ -89,7 +90,6 @@ class TestGrammar:
     )
     def test_a_mistake_in_brackets_is_marked_in_one_line(self, layers, place, problem):
         one_line_error(lambda: build_model(replace(PLUGIN, layers=layers), VOCAB_SIZE), "layers=", place, problem)
-
 
     def test_the_error_is_its_message_also_from_another_process(self):
         with pytest.raises(ValueError) as caught:
@@ -155,6 +155,12 @@ class TestStochasticDepth:
         whole, outputs = branch.blocks[0].layer(x), [branch(x) for _ in range(400)]
         num_skipped = sum(y is x for y in outputs)
         assert all(y is x or y.equal(whole) for y in outputs) and abs(num_skipped / 400 - 0.4) < 0.08
+
+    def test_training_costs_the_share_that_is_kept(self):
+        layer, skipped = (model_cost(built(layers)) for layers in (PRE_NORM, f"StochasticDepth([{PRE_NORM}], keep=0.5)"))
+        (inside,) = {cost.flops - cost.by_kind("flops")["head"] for cost in (layer, skipped)}
+        share = (skipped.training_flops - layer.training_flops) / (3 * inside)
+        assert abs(share + 0.5) < 0.2
 
     def test_the_contract_passes_where_most_draws_skip(self):
         check_block("StochasticDepth", layer=f"StochasticDepth([{PRE_NORM}], keep=0.2)")
