@@ -321,6 +321,7 @@ def check_loss(trial: ModelTrial):
     tokens = trial.tokens(B, trial.short + 1)
     tokens, targets = tokens[:, :-1], tokens[:, 1:]
     for mode, model in {"eval": trial.evaluated, "training": trial.copy().train()}.items():
+        model.own_loss = None  # what --train.loss minimises in place of it is another kind of loss
         logits, loss = trial.run(model, tokens, targets)
         has_own_loss = mode == "training" and getattr(model, "own_loss", None) is not None  # of LOSSES
         if logits is None or loss is None or has_own_loss:
