@@ -8,7 +8,8 @@ from types import TracebackType
 
 import torch
 
-LIBRARIES = (Path(torch.__file__).parent, Path(re.__file__).parents[1])  # torch, and Python's own
+# torch, Python's own, and what tries the optimizers and losses of plugins
+LIBRARIES = (Path(torch.__file__).parent, Path(re.__file__).parents[1], Path(__file__).parents[1] / "training")
 CHECKS = ("blame.py", "cached_decoding.py", "contract.py", "model_contract.py", "model_trial.py")
 CHECKERS = {Path(__file__).with_name(name) for name in CHECKS}  # which run the code that they blame
 

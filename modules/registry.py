@@ -44,12 +44,10 @@ drawn with generators[i] alone. modules/canvas.py is a base class for such model
 import importlib
 import inspect
 import re
-import traceback
 from collections.abc import Callable, Container
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
@@ -186,14 +184,6 @@ def parameters_of(value: Callable) -> dict[str, inspect.Parameter]:
         return init_parameters(value)
     parameters = inspect.signature(value).parameters
     return {name: each for name, each in parameters.items() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
-
-
-def failure(error: Exception) -> str:
-    """Why code of a plugin failed: 'my_ideas.py, line 12: TypeError: ...'. Lines of torch and of training/ are left out."""
-    others = {Path(torch.__file__).parent, Path(__file__).parents[1] / "training"}
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not others & {*Path(frame.filename).parents}]
-    where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: " if frames else ""
-    return " ".join(f"{where}{type(error).__name__}: {error}".split())
 
 
 def import_plugin(plugin: str) -> ModuleType:

@@ -235,10 +235,10 @@ class TestOptimizers:
         ("SGD(weight_decay=0.1)", ["give --train.weight_decay instead"]),
         ("SGD(nesterov=True)", ["cannot be built", "ValueError: Nesterov momentum requires"]),
         ("LBFGS", ["optimizer='LBFGS': its step needs a closure", "take an optimizer whose step works without a closure"]),
-        ("Asking", ["optimizer='Asking' fails in a step (own_training.py, line", "TypeError: 'NoneType' object is not callable"]),
+        ("Asking", ["optimizer='Asking' fails in a step: TypeError: 'NoneType' object is not callable (own_training.py, line"]),
         ("Idle", ["optimizer='Idle': its steps change no weight: change weights in place, as by weight.sub_(update)"]),
         ("Unsaveable", ["optimizer='Unsaveable': its state cannot be loaded again: keep only tensors and numbers"]),
-        ("Strict", ["optimizer='Strict' fails for a weight without a gradient (own_training.py, line", "skip it if"]),
+        ("Strict", ["optimizer='Strict' fails for a weight without a gradient, so skip it if", "(own_training.py, line"]),
         ("Rho", ["optimizer='Rho' needs 'rho', which is no field of the config: write Rho(rho=...)"]),
     ])  # fmt: skip
     def test_a_mistake_is_one_line(self, optimizer, words):
@@ -305,7 +305,7 @@ class TestLosses:
         ("number", ["loss='number' returns", "return a tensor with one number"]),
         ("summed", ["loss='summed' is a sum, twice as large for twice the targets: return the mean"]),
         ("detached", ["loss='detached' has no gradient"]), ("infinite", ["loss='infinite' returns", "it must be finite"]),
-        ("of_three", ["loss='of_three' fails (", "missing 1 required positional argument: 'table'"]),
+        ("of_three", ["loss='of_three' fails: ", "missing 1 required positional argument: 'table'"]),
     ])  # fmt: skip
     def test_a_mistake_is_one_line(self, loss, words):
         model = build_model(OWN, 50)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import IGNORE, TrainConfig, name_and_options
-from modules.registry import failure, find_with_options
+from modules.explain import explain
+from modules.registry import find_with_options
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -46,7 +47,7 @@ def check_loss(loss: Callable[[Tensor, Tensor], Tensor], name: str, model: nn.Mo
         value = loss(logits, targets)
         twice = loss(logits.repeat(2, 1, 1), targets.repeat(2, 1))
     except Exception as error:  # a plugin is a reader's own code: anything may be wrong in it
-        raise ValueError(f"{name} fails ({failure(error)})") from error
+        raise ValueError(f"{name} fails: {explain(error)}") from error
     if not isinstance(value, Tensor) or value.ndim:
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"{name} returns {what}: return a tensor with one number, such as the mean over the targets")

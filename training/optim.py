@@ -11,7 +11,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from config import ModelConfig, TrainConfig, init_parameters, name_and_options
 from data.cache import say
-from modules.registry import failure, find_with_options
+from modules.explain import explain
+from modules.registry import find_with_options
 
 
 def build_optimizers(model: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -60,7 +61,7 @@ def build_optimizer(optimizer: type, groups: list[dict], options: dict, config: 
     try:
         return optimizer(groups, **{argument.name: values[argument.name] for argument in arguments if argument.name in values})
     except Exception as error:  # a plugin is a reader's own code: anything may be wrong in it
-        raise ValueError(f"optimizer={config.optimizer!r} cannot be built ({failure(error)})") from error
+        raise ValueError(f"optimizer={config.optimizer!r} cannot be built: {explain(error)}") from error
 
 
 def parameter_groups(model: torch.nn.Module, config: TrainConfig, is_split: bool) -> tuple[list[dict], list[dict]]:

@@ -7,7 +7,8 @@ from functools import partial
 from numbers import Real
 
 from config import ModelConfig, TrainConfig
-from modules.registry import failure, find_with_options
+from modules.explain import explain
+from modules.registry import find_with_options
 
 Schedule = Callable[[float], float]  # the share of the run that is done -> the height of the learning rate
 
@@ -43,7 +44,7 @@ def build_schedule(config: TrainConfig, model_config: ModelConfig) -> Schedule:
         try:
             height = schedule(done)
         except Exception as error:  # a plugin is a reader's own code: anything may be wrong in it
-            raise ValueError(f"schedule={config.schedule!r} fails at {done:g} of the run ({failure(error)})") from error
+            raise ValueError(f"schedule={config.schedule!r} fails at {done:g} of the run: {explain(error)}") from error
         if not isinstance(height, Real) or not 0 <= height <= 1:
             cure = "give a number from 0, which is lr_min, to 1, which is lr_max"
             raise ValueError(f"schedule={config.schedule!r} returns {height!r} at {done:g} of the run: {cure}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from config import TrainConfig, name_and_options
 from data.cache import say
-from modules.registry import failure
+from modules.explain import explain
 from training.optim import OPTIMIZERS, build_optimizer, optimizer_parts
 from training.plan import make_step
 
@@ -57,7 +57,7 @@ def try_optimizer(optimizer_class: type, groups: list[dict], options: dict, conf
         resumed = build(weights_of(optimizer))
         take_step(optimizer, config.lr_max, seed=2)
     except Exception as error:  # a plugin is a reader's own code: anything may be wrong in it
-        raise ValueError(f"{name} fails in a step ({failure(error)})") from error
+        raise ValueError(f"{name} fails in a step: {explain(error)}") from error
     after = weights_of(optimizer)
     if same(before, after):
         raise ValueError(f"{name}: its steps change no weight: change weights in place, as by weight.sub_(update)")
@@ -78,7 +78,7 @@ def try_optimizer(optimizer_class: type, groups: list[dict], options: dict, conf
     try:
         resumed.step()
     except Exception as error:
-        raise ValueError(f"{name} fails for a weight without a gradient ({failure(error)}): skip it if grad is None") from error
+        raise ValueError(f"{name} fails for a weight without a gradient, so skip it if grad is None: {explain(error)}") from error
 
 
 def load_state(optimizer: torch.optim.Optimizer, file: io.BytesIO, name: str):
