@@ -84,7 +84,7 @@ def audit_run(name: str, model, tokenizer, stories: list[str], source_if_missing
     from metrics.world_grades import is_world
 
     run = Run(name)
-    source = available_source(run.train_config.data, source_if_missing, run.model_config.plugins)
+    source = available_source(run.data, source_if_missing, run.model_config.plugins)
     weights = digest(run.path("model.pth").read_bytes())
     reference = reference_stories(source, stories, max(100, options.get("num_stories", 0)), seed=weights)
     world = stories_of(source.name) if is_world(source.name) else None
