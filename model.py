@@ -350,7 +350,7 @@ class GPT(LoggingModule):
         rope = (self.rope_cos[None, start:S], self.rope_sin[None, start:S]) if self.config.positions == "rope" else None
         x = F.dropout(x, self.dropout, self.training)
         if memory is not None and not memory.is_floating_point():
-            memory = self.embedding(memory) * self.embedding_scale  # (B, M, config.dim)
+            memory = self.embedding(memory) * self.embedding_scale  # of (B, M) tokens
 
         # go through the layers
         shared = {"losses": defaultdict(float)}

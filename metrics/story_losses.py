@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from config import stories_of
 from data.dataset import MAX_LOST, choose_validation, fingerprint
 from data.sources import Source, open_source, portable_name
-from modules.data_plugins import open_data
 from runs.code import digest
 from runs.folder import Run
 
@@ -119,6 +118,8 @@ def available_source(
 ) -> Source:
     """Open a source, or source_if_missing if it is not available. Raises OSError if neither is."""
     try:
+        from modules.data_plugins import open_data  # which imports torch
+
         return open_data(source, plugins)
     except OSError as error:  # no such file or folder, or no connection to the hub
         if source_if_missing is None:

@@ -497,6 +497,7 @@ def test_every_shape_comment_of_the_base_model():
         for cap in (None, 30.0):  # PyTorch's attention, and the one that is written out
             model = GPT(ModelConfig(layers=layer, attention_soft_cap=cap, **size), vocab_size=11)
             model(tokens, tokens, story_ids=torch.zeros_like(tokens))
+            model(tokens, memory=tokens)
             cache = Cache()
             model(tokens, cache=cache)
             model(tokens[:, :1], cache=cache)

@@ -614,7 +614,7 @@ class TestMachine:
 
     def test_a_block_that_cannot_be_run_is_one_line_and_leaves_no_run(self, make_config, monkeypatch):
         monkeypatch.setattr(MLP, "forward", lambda block, x: block.w_out(x[..., 1:]))
-        with pytest.raises(ValueError, match=r"it fails in MLP \(.*, line \d+: RuntimeError: mat1 and mat2") as error:
+        with pytest.raises(ValueError, match=r"it fails in its block 'MLP': RuntimeError: mat1 and mat2.*, line \d+") as error:
             next(train(replace(MODEL, plugins=("own_models",)), make_config(), "broken"))
         assert "\n" not in str(error.value) and not Run("broken").folder.exists()
 

@@ -74,9 +74,11 @@ def set_up(
     device = choose_device(train_config.device)
     model = build_within_memory(model_config, tokenizer, device)
     configure_for_training(model, train_config)
-    optimizers, schedule = build_optimizers(model, train_config), build_schedule(train_config, model_config)
+    schedule = build_schedule(train_config, model_config)
     if not resume:
         try_out(model)
+    optimizers = build_optimizers(model, train_config)
+    if not resume:
         try_optimizers(model, train_config)
         try_loss(model, train_config)
     data = load_training_data(replace(train_config, data=source), model_config, tokenizer)
