@@ -35,6 +35,14 @@ def folders(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def figures():
+    """No test finds the figures of another."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
+
+
 @pytest.fixture(scope="session")
 def shipped_folder(tmp_path_factory):
     """A folder of the runs that come with the repository, without those of whoever runs the tests."""

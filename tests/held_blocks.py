@@ -22,7 +22,8 @@ class Held(LoggingModule):
 
     def forward(self, x):
         handler = signal.getsignal(signal.SIGINT)
-        if self.training and "HELD" in os.environ and handler is not signal.default_int_handler:
+        # only where training has put its handler: the checks before it run the block as well, and a shell may ignore SIGINT
+        if self.training and "HELD" in os.environ and callable(handler) and handler is not signal.default_int_handler:
             self.steps += 1
             if self.steps == 4:
                 Path(os.environ["HELD"], str(os.getpid())).touch()
