@@ -97,7 +97,7 @@ def test_model_evaluation_compares_groups(run, make_run, make_config, corpus, fo
     list(train(MODEL, world, "world"))
     page = folders / "page.html"
     small = {"num_stories": 20, "prompts": ("Tom had", "Mia saw"), "data_if_missing": corpus, "report": str(page)}
-    notebook = run("model_evaluation", groups=("base", "lost"), **small)
+    notebook = run("model_evaluation", groups=("base", "lost"), worlds=("world",), **small)
     shown = printed(notebook)
     for told in ("lost is better than base by 0.0", "moved/tinystories", "top-10", "bits per byte", "Mia saw",
                  "(2 seeds, p", "punctuation", "distinct-2", "lost - base"):  # fmt: skip
