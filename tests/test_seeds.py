@@ -181,6 +181,7 @@ class TestSignals:
         with subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "HELD": str(held)}, start_new_session=True, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup has the tests ignore
         ) as group:  # fmt: skip
             while len(list(held.iterdir())) < 2 and group.poll() is None:
                 time.sleep(0.02)
