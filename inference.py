@@ -25,9 +25,9 @@ from data.cache import say
 from model import GPT, Cache
 from modules.cached_decoding import find_inexact_cache
 from modules.data_plugins import restore_memory
-from modules.model_trial import is_causal, takes
+from modules.model_trial import is_causal
 from modules.randomness import seeded
-from modules.registry import build_model
+from modules.registry import build_model, takes
 from runs.command_line import InferenceArguments
 from runs.folder import Run
 from runs.terminal import errors_in_one_line

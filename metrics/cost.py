@@ -34,7 +34,7 @@ from metrics.counting import as_torch_does_it, cache_bytes, count_flops
 from model import GPT, Branch
 from modules.contract import layers_to_try
 from modules.explain import explain
-from modules.registry import accepted_kwargs, all_blocks, build_model
+from modules.registry import all_blocks, build_model, takes
 from runs.command_line import read_layers
 from runs.folder import Run, group_members, group_names, run_names
 from runs.presets import PRESETS, preset
@@ -123,7 +123,7 @@ def model_cost(model: nn.Module, T: int | None = None) -> Cost:
     tokens = torch.arange(T, device=device)[None] % model.vocab_size  # (1, T)
     kwargs = {}
     for position in positions:
-        if position.module is not model and accepted_kwargs(position.module, memory=None):
+        if position.module is not model and takes(position.module, "memory"):
             kwargs["memory"] = torch.ones(1, T, getattr(position.module, "memory_dim", model.config.dim), device=device)
     with torch.no_grad(), as_torch_does_it(model):
         flops = count_flops(model, [position.module for position in positions], tokens, kwargs)

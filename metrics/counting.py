@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fast
 from model import Attention, Cache
 from modules.flops import attention_flops
-from modules.registry import accepted_kwargs
+from modules.registry import takes
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def count_flops(model: nn.Module, parts: list[nn.Module], tokens: Tensor, kwargs
 def cache_bytes(model: nn.Module, tokens: Tensor, kwargs: dict[str, Tensor]) -> tuple[Counter, Counter]:
     """Cache bytes by block after half of the tokens (B, T) and after all; those of no block count for the model."""
     cache, sizes = Cache(), [Counter(), Counter()]
-    if not accepted_kwargs(model, cache=cache):
+    if not takes(model, "cache"):
         return sizes[0], sizes[1]
     half = tokens.shape[1] // 2
     for piece in (tokens[:, :half], tokens[:, half:]):

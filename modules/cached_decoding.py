@@ -11,7 +11,8 @@ from torch import nn
 from model import Cache
 from modules.blame import blame, blocks_of, first_difference, record_calls, takes_cache
 from modules.contract import ContractError
-from modules.model_trial import B, ModelTrial, errors_of, is_causal, takes
+from modules.model_trial import B, ModelTrial, errors_of, is_causal
+from modules.registry import takes
 
 CHUNKS = (7, 1, 1, 30, 2)  # a sequence in uneven pieces, again and again
 

@@ -14,7 +14,7 @@ from data.dataset import Data, load_data
 from data.plugin import DataPlugin, failures_of, source_of
 from data.sources import HUB_NAMES, SIZES, Source, open_source
 from model import Branch
-from modules.registry import accepted_kwargs, validate_options, with_plugins
+from modules.registry import takes, validate_options, with_plugins
 
 OURS = dict.fromkeys(("auto", *HUB_NAMES, *SIZES))
 
@@ -115,11 +115,11 @@ def attach_memory(model: nn.Module, data: Data | DataPlugin):
     """
     has_memory = getattr(data, "memory", None) is not None
     branches = [module for module in model.modules() if isinstance(module, Branch)]
-    readers = [block for branch in branches for block in branch.blocks if accepted_kwargs(block, memory=None)]
+    readers = [block for branch in branches for block in branch.blocks if takes(block, "memory")]
     if model.config.model == "GPT" and has_memory != bool(readers):
         say(f"warning: data={data.name!r} have a memory, but no block reads it, as CrossAttn does" if has_memory else
             f"warning: {type(readers[0]).__name__} reads a memory, but data={data.name!r} have none (docs/data.md)")  # fmt: skip
-    if has_memory and not accepted_kwargs(model, memory=None):
+    if has_memory and not takes(model, "memory"):
         raise ValueError(f"data={data.name!r} have a memory, but forward of {model.config.model!r} takes none: add memory=None")
     if has_memory:
         model.memory_source = data

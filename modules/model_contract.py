@@ -24,8 +24,8 @@ from modules.blame import TOLERANCE, blame, first_difference, hidden_weights, re
 from modules.cached_decoding import cache_is_exact, find_inexact_cache
 from modules.contract import NOT_SAVED, VOCAB_SIZE, ContractError, require
 from modules.explain import explain
-from modules.model_trial import B, ModelTrial, errors_of, is_causal, plugin_layers, takes, watched_blocks
-from modules.registry import build_model, find_block
+from modules.model_trial import B, ModelTrial, errors_of, is_causal, plugin_layers, watched_blocks
+from modules.registry import build_model, find_block, takes
 
 __all__ = ["ContractError", "cache_is_exact", "check_model", "try_out"]
 

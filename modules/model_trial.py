@@ -15,7 +15,7 @@ from config import ModelConfig, format_step, layer_steps
 from modules.blame import Call, blocks_of, enclosing_blocks, failing_block, first_difference, record_calls
 from modules.contract import ContractError, randomised, require
 from modules.explain import explain
-from modules.registry import accepted_kwargs, exported
+from modules.registry import accepted_kwargs, exported, takes
 
 B, M = 3, 5
 SHORT, LONG = 23, 130  # tokens: for checks of every position, and of a few
@@ -93,10 +93,6 @@ class ModelTrial:
             return ""
         names = enclosing_blocks(module, model).values()
         return f" in its block {' in '.join(map(repr, names))}" if names else f" in its {type(module).__name__}"
-
-
-def takes(module: nn.Module, argument: str) -> bool:
-    return bool(accepted_kwargs(module, **{argument: None}))
 
 
 @contextmanager

@@ -49,7 +49,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -99,19 +99,23 @@ FAMILIES = (
 BLOCKS: dict[str, type[nn.Module]] = {name: block for family in FAMILIES for name, block in family.BLOCKS.items()}
 MODELS: dict[str, type[nn.Module]] = {"GPT": model.GPT}
 
-# What a plugin may export, each a dict by name.
+
+class Kind(NamedTuple):
+    """A kind of things that a plugin may export, in a dict by name."""
+
+    noun: str
+    base: type  # of the classes; Callable for functions
+    description: str
+
+
 KINDS = {
-    "BLOCKS": nn.Module, "MODELS": nn.Module, "OPTIMIZERS": torch.optim.Optimizer, "SCHEDULES": Callable, "LOSSES": Callable,
-    "DATA": object,
-}  # fmt: skip
-NOUNS = {
-    "BLOCKS": "block", "MODELS": "model", "OPTIMIZERS": "optimizer", "SCHEDULES": "schedule", "LOSSES": "loss",
-    "DATA": "data source",
-}  # fmt: skip
-DESCRIPTIONS = {
-    "BLOCKS": "classes of torch modules", "MODELS": "classes of torch modules", "OPTIMIZERS": "classes of torch optimizers",
-    "SCHEDULES": "functions", "LOSSES": "functions", "DATA": "classes",
-}  # fmt: skip
+    "BLOCKS": Kind("block", nn.Module, "classes of torch modules"),
+    "MODELS": Kind("model", nn.Module, "classes of torch modules"),
+    "OPTIMIZERS": Kind("optimizer", torch.optim.Optimizer, "classes of torch optimizers"),
+    "SCHEDULES": Kind("schedule", Callable, "functions"),
+    "LOSSES": Kind("loss", Callable, "functions"),
+    "DATA": Kind("data source", object, "classes"),
+}
 
 # What a layer gives to a block whose forward names it; see GPT.forward, which makes them.
 SUPPLIED = ("rope", "story_start", "window", "cache", "tokens", "targets", "memory", "shared")
@@ -137,7 +141,7 @@ def with_plugins(config: ModelConfig, ours: dict[str, Any], kind: str) -> dict[s
         for name, block in exported(plugin, kind).items():
             if merged.get(name, block) is not block or name == "Norm":
                 owner = f"that of {owners[name]!r}" if name in owners else "the config's norm"
-                what = f"{'an' if kind == 'OPTIMIZERS' else 'a'} {NOUNS[kind]} {name!r}"
+                what = f"{'an' if kind == 'OPTIMIZERS' else 'a'} {KINDS[kind].noun} {name!r}"
                 raise ValueError(f"the plugin {plugin!r} calls {what}, but that name is taken: it is {owner}. Rename it")
             merged[name], owners[name] = block, plugin
     return merged
@@ -152,12 +156,12 @@ def exported(plugin: str, kind: str) -> dict[str, Any]:
     if not isinstance(named, dict):
         raise ValueError(f"{kind} of the plugin {plugin!r} must be a dict, such as {kind} = {{'MyName': MyClass}}")
     for name, value in named.items():
-        is_class = isinstance(value, type)
-        is_right = callable(value) and not is_class if KINDS[kind] is Callable else is_class and issubclass(value, KINDS[kind])
+        is_class, base = isinstance(value, type), KINDS[kind].base
+        is_right = callable(value) and not is_class if base is Callable else is_class and issubclass(value, base)
         if not is_right:
             cure = f", so write {type(value).__name__} without ()" if isinstance(value, nn.Module) else ""
             what = " ".join(f"{value!r:.80}".split())
-            raise ValueError(f"the plugin {plugin!r} calls {what} {name!r}: {kind} must name {DESCRIPTIONS[kind]}{cure}")
+            raise ValueError(f"the plugin {plugin!r} calls {what} {name!r}: {kind} must name {KINDS[kind].description}{cure}")
         if not (isinstance(name, str) and name.isidentifier()):
             raise ValueError(f"the plugin {plugin!r} calls one of its {kind} {name!r}: take a name of letters, digits and _")
     return named
@@ -172,7 +176,7 @@ def find_with_options(
     unknown name or option.
     """
     name, options = name_and_options(text)
-    value = look_up(NOUNS[kind], name, with_plugins(config, ours, kind))
+    value = look_up(KINDS[kind].noun, name, with_plugins(config, ours, kind))
     parameters = list(parameters_of(value).items())[supplied:]
     check_options(name, options, {parameter: each for parameter, each in parameters if parameter not in fixed})
     return value, options
@@ -272,8 +276,12 @@ def check_signature(name: str, model_class: type[nn.Module], parameters: dict[st
 
 def accepted_kwargs(module: nn.Module, **kwargs) -> dict[str, Any]:
     """Keep only the keyword arguments that the module's forward names."""
-    accepted = forward_names(type(module))
-    return {name: value for name, value in kwargs.items() if name in accepted}
+    return {name: value for name, value in kwargs.items() if takes(module, name)}
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether the module's forward names this argument."""
+    return argument in forward_names(type(module))
 
 
 @cache

@@ -5,7 +5,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import TrainConfig
 from model import Layer
-from modules.registry import accepted_kwargs
+from modules.registry import takes
 from training.losses import build_loss
 
 
@@ -29,12 +29,12 @@ class CheckpointedLayer(Layer):
 def configure_for_training(model: nn.Module, config: TrainConfig):
     """Apply the loss and gradient_checkpointing. Raises ValueError for an option that the model does not support."""
     name = model.config.model
-    if config.mask_stories and config.packing == "packed" and not accepted_kwargs(model, story_ids=None):
+    if config.mask_stories and config.packing == "packed" and not takes(model, "story_ids"):
         raise ValueError(
             f"the model {name!r} does not accept story_ids, so the stories of a row would see each other: "
             "take --train.packing padded (one story a row) or --train.no_mask_stories (to allow it)"
         )
-    if config.window_start is not None and not accepted_kwargs(model, window=None):
+    if config.window_start is not None and not takes(model, "window"):
         raise ValueError(f"window_start={config.window_start}: the model {name!r} does not accept a window: leave it out")
     loss = build_loss(config, model)
     if loss is not None:
