@@ -8,14 +8,16 @@ left out of comparisons. Models and tokenizers of plugins are audited on fewer s
 
 import itertools
 import sys
+from collections import Counter
 
 import numpy as np
 
 from data.cache import say
+from data.dataset import choose_validation
 from inference import load_model
 from metrics.audit import Check
 from metrics.scores import evaluate
-from metrics.story_losses import audit_run, losses_of, problems_of, save_audit, validation_stories
+from metrics.story_losses import audit_run, available_source, losses_of, problems_of, save_audit
 from runs.code import digest
 from runs.folder import Run, group_members
 from runs.tables import show
@@ -27,8 +29,9 @@ def audit_saved(name: str, num_stories: int, source_if_missing: str | None = Non
     """Audit the model of a run, and its saved losses, and record the problems with these."""
     losses, _ = losses_of(name, source_if_missing, say)
     model, tokenizer = load_model(name)
-    _, stories = validation_stories(Run(name).data, source_if_missing, Run(name).model_config.plugins)
-    checks = audit_run(name, model, tokenizer, stories, source_if_missing, num_stories=num_stories)
+    source = available_source(Run(name).data, source_if_missing, model.config.plugins)
+    stories = choose_validation(source, Counter())
+    checks = audit_run(name, model, tokenizer, source, stories, num_stories=num_stories)
     checks.append(check_saved(losses, model, tokenizer, stories, num_stories))
     save_audit(name, problems_of(checks))
     return checks

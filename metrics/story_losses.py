@@ -53,11 +53,12 @@ def save_losses(name: str, source_if_missing: str | None = None):
 
     run = Run(name)
     model, tokenizer = load_model(name)
-    data, stories = validation_stories(run.data, source_if_missing, run.model_config.plugins)
+    source = available_source(run.data, source_if_missing, run.model_config.plugins)
+    data, stories = source.name, choose_validation(source, Counter())
     score = evaluate(model, tokenizer, stories, top_k=TOP_K)
     problems = None
     if run.model_config.plugins or type(tokenizer).__module__ != "tokenizer":
-        problems = problems_of(audit_run(name, model, tokenizer, stories, source_if_missing))
+        problems = problems_of(audit_run(name, model, tokenizer, source, stories))
         for problem in problems:
             print(f"the audit of {name} failed: {problem}")
     saved = run.load("model.pth", {"data"})
@@ -77,14 +78,12 @@ def save_losses(name: str, source_if_missing: str | None = None):
     run.save_text("story_losses.json", json.dumps(asdict(scored), indent=2) + "\n")
 
 
-def audit_run(name: str, model, tokenizer, stories: list[str], source_if_missing: str | None = None, **options) -> list:
-    """Audit the model of a run on its validation stories: a list of Check. Options as in `metrics.audit.audit`."""
+def audit_run(name: str, model, tokenizer, source: Source, stories: list[str], **options) -> list:
+    """Audit the model of a run on the validation stories of a source: a list of Check. Options as in `metrics.audit.audit`."""
     from metrics.audit import audit, reference_stories
     from metrics.world_grades import is_world
 
-    run = Run(name)
-    source = available_source(run.data, source_if_missing, run.model_config.plugins)
-    weights = digest(run.path("model.pth").read_bytes())
+    weights = digest(Run(name).path("model.pth").read_bytes())
     reference = reference_stories(source, stories, max(100, options.get("num_stories", 0)), seed=weights)
     world = stories_of(source.name) if is_world(source.name) else None
     is_held_out = "validation" not in source.splits
@@ -109,14 +108,12 @@ def validation_stories(
 
     The source may be DATA of the plugins. Raises OSError if neither is available.
     """
-    opened = available_source(source, source_if_missing, plugins, print)
+    opened = available_source(source, source_if_missing, plugins)
     return opened.name, choose_validation(opened, Counter())
 
 
-def available_source(
-    source: str, source_if_missing: str | None, plugins: tuple[str, ...] = (), tell: Callable[[str], None] = lambda line: None
-) -> Source:
-    """Open a source, or source_if_missing if it is not available. Raises OSError if neither is."""
+def available_source(source: str, source_if_missing: str | None, plugins: tuple[str, ...] = ()) -> Source:
+    """Open a source, or source_if_missing if it is not available, which is printed. Raises OSError if neither is."""
     try:
         from modules.data_plugins import open_data  # which imports torch
 
@@ -125,7 +122,7 @@ def available_source(
         if source_if_missing is None:
             raise type(error)(f"{error}. To score on other stories, give data_if_missing, such as auto") from error
         opened = open_source(source_if_missing)
-        tell(f"{error}.\nRuns that were trained on {portable_name(source)} are scored on {opened.name} instead.")
+        print(f"{error}.\nRuns that were trained on {portable_name(source)} are scored on {opened.name} instead.")
         return opened
 
 
