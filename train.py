@@ -122,12 +122,13 @@ def train(
             for rows in torch.arange(batch_size).split(plan.micro_batch_size):
                 parts = (None if part is None else part[rows].to(training.device) for part in batch)
                 inputs, targets, story_ids, memory = parts
-                if (targets == IGNORE).all():
+                num_scored = (targets != IGNORE).sum()
+                if num_scored == 0:
                     continue
                 options = {"story_ids": story_ids if train_config.mask_stories else None, "window": window, "memory": memory}
                 with torch.autocast(training.device.type, torch.bfloat16, enabled=plan.dtype == "bfloat16"):
                     _, loss = model(inputs, targets, **accepted_kwargs(model, **options))
-                share = (targets != IGNORE).sum() / num_targets
+                share = num_scored / num_targets
                 (loss * share).backward()
                 losses.update({name: (term * share).item() for name, term in loss_terms(model, loss).items()})
 

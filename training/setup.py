@@ -77,10 +77,9 @@ def set_up(
     schedule = build_schedule(train_config, model_config)
     if not resume:
         try_out(model)
-    optimizers = build_optimizers(model, train_config)
-    if not resume:
         try_optimizers(model, train_config)
         try_loss(model, train_config)
+    optimizers = build_optimizers(model, train_config)
     data = load_training_data(replace(train_config, data=source), model_config, tokenizer)
     attach_memory(model, data)
     validation = data.validation[: train_config.eval_stories]
