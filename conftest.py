@@ -94,6 +94,22 @@ def make_config(corpus):
     return make
 
 
+@pytest.fixture
+def train_in_parts():
+    """Train one run as a whole, and one that is stopped after a step and resumed: all records of the first, the later ones of
+    the second."""
+    from train import train
+
+    def run(model_config: ModelConfig, config: TrainConfig, stop_at: int, name: str = "parts") -> tuple[list, list]:
+        whole = list(train(model_config, config, "whole"))
+        for record in train(model_config, config, name):
+            if record.step == stop_at:
+                break
+        return whole, list(train(model_config, config, name, resume=True))
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def trained_folder(make_config, tmp_path_factory):
     """A folder of runs that holds one, "tiny": MODEL after 20 steps."""

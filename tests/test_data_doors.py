@@ -68,14 +68,10 @@ def load(make_config, corpus, shared_cache, monkeypatch):
 
 
 @pytest.mark.parametrize("data", ["SpanCorruption(data=CORPUS, rate=0.2)", "Neighbour(data=CORPUS)", "Fables(count=500)"])
-def test_own_data_train_and_resume_bit_for_bit(data, make_config, corpus):
+def test_own_data_train_and_resume_bit_for_bit(data, make_config, corpus, train_in_parts):
     model = CROSS if "Neighbour" in data else OWN
     config = make_config(data=data.replace("CORPUS", repr(corpus)), max_steps=9, packing="padded" if model is CROSS else "packed")
-    whole = list(train(model, config, "whole"))
-    for record in train(model, config, "parts"):
-        if record.step == 5:
-            break
-    parts = list(train(model, config, "parts", resume=True))
+    whole, parts = train_in_parts(model, config, stop_at=5)
     assert [record.train_loss for record in parts] == [record.train_loss for record in whole[5:]]
     assert whole[-1].validation_loss < whole[0].train_loss
     assert Run("parts").train_config == config

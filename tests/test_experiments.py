@@ -42,14 +42,10 @@ TRAINING = {"Recurrent": {"packing": "padded"}, "Trigram": {"window_start": 1, "
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_an_own_model_trains_resumes_evaluates_and_is_compared(name, tiny_run, make_config, stories):
+def test_an_own_model_trains_resumes_evaluates_and_is_compared(name, tiny_run, make_config, stories, train_in_parts):
     config = make_config(**TRAINING[name], max_steps=12)
-    whole = list(train(OWN[name], config, "whole"))
+    whole, parts = train_in_parts(OWN[name], config, stop_at=7)
     assert whole[-1].validation_loss < whole[9].validation_loss < whole[0].train_loss
-    for record in train(OWN[name], config, "parts"):
-        if record.step == 7:
-            break
-    parts = list(train(OWN[name], config, "parts", resume=True))
     assert [record.train_loss for record in parts] == [record.train_loss for record in whole[7:]]
 
     model, tokenizer = load_model("parts")

@@ -18,7 +18,6 @@ from metrics.story_losses import save_losses
 from modules.contract import CONFIG, check_block
 from runs.command_line import parse
 from tools import show_shapes
-from train import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 RECIPE = r"```python\n# (\w+)\.py\n(.*?)```\n\n```bash\npython train\.py (.*?)\n```"
@@ -49,16 +48,13 @@ def recipe(request, folders, monkeypatch, corpus):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, indirect=True)
-def test_a_recipe_does_all_that_the_base_model_does(recipe, make_run, tiny_run, capsys):
+def test_a_recipe_does_all_that_the_base_model_does(recipe, make_run, tiny_run, train_in_parts, capsys):
     module, model_config, config = recipe
     for name in getattr(module, "BLOCKS", {}):
         check_block(name, replace(CONFIG, plugins=(module.__name__,)))
 
-    whole = [record.train_loss for record in train(model_config, config, "whole")]
-    for record in train(model_config, config, "idea"):
-        if record.step == 2:
-            break
-    assert [record.train_loss for record in train(model_config, config, "idea", resume=True)] == whole[2:]
+    whole, parts = train_in_parts(model_config, config, stop_at=2, name="idea")
+    assert [record.train_loss for record in parts] == [record.train_loss for record in whole[2:]]
     assert "warning" not in capsys.readouterr().err
 
     save_losses("idea")

@@ -14,7 +14,6 @@ from inference import Sampling, generate, load_model
 from modules.canvas import make_canvas
 from modules.registry import build_model
 from tests.errors import one_line_error
-from train import train
 
 BOS, EOS, VOCAB_SIZE = 3, 4, 5
 TINY = ModelConfig(
@@ -113,18 +112,14 @@ def test_a_prompt_stays_clean():
         assert tokens[~canvas.is_open].equal(canvas.tokens[~canvas.is_open])
 
 
-def test_it_trains_resumes_bit_for_bit_loads_and_writes(make_config):
+def test_it_trains_resumes_bit_for_bit_loads_and_writes(make_config, train_in_parts):
     (preset,) = PRESETS.values()
     config = make_config(
         **{name: getattr(preset.train, name) for name in ("packing", "optimizer", "ema_decay", "betas")}, max_steps=12
     )  # fmt: skip
     model = "DiffuSeq(width=8, steps=50, turns=5, samples=1)"
     model_config = replace(preset.model, dim=16, num_layers=1, max_seq_len=64, model=model)
-    whole = list(train(model_config, config, "whole"))
-    for record in train(model_config, config, "parts"):
-        if record.step == 7:
-            break
-    parts = list(train(model_config, config, "parts", resume=True))
+    whole, parts = train_in_parts(model_config, config, stop_at=7)
     assert [record.train_loss for record in parts] == [record.train_loss for record in whole[7:]]
     model, tokenizer = load_model("parts")
     for weight, other in zip(model.state_dict().values(), load_model("whole")[0].state_dict().values(), strict=True):

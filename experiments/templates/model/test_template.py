@@ -18,10 +18,7 @@ def test_the_presets_train_load_and_write(name, make_config):
     assert story == generate(model, tokenizer, "Tom", max_new_tokens=5, use_cache=False)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(make_config):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(make_config, train_in_parts):
     model_config, config = replace(PRESETS["template"].model, max_seq_len=64), make_config(max_steps=4)
-    whole = [record.train_loss for record in train(model_config, config, "whole")]
-    for record in train(model_config, config, "parts"):
-        if record.step == 2:
-            break
-    assert [record.train_loss for record in train(model_config, config, "parts", resume=True)] == whole[2:]
+    whole, parts = train_in_parts(model_config, config, stop_at=2)
+    assert [record.train_loss for record in parts] == [record.train_loss for record in whole[2:]]

@@ -8,7 +8,6 @@ import torch
 from experiments.templates.optimizer.config import PRESETS
 from experiments.templates.optimizer.optimizers import OPTIMIZERS
 from inference import generate, load_model
-from train import train
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -22,13 +21,10 @@ def test_the_optimizer_minimises(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_presets_train_resume_and_load(name, make_config):
+def test_the_presets_train_resume_and_load(name, make_config, train_in_parts):
     model_config, train_config = PRESETS[name]
     model_config = replace(model_config, max_seq_len=64)
     config = make_config(max_steps=4, optimizer=train_config.optimizer, lr_max=train_config.lr_max)
-    whole = [record.train_loss for record in train(model_config, config, "whole")]
-    for record in train(model_config, config, "parts"):
-        if record.step == 2:
-            break
-    assert [record.train_loss for record in train(model_config, config, "parts", resume=True)] == whole[2:]
+    whole, parts = train_in_parts(model_config, config, stop_at=2)
+    assert [record.train_loss for record in parts] == [record.train_loss for record in whole[2:]]
     assert generate(*load_model("parts"), "Tom", max_new_tokens=5).startswith("Tom")
